@@ -1,0 +1,89 @@
+"""Every constant of the method, once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+Method = Literal["videopure", "ddim_inversion", "ddim", "ddpm"]
+
+
+@dataclass(frozen=True)
+class PurifyConfig:
+    """Settings of one purification. The defaults are the paper's (arXiv 2501.14999), for 32 frames of 28x28 latents.
+
+    Attributes:
+        method: "videopure", or one of the baselines "ddim_inversion", "ddim", "ddpm".
+        inversion_steps: the depth T. Both loops run T + 1 evaluations, at timesteps 1, 21, ..., 1 + 20 T.
+        num_inference_steps: steps into which the training schedule is divided; 50 steps of 20 timesteps.
+        spatial_weight: weight of the squared distance to the attacked latents, averaged over a clip's N values.
+        temporal_weight: weight of the L1 distance to the flow-warped next frame, averaged over a frame's n values.
+            Both weights enter the gradient as they stand; `rescaled` converts them to another latent size.
+        update_scale: factor on (log variance) x (gradient) in the guided update. The log variance is negative,
+            so a negative factor moves away from the attacked latents and towards temporal consistency.
+        cfg_inversion, cfg_denoise: classifier-free guidance scales; used only where the negative prompt differs.
+        window_overlap: frames that neighbouring windows of a long clip share; fewer than the windows' length.
+        decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result.
+        num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the
+            first timestep visited. A scheduler configuration given to the Purifier takes their place.
+    """
+
+    method: Method = "videopure"
+    inversion_steps: int = 5
+    num_inference_steps: int = 50
+    spatial_weight: float = 800.0
+    temporal_weight: float = 5.0
+    update_scale: float = -4.0
+    cfg_inversion: float = 7.5
+    cfg_denoise: float = 9.0
+    window_overlap: int = 4
+    decode_chunk: int = 16
+    num_train_timesteps: int = 1000
+    beta_start: float = 8.5e-4
+    beta_end: float = 1.2e-2
+    steps_offset: int = 1
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"unknown method {self.method!r}; accepted: {', '.join(get_args(Method))}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{field.name} must be an int, got {value!r}")
+            if field.type == "float":
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise TypeError(f"{field.name} must be a number, got {value!r}")
+                if not math.isfinite(value):
+                    raise ValueError(f"{field.name} must be finite, got {value!r}")
+        if not 0 <= self.inversion_steps < self.num_inference_steps:
+            raise ValueError(
+                f"inversion_steps must satisfy 0 <= inversion_steps < num_inference_steps, "
+                f"got {self.inversion_steps} of {self.num_inference_steps}"
+            )
+        if not 1 <= self.num_inference_steps <= self.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps must be 1 to {self.num_train_timesteps}, got {self.num_inference_steps}"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
+            )
+        if self.window_overlap < 0:
+            raise ValueError(f"window_overlap must be 0 or more, got {self.window_overlap}")
+        if self.decode_chunk < 1:
+            raise ValueError(f"decode_chunk must be 1 or more, got {self.decode_chunk}")
+        last = self.inversion_steps * (self.num_train_timesteps // self.num_inference_steps) + self.steps_offset
+        if self.steps_offset < 0 or last >= self.num_train_timesteps:
+            raise ValueError(
+                f"steps_offset {self.steps_offset} puts timestep {last} outside 0..{self.num_train_timesteps - 1}"
+            )
+
+    def rescaled(self, frames: int, height: int, width: int) -> PurifyConfig:
+        """The config whose weights pull on (frames, height, width) latents as these do on 32x28x28."""
+        area = height * width / (28 * 28)
+        return replace(
+            self,
+            spatial_weight=self.spatial_weight * area * frames / 32,
+            temporal_weight=self.temporal_weight * area,
+        )

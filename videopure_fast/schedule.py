@@ -1,0 +1,116 @@
+"""The noise schedule as host floats: every coefficient a purification needs, known before it starts.
+
+Symbols: a_t = alphas_cumprod[t], b_t = 1 - a_t; timesteps below zero stand at a_0, so that the log variance is finite
+at the last step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import PurifyConfig
+
+
+class Transition(NamedTuple):
+    """One step of a sampler after eliminating x0: z' = scale z + noise_scale UNet(z, timestep) + sigma N(0, I)."""
+
+    timestep: int
+    scale: float
+    noise_scale: float
+    sigma: float = 0.0
+
+
+class VoteCoefficients(NamedTuple):
+    """One guided update: p = (z - sqrt_beta e) / sqrt_alpha; z_opt = z + update g(p). The vote is z_opt or its x0."""
+
+    sqrt_alpha: float
+    sqrt_beta: float
+    update: float
+    predicts_x0: bool
+
+
+class Schedule:
+    """Coefficients of the samplers for one PurifyConfig.
+
+    `scheduler_config` is a diffusers scheduler's configuration: its training schedule and offset replace those of the
+    PurifyConfig. Its other entries steer samplers that the method does not use. ValueError for a schedule other than
+    "scaled_linear" or a prediction other than epsilon.
+    """
+
+    def __init__(self, config: PurifyConfig, scheduler_config: Mapping[str, Any] | None = None) -> None:
+        given = dict(scheduler_config or {})
+        beta_schedule = given.get("beta_schedule", "scaled_linear")
+        prediction_type = given.get("prediction_type", "epsilon")
+        if beta_schedule != "scaled_linear" or prediction_type != "epsilon" or given.get("trained_betas") is not None:
+            raise ValueError(
+                f"unsupported scheduler: beta_schedule {beta_schedule!r}, prediction_type {prediction_type!r}"
+                f"{', trained_betas' if given.get('trained_betas') is not None else ''}; "
+                "accepted: 'scaled_linear' betas and 'epsilon' prediction"
+            )
+        names = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
+        config = replace(config, **{name: given[name] for name in names if given.get(name) is not None})
+        self._config = config
+        # float32, rounding and all: the table that diffusion checkpoints are trained and sampled with.
+        roots = torch.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), config.num_train_timesteps)
+        self.alphas_cumprod: list[float] = torch.cumprod(1 - roots**2, 0).tolist()
+        self.step = config.num_train_timesteps // config.num_inference_steps
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Timesteps of inversion, ascending: 1, 21, ..., 1 + 20 T."""
+        config = self._config
+        return [config.steps_offset + i * self.step for i in range(config.inversion_steps + 1)]
+
+    def alpha(self, timestep: int) -> float:
+        return self.alphas_cumprod[max(timestep, 0)]
+
+    def log_variance(self, timestep: int) -> float:
+        """log of the DDPM posterior variance between t - 20 and t; negative."""
+        a, a_prev = self.alpha(timestep), self.alpha(timestep - self.step)
+        return math.log((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+
+    def _ddim(self, timestep: int, source: int, target: int) -> Transition:
+        """DDIM (eq. 12, eta 0) from level `source` to level `target`, with the noise predicted at `timestep`."""
+        a, a_target = self.alpha(source), self.alpha(target)
+        ratio = math.sqrt(a_target / a)
+        return Transition(timestep, ratio, math.sqrt(1 - a_target) - ratio * math.sqrt(1 - a))
+
+    def inversion(self) -> list[Transition]:
+        """DDIM inversion, t ascending; the UNet is asked at the level being entered."""
+        return [self._ddim(t, t - self.step, t) for t in self.timesteps]
+
+    def denoising(self) -> list[Transition]:
+        """DDIM denoising, t descending."""
+        return [self._ddim(t, t, t - self.step) for t in reversed(self.timesteps)]
+
+    def diffusion(self) -> tuple[float, float]:
+        """(sqrt(a_t), sqrt(b_t)) at the deepest timestep: z_t = sqrt(a_t) z_0 + sqrt(b_t) N(0, I)."""
+        a = self.alpha(self.timesteps[-1])
+        return math.sqrt(a), math.sqrt(1 - a)
+
+    def ancestral(self) -> list[Transition]:
+        """DDPM (eqs. 6 and 7, the smaller fixed variance) through every training timestep from the deepest to 1."""
+        steps = []
+        for t in range(self.timesteps[-1], 0, -1):
+            a, a_prev = self.alpha(t), self.alpha(t - 1)
+            beta = 1 - a / a_prev
+            x0_weight = math.sqrt(a_prev) * beta / (1 - a)
+            scale = math.sqrt(a / a_prev) * (1 - a_prev) / (1 - a) + x0_weight / math.sqrt(a)
+            noise_scale = -x0_weight * math.sqrt((1 - a) / a)
+            sigma = math.sqrt((1 - a_prev) / (1 - a) * beta)
+            steps.append(Transition(t, scale, noise_scale, sigma))
+        return steps
+
+    def votes(self) -> list[VoteCoefficients]:
+        """The T + 2 guided updates of videopure: one x0 vote a denoising step, then the final latents themselves."""
+        steps = []
+        for t in reversed(self.timesteps):
+            a = self.alpha(t)
+            update = self._config.update_scale * self.log_variance(t) / math.sqrt(a)
+            steps.append(VoteCoefficients(math.sqrt(a), math.sqrt(1 - a), update, predicts_x0=True))
+        return [*steps, steps[-1]._replace(predicts_x0=False)]
