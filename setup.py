@@ -1,0 +1,66 @@
+"""Builds the extension module with CMake and Ninja. Everything else is declared in pyproject.toml.
+
+CMAKE_ARGS adds arguments to the configuration: CMAKE_ARGS="-DVPF_CUDA=OFF" pip install .
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_tool(name: str, directory: str) -> str | None:
+    """The build tool on PATH, or else the one of its pip package, whose attribute `directory` says where it lies."""
+    if found := shutil.which(name):
+        return found
+    return shutil.which(name, path=getattr(__import__(name), directory)) if find_spec(name) else None
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cmake = find_tool("cmake", "CMAKE_BIN_DIR")
+        if cmake is None:
+            raise RuntimeError("building videopure_fast needs CMake 3.22 or newer: pip install cmake")
+        # A staging folder, from which an editable install copies the module into the source tree.
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        # A cache remembers an isolated build's vanished environment, and options that this build was not given.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build)),
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        if ninja := find_tool("ninja", "BIN_DIR"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        subprocess.run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)
+        subprocess.run([cmake, "--build", str(build), "--config", "Release", "--parallel"], check=True)
+
+
+setup(
+    # Named one by one: kernels/ has no __init__.py, and automatic discovery would skip it or take bench/ and tests/.
+    packages=["videopure_fast", "videopure_fast.tiny", "videopure_fast.kernels"],
+    package_data={"videopure_fast.tiny": ["weights/**"]},
+    ext_modules=[
+        Extension(
+            "videopure_fast._C",
+            sources=["csrc/bindings.cpp", "csrc/guided_update.cpp", "csrc/guided_update.cu"],
+            depends=["csrc/guided_update.h", "CMakeLists.txt"],  # lets a source distribution carry them
+        )
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,142 @@
+"""The house holds together: one-way imports, a cheap import, CUDA sources that compile, a wheel that runs elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "videopure_fast"
+
+# Imports go one way: a module may import those before it. The package's own __init__ stands at the end.
+ORDER = (
+    *("config", "schedule", "reference", "kernels", "_C", "ops"),
+    *("tiny", "flow", "prior", "unet", "vae", "purifier", "video"),
+    *("defense", "streaming", "scale", "attacks", "evaluation", "cli", "__main__", "__init__"),
+)
+TINY_LEAVES = {"tiny.clips", "tiny.models"}
+TINY_SCRIPT = "tiny.train"
+
+
+def sources() -> dict[str, Path]:
+    """Dotted names inside the package, of the package and of kernels/, to files."""
+    files = sorted(PACKAGE.glob("*.py")) + sorted(PACKAGE.glob("tiny/*.py")) + sorted(PACKAGE.glob("kernels/*.py"))
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """The absolute names that a module imports, wherever in it the statement stands: `a.b` and each `a.b.c` of it."""
+    package = ["videopure_fast", *name.split(".")[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def house_imports(name: str, path: Path) -> set[str]:
+    """The modules of the house that a module imports: "ops", "tiny.models"."""
+    found = set()
+    for imported in imports(name, path):
+        root, *parts = imported.split(".")
+        if root == "videopure_fast":
+            depth = 2 if parts and parts[0] in ("tiny", "kernels") else 1
+            found.add(".".join(parts[:depth]) or "__init__")
+    return found
+
+
+@pytest.mark.parametrize("name", sources())
+def test_imports_go_one_way(name):
+    path = sources()[name]
+    for foreign in imports(name, path):
+        assert foreign.split(".")[0] not in ("tests", "bench", "kernels"), f"{name} imports {foreign}"
+    imported = house_imports(name, path)
+    if name in TINY_LEAVES:
+        assert imported <= TINY_LEAVES, f"{name} is a leaf, but imports {imported}"
+    elif name.startswith("kernels."):
+        assert not imported, f"{name} is a leaf, but imports {imported}"
+    elif name != TINY_SCRIPT:
+        place = name.split(".")[0]
+        assert place in ORDER, f"give {name} a place in ORDER"
+        for other in imported:
+            assert other != TINY_SCRIPT, f"{name} imports {TINY_SCRIPT}, a script"
+            room = other.split(".")[0]
+            # A name the package itself exports counts as an import of the package, which stands at the end.
+            before = ORDER.index(room) if room in ORDER else ORDER.index("__init__")
+            own = place == room == "tiny"
+            assert own or before < ORDER.index(place), f"{name} imports {other}, which stands after it"
+
+
+def test_import_is_cheap():
+    """`import videopure_fast` loads none of the heavy optional packages and starts no GPU."""
+    code = "import sys, torch, videopure_fast.ops; print(*sys.modules); print(torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    modules, initialized = done.stdout.splitlines()
+    heavy = {"diffusers", "triton", "av", "cv2", "transformers", "xformers", "videopure_fast._C"}
+    assert heavy.isdisjoint(modules.split())
+    assert initialized == "False"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_cuda_sources_compile(architecture, tmp_path):
+    """To machine code, without spilling registers, for each architecture that CMakeLists.txt names."""
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
+    for source in sorted((ROOT / "csrc").glob("*.cu")):
+        output = tmp_path / f"{source.stem}.cubin"
+        done = subprocess.run([*command, "-o", str(output), str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spills = [line for line in done.stderr.splitlines() if "spill" in line]
+        assert spills
+        assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder into which the wheel of this tree is installed."""
+    wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
+    # From a copy: setuptools puts whatever an earlier build left under build/ into the wheel.
+    source = tmp_path_factory.mktemp("source") / "tree"
+    leave_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "tests", "bench")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=leave_out)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, source], check=True)
+    (wheel,) = wheels.glob("videopure_fast-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
+    return target
+
+
+def run_installed(installed: Path, cwd: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_holds_everything(installed, tmp_path):
+    package = installed / "videopure_fast"
+    assert list(package.glob("_C.*"))
+    assert (package / "kernels" / "guided_update.py").is_file()
+    assert {path.name.split("-")[0] for path in installed.iterdir()} <= {"videopure_fast", "bin"}
+    weights = {path.relative_to(PACKAGE) for path in (PACKAGE / "tiny" / "weights").rglob("*") if path.is_file()}
+    assert weights
+    assert all((package / path).is_file() for path in weights)
+    code = "from videopure_fast import ops; print(ops.__file__, ops.backends()['cpu'])"
+    assert run_installed(installed, tmp_path, "-c", code).split() == [str(package / "ops.py"), "available"]
+
+
+@pytest.mark.slow
+def test_wheel_runs_elsewhere(installed, tmp_path):
+    assert "cpu" in run_installed(installed, tmp_path, "-m", "videopure_fast", "info")
+    assert run_installed(installed, tmp_path, "-m", "videopure_fast", "demo", "--clips", "4")
