@@ -1,0 +1,58 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+
+from videopure_fast import Purifier, PurifyConfig
+
+UNET = {
+    "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
+    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+}
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [4, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def shift_flow(prev, next):
+    """A flow estimator that depends on the frames, and on nothing else."""
+    motion = (next - prev).mean((1, 2, 3))
+    return motion.view(-1, 1, 1, 1).expand(-1, 2, *prev.shape[-2:]) * 40
+
+
+def build_purifier(*, dtype=torch.float32, max_frames=8, prompts=1, flow=shift_flow, **config):
+    """A small random purifier. Layers that diffusers starts at zero are drawn anew: they would hide the time axis."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        unet, vae = UNet3DConditionModel(**UNET), AutoencoderKL(**VAE)
+        for parameter in unet.parameters():
+            if parameter.count_nonzero() == 0:
+                torch.nn.init.normal_(parameter, std=0.1)
+        embeds = torch.randn(prompts, 1, 3, 8)
+    config = {"inversion_steps": 1, "spatial_weight": 20.0, "temporal_weight": 0.2, "window_overlap": 2} | config
+    return Purifier(
+        unet,
+        vae,
+        embeds[0],
+        negative_prompt_embeds=embeds[1] if prompts == 2 else None,
+        flow=flow,
+        config=PurifyConfig(**config),
+        max_frames=max_frames,
+    ).to(dtype)
+
+
+def clips(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def purifier():
+    return build_purifier()

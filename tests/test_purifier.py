@@ -1,0 +1,495 @@
+import os
+import time
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from conftest import build_purifier, clips, shift_flow
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from videopure_fast import Purifier, PurifyConfig, reference
+from videopure_fast.purifier import window_starts, window_weights
+from videopure_fast.schedule import Schedule
+
+METHODS = ("videopure", "ddim_inversion", "ddim", "ddpm")
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"method": "magic"}, ValueError),
+        ({"inversion_steps": -1}, ValueError),
+        ({"inversion_steps": 50}, ValueError),
+        ({"inversion_steps": 2.0}, TypeError),
+        ({"inversion_steps": True}, TypeError),
+        ({"num_inference_steps": 0}, ValueError),
+        ({"num_inference_steps": 2000}, ValueError),
+        ({"spatial_weight": float("nan")}, ValueError),
+        ({"temporal_weight": float("inf")}, ValueError),
+        ({"update_scale": "4"}, TypeError),
+        ({"beta_start": 0.0}, ValueError),
+        ({"beta_end": 1.0}, ValueError),
+        ({"window_overlap": -1}, ValueError),
+        ({"decode_chunk": 0}, ValueError),
+        ({"steps_offset": 20, "inversion_steps": 49}, ValueError),
+    ],
+)
+def test_config_refuses(setting, error):
+    with pytest.raises(error) as caught:
+        PurifyConfig(**setting)
+    assert next(iter(setting)) in str(caught.value)
+
+
+def test_config_is_frozen_and_rescales_the_weights():
+    config = PurifyConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.method = "ddim"
+    assert config.rescaled(32, 28, 28) == config
+    small = config.rescaled(16, 14, 14)
+    assert (small.spatial_weight, small.temporal_weight) == (100.0, 1.25)
+
+
+def test_scheduler_configuration_is_read_or_refused():
+    schedule = Schedule(PurifyConfig(), {"beta_start": 1e-4, "beta_end": 2e-2, "_class_name": "DDIMScheduler"})
+    assert schedule.alphas_cumprod[0] == pytest.approx(1 - 1e-4)
+    for wrong in ({"beta_schedule": "linear"}, {"prediction_type": "v_prediction"}, {"trained_betas": [0.1]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Schedule(PurifyConfig(), wrong)
+
+
+# The method
+
+
+def test_closed_form_equals_autograd_in_float64():
+    g = generator(0)
+    z, e = (torch.randn(2, 3, 4, 5, 6, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    target = torch.randn(3, 4, 5, 6, 7, generator=g, dtype=torch.float64)
+    flow = 3 * torch.randn(3, 4, 2, 6, 7, generator=g, dtype=torch.float64)
+    config = PurifyConfig()
+    steps = Schedule(config).votes()[-2:]
+    closed = reference.guided_update(z, e, target, flow, steps, spatial_weight=800.0, temporal_weight=5.0)
+    for vote, state, noise, step in zip(closed, z, e, steps, strict=True):
+        slow = reference.guidance_by_autograd(state, noise, target, flow, step, config)
+        slow = (slow - step.sqrt_beta * noise) / step.sqrt_alpha if step.predicts_x0 else slow
+        torch.testing.assert_close(vote, slow, rtol=0, atol=1e-12)
+
+
+def test_guided_update_gradient_in_float64():
+    g = generator(1)
+    z, e = (torch.randn(1, 1, 2, 3, 4, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    target = torch.randn(1, 2, 3, 4, 5, generator=g, dtype=torch.float64)
+    flow = torch.randn(1, 2, 2, 4, 5, generator=g, dtype=torch.float64)
+    steps = Schedule(PurifyConfig()).votes()[:1]
+
+    def update(z, e, target):
+        return reference.guided_update(z, e, target, flow, steps, spatial_weight=8.0, temporal_weight=0.5)
+
+    inputs = [x.requires_grad_() for x in (z, e, target)]
+    assert torch.autograd.gradcheck(update, inputs)
+
+
+def test_purifier_equals_the_slow_reference():
+    purifier = build_purifier(dtype=torch.float64, inversion_steps=2)
+    clip = clips(3, 5, 16, 18, dtype=torch.float64)
+    flow = purifier.latent_flow(clip[None])[0]
+    slow = reference.videopure(purifier.unet, purifier.vae, purifier.prompt_embeds, clip, flow, purifier.config)
+    torch.testing.assert_close(purifier(clip, return_votes=True), slow, rtol=0, atol=1e-9)
+
+
+def test_equal_prompts_run_no_second_half(purifier):
+    same = Purifier(
+        purifier.unet,
+        purifier.vae,
+        purifier.prompt_embeds,
+        negative_prompt_embeds=purifier.prompt_embeds.clone(),
+        flow=purifier.flow,
+        config=purifier.config,
+        max_frames=purifier.max_frames,
+    )
+    batches = []
+    hook = same.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    assert torch.equal(same(clips(3, 5, 16, 18)), purifier(clips(3, 5, 16, 18)))
+    hook.remove()
+    assert batches == [1] * 8
+
+
+def test_different_prompts_are_guided():
+    purifier = build_purifier(dtype=torch.float64, prompts=2)
+    z = clips(2, 4, 3, 8, 8, dtype=torch.float64)
+    t = torch.tensor(21)
+    negative = purifier.unet(z, t, purifier.negative_prompt_embeds.expand(2, -1, -1)).sample
+    positive = purifier.unet(z, t, purifier.prompt_embeds.expand(2, -1, -1)).sample
+    expected = negative + 7.5 * (positive - negative)
+    torch.testing.assert_close(purifier.predict_noise(z, t, 7.5), expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(negative, positive)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_votes_shapes_and_ranges(method):
+    purifier = build_purifier(method=method)
+    video = clips(2, 3, 4, 16, 20)
+    votes = purifier(video, return_votes=True, generator=generator(1))
+    assert votes.shape == (2, 3 if method == "videopure" else 1, 3, 4, 16, 20)
+    assert votes.dtype == torch.float32 and votes.min() >= 0 and votes.max() <= 1
+    last = purifier(video, generator=generator(1))
+    torch.testing.assert_close(last, votes[:, -1], rtol=0, atol=1e-5)
+    assert purifier(video[0], generator=generator(1), return_votes=True).shape == votes.shape[1:]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_equals_singles(method):
+    # float64, or rounding would flip signs; tests/test_tiny.py has the float32 figure on the packaged prior.
+    purifier = build_purifier(method=method, dtype=torch.float64)
+    video = clips(3, 3, 11, 16, 18, dtype=torch.float64)  # two windows
+    batch = purifier(video, return_votes=True, generator=generator(7))
+    one_generator = generator(7)
+    singles = [purifier(clip, return_votes=True, generator=one_generator) for clip in video]
+    torch.testing.assert_close(batch, torch.stack(singles), rtol=0, atol=1e-9)
+    listed = purifier(video, return_votes=True, generator=[generator(i) for i in range(3)])
+    alone = purifier(video[2], return_votes=True, generator=generator(2))
+    torch.testing.assert_close(listed[2], alone, rtol=0, atol=1e-9)
+    if method in ("ddim", "ddpm"):
+        assert not torch.allclose(listed[2], batch[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deterministic(method):
+    purifier, video = build_purifier(method=method), clips(1, 3, 3, 16, 16)
+    torch.manual_seed(3)
+    first = purifier(video)
+    torch.manual_seed(3)
+    assert torch.equal(purifier(video), first)
+    if method in ("videopure", "ddim_inversion"):
+        state = torch.get_rng_state()
+        purifier(video)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_train_never_wakes_dropout(purifier):
+    video = clips(1, 3, 3, 16, 16)
+    expected = purifier(video)
+    for wake in (purifier.train, torch.nn.Sequential(purifier).train):
+        wake()
+        assert not any(module.training for module in purifier.modules())
+        assert torch.equal(purifier(video), expected)
+    assert not any(parameter.requires_grad for parameter in purifier.parameters())
+
+
+def test_modules_stay_untouched(purifier):
+    before = {key: value.clone() for key, value in purifier.state_dict().items()}
+    unet, vae = purifier.unet, purifier.vae
+    purifier(clips(1, 3, 3, 16, 16))
+    assert purifier.unet is unet and purifier.vae is vae
+    after = purifier.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+# Windows and padding
+
+
+@given(st.integers(2, 200), st.integers(2, 33), st.data())
+def test_windows_cover_every_frame(frames, length, data):
+    overlap = data.draw(st.integers(0, length - 1))
+    starts = window_starts(frames, length, overlap)
+    covered = torch.zeros(frames)
+    for start in starts:
+        covered[start : start + length] += window_weights(length, overlap)[: frames - start]
+    assert (covered > 0).all()
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    if frames > length:
+        assert starts[-1] == frames - length
+        assert all(b - a <= length - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_long_clip_blends_its_windows(purifier):
+    video = clips(1, 3, 13, 16, 16)
+    votes = purifier(video, return_votes=True)
+    windows = {s: purifier(video[:, :, s : s + 8], return_votes=True) for s in (0, 5)}
+    torch.testing.assert_close(votes[:, :, :, :5], windows[0][:, :, :, :5], rtol=0, atol=1e-6)
+    torch.testing.assert_close(votes[:, :, :, 8:], windows[5][:, :, :, 3:], rtol=0, atol=1e-6)
+    weights = window_weights(8, 2)
+    for frame in (5, 6, 7):
+        a, b = weights[frame], weights[frame - 5]
+        mixed = (a * windows[0][:, :, :, frame] + b * windows[5][:, :, :, frame - 5]) / (a + b)
+        torch.testing.assert_close(votes[:, :, :, frame], mixed, rtol=0, atol=1e-6)
+
+
+def test_flow_is_called_once_a_window_with_all_pairs():
+    calls = []
+
+    def flow(prev, next):
+        calls.append((prev, next))
+        return shift_flow(prev, next)
+
+    purifier = build_purifier(flow=flow)
+    video = clips(2, 3, 13, 16, 17, dtype=torch.float64)
+    purifier(video)
+    assert len(calls) == 4  # two clips, two windows
+    for prev, next in calls:
+        assert prev.shape == next.shape == (7, 3, 16, 18)  # padded
+        assert prev.dtype == torch.float32
+        assert torch.equal(prev[1:], next[:-1])
+    torch.testing.assert_close(calls[0][0][:, :, :, :17], video[0, :, :7].transpose(0, 1).float())
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(2, 9), st.integers(16, 21), st.integers(16, 21))
+def test_any_size_keeps_its_shape(frames, height, width):
+    purifier = build_purifier(inversion_steps=0)
+    assert purifier(clips(3, frames, height, width)).shape == (3, frames, height, width)
+
+
+def test_padding_replicates_and_crops(purifier):
+    video = clips(1, 3, 4, 17, 19)
+    padded = torch.nn.functional.pad(video[0], (0, 1, 0, 1), mode="replicate")[None]
+    torch.testing.assert_close(purifier(video), purifier(padded)[..., :17, :19], rtol=0, atol=1e-6)
+
+
+# Types at the door
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_result_has_the_dtype_of_the_video(purifier, dtype):
+    video = (clips(1, 3, 3, 16, 16) * 255).round() / 255
+    result = purifier(video.to(dtype))
+    assert result.dtype == dtype
+    assert (result.float() - purifier(video)).abs().mean() < 0.01
+
+
+def test_uint8_rounds_to_nearest(purifier):
+    video = (clips(1, 3, 3, 16, 16) * 255).to(torch.uint8)
+    result = purifier(video)
+    assert result.dtype == torch.uint8
+    exact = purifier(video.float() / 255) * 255
+    assert torch.equal(result, exact.round().to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs(dtype):
+    video = clips(1, 3, 3, 16, 16)
+    result = build_purifier(dtype=dtype, temporal_weight=0.0)(video)
+    assert result.dtype == torch.float32
+    assert (result - build_purifier(temporal_weight=0.0)(video)).abs().mean() < 0.1
+
+
+def test_input_is_not_modified_nor_shared(purifier):
+    video = clips(1, 3, 9, 16, 16)
+    before = video.clone()
+    result = purifier(video.transpose(-1, -2))  # not contiguous
+    result.zero_()
+    assert torch.equal(video, before)
+
+
+def test_float32_means_float32_and_settings_come_back(purifier):
+    backends = torch.backends
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    seen = []
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        purifier(
+            clips(1, 3, 3, 16, 16), callback=lambda *_: seen.append([switch.fp32_precision for switch in switches])
+        )
+        assert seen and all(precisions == ["ieee"] * 4 for precisions in seen)
+        with pytest.raises(RuntimeError, match="stop"):
+            purifier(clips(1, 3, 3, 16, 16), callback=lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+        assert [switch.fp32_precision for switch in switches] == ["tf32"] * 4
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def test_callback_sees_every_evaluation(purifier, capfd):
+    seen = []
+    purifier(clips(2, 3, 3, 16, 16), callback=lambda *step: seen.append(step), progress=True)
+    assert [step[:3] for step in seen] == [
+        ("inversion", 0, 1),
+        ("inversion", 1, 21),
+        ("denoising", 0, 21),
+        ("denoising", 1, 1),
+    ]
+    assert all(step[3].shape == (2, 4, 3, 8, 8) for step in seen)
+    assert "videopure" in capfd.readouterr().err
+
+
+# Gradients
+
+
+def test_gradients_only_where_asked(purifier):
+    video = clips(1, 3, 3, 16, 16)
+    assert purifier(video).grad_fn is None
+    wanted = video.clone().requires_grad_()
+    with torch.no_grad():
+        assert purifier(wanted).grad_fn is None
+    assert purifier(wanted).grad_fn is not None
+    with torch.inference_mode():
+        result = purifier(video)
+    assert not result.is_inference()
+    scale = torch.ones((), requires_grad=True)
+    (result * scale).sum().backward()
+    assert scale.grad.isfinite()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_matches_finite_differences(method):
+    purifier = build_purifier(dtype=torch.float64, method=method, inversion_steps=1 if method != "ddpm" else 0)
+    video = 0.2 + 0.6 * clips(1, 3, 3, 16, 16, dtype=torch.float64)
+    weight = torch.randn(video.shape, generator=generator(2), dtype=torch.float64)
+    direction = torch.randn(video.shape, generator=generator(3), dtype=torch.float64)
+
+    def loss(x):
+        return (purifier(x, generator=generator(4)) * weight).sum()
+
+    wanted = video.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(wanted), wanted)
+    h = 1e-7
+    with torch.no_grad():
+        numeric = (loss(video + h * direction) - loss(video - h * direction)) / (2 * h)
+    analytic = (gradient * direction).sum()
+    assert analytic.abs() > 1e-6
+    torch.testing.assert_close(analytic, numeric, rtol=1e-4, atol=1e-6)
+
+
+# Bad input
+
+GOOD = clips(1, 3, 4, 16, 16)
+BAD_VIDEOS = {
+    "not a tensor": (GOOD.numpy(), TypeError, "ndarray"),
+    "a list": ([GOOD], TypeError, "list"),
+    "rank 3": (GOOD[0, 0], ValueError, r"\(4, 16, 16\)"),
+    "rank 6": (GOOD[None], ValueError, "shape"),
+    "channels": (clips(1, 4, 4, 16, 16), ValueError, r"\(1, 4, 4, 16, 16\)"),
+    "frames first": (clips(1, 8, 3, 16, 16), ValueError, r"\(B, 3, F, H, W\)"),
+    "empty batch": (clips(0, 3, 4, 16, 16), ValueError, "empty"),
+    "bool": (GOOD > 0.5, TypeError, "bool"),
+    "int8": (GOOD.to(torch.int8), TypeError, "int8"),
+    "int64": (GOOD.long(), TypeError, "int64"),
+    "complex": (GOOD.to(torch.complex64), TypeError, "complex"),
+    "float8": (GOOD.to(torch.float8_e4m3fn), TypeError, "float8"),
+    "nan": (GOOD * float("nan"), ValueError, "NaN"),
+    "inf": (GOOD / 0, ValueError, "infinite"),
+    "above": (GOOD * 255, ValueError, r"\[0, 1\]"),
+    "below": (GOOD * 2 - 1, ValueError, r"\[0, 1\]"),
+    "one frame": (clips(1, 3, 1, 16, 16), ValueError, "frames"),
+    "no frames": (clips(1, 3, 0, 16, 16), ValueError, "frames"),
+    "low": (clips(1, 3, 4, 15, 16), ValueError, "16 pixels"),
+    "narrow": (clips(1, 3, 4, 16, 8), ValueError, "16 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_bad_video(purifier, name):
+    video, error, words = BAD_VIDEOS[name]
+    start = time.perf_counter()
+    with pytest.raises(error, match=words) as caught:
+        purifier(video)
+    assert "accepted" in str(caught.value)
+    assert time.perf_counter() - start < 2
+
+
+def test_bad_generators():
+    purifier = build_purifier(method="ddim")
+    with pytest.raises(ValueError, match="2 generators for 1 clips"):
+        purifier(GOOD, generator=[generator(0), generator(1)])
+    for wrong in (7, [7]):
+        with pytest.raises(TypeError, match="int"):
+            purifier(GOOD, generator=wrong)
+
+
+def test_bad_construction(purifier):
+    parts = purifier.unet, purifier.vae
+    for embeds in (torch.zeros(2, 3, 8), torch.zeros(1, 3, 9), torch.zeros(3, 8)):
+        with pytest.raises(ValueError, match=r"accepted: \(1, tokens, 8\)"):
+            Purifier(*parts, embeds)
+    with pytest.raises(TypeError, match="prompt_embeds"):
+        Purifier(*parts, "a dog")
+    with pytest.raises(ValueError, match="negative_prompt_embeds"):
+        Purifier(*parts, purifier.prompt_embeds, negative_prompt_embeds=torch.zeros(1, 4, 8))
+    with pytest.raises(ValueError, match="max_frames"):
+        Purifier(*parts, purifier.prompt_embeds, max_frames=1)
+    with pytest.raises(ValueError, match="window_overlap"):
+        Purifier(*parts, purifier.prompt_embeds, max_frames=4)
+    with pytest.raises(ValueError, match="unknown flow"):
+        Purifier(*parts, purifier.prompt_embeds, flow="magic")
+    with pytest.raises(TypeError, match="PurifyConfig"):
+        Purifier(*parts, purifier.prompt_embeds, config={})
+
+
+def test_bad_flow_is_named():
+    purifier = build_purifier(flow=lambda prev, next: prev)
+    with pytest.raises(ValueError, match=r"\(3, 2, 16, 16\), got \(3, 3, 16, 16\)"):
+        purifier(GOOD)
+
+
+# Folders
+
+
+def test_folder_round_trip_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    purifier = build_purifier(flow="dis", prompts=2, max_frames=6)
+    purifier.save_pretrained(tmp_path / "prior")
+    again = Purifier.from_pretrained(tmp_path / "prior", device="cpu")
+    assert again.config == purifier.config and again.max_frames == 6 and again.flow is purifier.flow
+    video = clips(1, 3, 4, 16, 16)
+    assert torch.equal(again(video), purifier(video))
+    changed = Purifier.from_pretrained(tmp_path / "prior", device="cpu", dtype=torch.float16, inversion_steps=0)
+    assert changed.config == replace(purifier.config, inversion_steps=0) and changed.unet.dtype == torch.float16
+    with pytest.raises(FileExistsError, match="new folder"):
+        purifier.save_pretrained(tmp_path / "prior")
+    assert os.listdir(tmp_path) == ["prior"]
+
+
+def test_folder_with_a_text_encoder(tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    purifier = build_purifier(flow="none")
+    folder = tmp_path / "prior"
+    purifier.save_pretrained(folder)
+    (folder / "prompt_embeds.safetensors").unlink()
+    (folder / "purifier.json").unlink()
+    with pytest.raises(ValueError, match="text_encoder"):
+        Purifier.from_pretrained(folder, flow="none")
+    (tmp_path / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=7)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=2, max_position_embeddings=7, **settings)).eval()
+    encoder.save_pretrained(folder / "text_encoder")
+    loaded = Purifier.from_pretrained(folder, device="cpu", flow="none")
+    tokens = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(loaded.prompt_embeds, encoder(tokens)[0])
+    assert loaded.config == PurifyConfig() and loaded.max_frames == 32
+
+
+def test_missing_and_broken_models_get_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("no-such-model", "nobody/no-such-model", str(tmp_path / "nowhere")):
+        with pytest.raises(FileNotFoundError, match="accepted: 'tiny'") as caught:
+            Purifier.from_pretrained(name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no unet/config.json"):
+        Purifier.from_pretrained(tmp_path)
+    build_purifier(flow="none").save_pretrained(tmp_path / "prior")
+    weights = tmp_path / "prior" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Purifier.from_pretrained(tmp_path / "prior")
+    (tmp_path / "prior" / "purifier.json").write_text('{"config": {"magic": 1}}')
+    with pytest.raises(ValueError, match="magic"):
+        Purifier.from_pretrained(tmp_path / "prior")
+
+
+def test_custom_flow_is_asked_for_again(tmp_path):
+    build_purifier().save_pretrained(tmp_path / "prior")
+    with pytest.raises(ValueError, match="pass it again"):
+        Purifier.from_pretrained(tmp_path / "prior")
+    assert Purifier.from_pretrained(tmp_path / "prior", flow=shift_flow).flow is shift_flow

@@ -1,0 +1,489 @@
+"""The purifier: encode -> invert -> denoise -> guided votes -> decode (arXiv 2501.14999)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import ops, reference
+from .config import PurifyConfig
+from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
+from .prior import Prior, load_prior, save_prior
+from .schedule import Schedule, Transition
+
+LEAST_SIDE = 16  # pixels
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Callback = Callable[[str, int, int, Tensor], None]
+
+
+class Purifier(nn.Module):
+    """Purifies video clips with a text-to-video diffusion model, frozen and always in eval mode.
+
+    Args:
+        unet: diffusers UNet3DConditionModel predicting epsilon; kept untouched as `.unet`.
+        vae: diffusers AutoencoderKL; kept untouched as `.vae`.
+        prompt_embeds: (1, tokens, dim), the text embedding of the prompt, which is empty in the paper.
+        negative_prompt_embeds: the same shape; classifier-free guidance runs only if it differs from `prompt_embeds`.
+        flow: callable `(prev, next) -> flow` or a name of `videopure_fast.flow.FLOWS`; None is no flow. Frames
+            (N, 3, H, W) in [0, 1], flow (N, 2, H, W) in pixels from prev to next; called once for every clip
+            (or window) with its F-1 pairs in order, in float32, on the padded clip.
+        config: settings of the method.
+        scheduler_config: a diffusers scheduler's configuration, where the model's schedule is not the config's.
+        max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows.
+
+    The modules stay on their device and in their dtype until `.to()`; float16, bfloat16, float32 and float64 work.
+    The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 is off while
+    a float32 purifier runs.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        prompt_embeds: Tensor,
+        *,
+        negative_prompt_embeds: Tensor | None = None,
+        flow: str | Flow | None = None,
+        config: PurifyConfig = PurifyConfig(),  # noqa: B008  (frozen)
+        scheduler_config: Mapping[str, Any] | None = None,
+        max_frames: int = 32,
+    ) -> None:
+        super().__init__()
+        _check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
+        if not isinstance(max_frames, int) or max_frames < 2:
+            raise ValueError(f"max_frames must be an int of at least 2, got {max_frames!r}")
+        self.unet, self.vae = unet, vae
+        self.register_buffer("prompt_embeds", prompt_embeds.detach())
+        self.register_buffer(
+            "negative_prompt_embeds", None if negative_prompt_embeds is None else negative_prompt_embeds.detach()
+        )
+        # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
+        self._guided = negative_prompt_embeds is not None and not torch.equal(
+            negative_prompt_embeds.to(prompt_embeds), prompt_embeds
+        )
+        # In a tuple, a flow network is no submodule: casting the purifier to half must not cast the flow.
+        self._flow = (no_flow if flow is None else load_flow(flow),)
+        self._scheduler_config = dict(scheduler_config or {})
+        self.max_frames = max_frames
+        self.config = config
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    @torch.inference_mode(False)  # weights made in inference mode would shut autograd out for good
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "tiny",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        flow: str | Flow | None = None,
+        config: PurifyConfig | None = None,
+        **overrides: Any,
+    ) -> Purifier:
+        """Load a prior: "tiny" (packaged, offline), a folder, or a Hugging Face text-to-video repository.
+
+        `device` is the accelerator where there is one, else the CPU; `dtype` is float16 on an accelerator, else
+        float32. `flow` and `config` are the prior's own; `overrides` are fields of PurifyConfig replaced into it.
+        FileNotFoundError for a model or network that is not there.
+        """
+        if device is None:
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.device(device)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else torch.float16
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        replace(config or PurifyConfig(), **overrides)  # a wrong setting is found before a model is loaded
+        if flow is not None:
+            flow = load_flow(flow)
+        prior = load_prior(name, dtype=dtype)
+        if flow is None:
+            flow = prior.flow
+        if flow is None:
+            raise ValueError(f"{name} was saved with a flow of the caller's own: pass it again as flow=...")
+        purifier = cls(
+            prior.unet,
+            prior.vae,
+            prior.prompt_embeds,
+            negative_prompt_embeds=prior.negative_prompt_embeds,
+            flow=flow,
+            config=replace(config or prior.config, **overrides),
+            scheduler_config=prior.scheduler_config,
+            max_frames=prior.max_frames,
+        )
+        return purifier.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write everything that `from_pretrained` needs to a new folder; a flow callable of your own is not saved."""
+        save_prior(
+            Prior(
+                self.unet,
+                self.vae,
+                self.prompt_embeds,
+                self.negative_prompt_embeds,
+                self._scheduler_config,
+                self.config,
+                flow_name(self.flow),
+                self.max_frames,
+            ),
+            folder,
+        )
+
+    @property
+    def flow(self) -> Flow:
+        return self._flow[0]
+
+    @property
+    def config(self) -> PurifyConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: PurifyConfig) -> None:
+        if not isinstance(config, PurifyConfig):
+            raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
+        if config.window_overlap >= self.max_frames:
+            raise ValueError(f"window_overlap {config.window_overlap} must be less than max_frames {self.max_frames}")
+        self._schedule = Schedule(config, self._scheduler_config)
+        self._config = config
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def train(self, mode: bool = True) -> Purifier:
+        """Stays in eval mode whatever `mode`: dropout in the UNet would change the method."""
+        return super().train(False)
+
+    def forward(
+        self,
+        video: Tensor,
+        *,
+        return_votes: bool = False,
+        generator: Generators = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Purify a batch of clips; each clip as if it were alone.
+
+        Args:
+            video: (B, 3, F, H, W) or (3, F, H, W); floats in [0, 1] or uint8; F >= 2, H and W >= 16.
+            return_votes: return all V votes, T + 2 for videopure and 1 for the baselines.
+            generator: randomness of "ddim" and "ddpm": one generator, or one for each clip. The same seeds give the
+                same result for any batching and any device.
+            progress: show a progress bar over UNet evaluations.
+            callback: called as (stage, step, timestep, latents) after each step; stage "inversion" or "denoising",
+                latents (B, 4, F, h, w). Do not modify them.
+
+        Returns the last vote, or with `return_votes` (B, V, 3, F, H, W) (no B for an unbatched clip), in the video's
+        dtype, device and range. Gradients flow if grad mode is on and `video.requires_grad`.
+        """
+        check_video(video)
+        clips = video if video.ndim == 5 else video[None]
+        generators = self._fork(generator, len(clips))
+        differentiable = torch.is_grad_enabled() and video.requires_grad
+        # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), self._precision():
+            votes = self._purify(self._admit(clips), generators, return_votes, progress, callback)
+            votes = votes[..., : video.shape[-2], : video.shape[-1]].to(video.device)
+            votes = (votes * 255).round().to(torch.uint8) if video.dtype == torch.uint8 else votes.to(video.dtype)
+            votes = votes if return_votes else votes[:, -1]
+            return votes if video.ndim == 5 else votes[0]
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w)."""
+        frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
+        means = [self.vae.encode(chunk).latent_dist.mode() for chunk in frames.split(self.config.decode_chunk)]
+        latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
+        return latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(..., 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
+        frames = (latents / self.vae.config.scaling_factor).transpose(-4, -3)
+        flat = frames.flatten(0, -4).to(self.vae.dtype)
+        decoded = torch.cat([self.vae.decode(chunk).sample for chunk in flat.split(self.config.decode_chunk)])
+        clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
+        return clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
+
+    def predict_noise(self, latents: Tensor, timestep: Tensor, guidance_scale: float) -> Tensor:
+        """The UNet's epsilon for latents (B, 4, F, h, w), with classifier-free guidance where the prompts differ."""
+        sample = latents.to(self.unet.dtype)
+        prompt = self.prompt_embeds.expand(len(sample), -1, -1)
+        if not self._guided:
+            return self.unet(sample, timestep, prompt).sample
+        negative = self.negative_prompt_embeds.expand(len(sample), -1, -1)
+        both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([negative, prompt])).sample
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def sample(
+        self,
+        latents: Tensor,
+        transitions: Sequence[Transition],
+        guidance_scale: float,
+        *,
+        first_frame_noise: bool = False,
+        fresh_noise: Tensor | None = None,
+        report: Callable[[int, int, Tensor], None] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Walk latents (B, 4, F, h, w) through `transitions`: the one loop of all methods.
+
+        first_frame_noise: frame 0's noise serves every frame (temporal DDIM inversion).
+        fresh_noise: (S, B, 4, F, h, w), one slice a transition, where they have a sigma.
+        report: called as (step, timestep, latents) after each transition.
+
+        Returns the S + 1 states, the last being the result, and the S noise predictions, in the UNet's dtype.
+        """
+        timesteps = torch.tensor([step.timestep for step in transitions], device=latents.device)
+        states, noises = [latents], []
+        for i, step in enumerate(transitions):
+            noise = self.predict_noise(latents, timesteps[i], guidance_scale)
+            used = noise[:, :, :1] if first_frame_noise else noise
+            latents = reference.ddim_step(latents, used, step.scale, step.noise_scale)
+            if step.sigma:
+                latents = latents + step.sigma * fresh_noise[i]
+            states.append(latents)
+            noises.append(noise)
+            if report is not None:
+                report(i, step.timestep, latents)
+        return states, noises
+
+    def vote(
+        self, states: list[Tensor], noises: list[Tensor], target: Tensor, flow: Tensor, *, votes: int
+    ) -> Tensor:
+        """The last `votes` guided votes of videopure, (votes, B, 4, F, h, w), from what `sample` returned of denoising.
+
+        The final state has no noise prediction of its own and shares the last one. `target` are the encoded clips,
+        `flow` (B, F-1, 2, h, w) in latent pixels.
+        """
+        return ops.guided_update(
+            torch.stack(states[-votes:]),
+            torch.stack([*noises, noises[-1]][-votes:]),
+            target,
+            flow,
+            self._schedule.votes()[-votes:],
+            spatial_weight=self.config.spatial_weight,
+            temporal_weight=self.config.temporal_weight,
+        )
+
+    @torch.no_grad()
+    def latent_flow(self, clips: Tensor) -> Tensor:
+        """Flow of clips (B, 3, F, H, W) at latent resolution: (B, F-1, 2, h, w) in latent pixels."""
+        height, width = (side // self.vae_factor for side in clips.shape[-2:])
+        flows = []
+        for clip in clips.detach().float().transpose(1, 2):
+            flow = self.flow(clip[:-1], clip[1:])
+            if not isinstance(flow, Tensor) or flow.shape != (len(clip) - 1, 2, *clip.shape[-2:]):
+                seen = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
+                raise ValueError(f"flow must return {(len(clip) - 1, 2, *clip.shape[-2:])}, got {seen}")
+            flows.append(resize_flow(flow.to(clip), height, width))
+        return torch.stack(flows).to(self._state_dtype)
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.unet.dtype, torch.float32)
+
+    def _purify(
+        self,
+        clips: Tensor,
+        generators: Sequence[torch.Generator],
+        return_votes: bool,
+        progress: bool,
+        callback: Callback | None,
+    ) -> Tensor:
+        """Votes (B, V, 3, F, H, W) of admitted clips: window by window, blended where windows overlap."""
+        frames, overlap = clips.shape[2], self.config.window_overlap
+        starts = window_starts(frames, self.max_frames, overlap)
+        inversion, denoising = self._plan()
+        with tqdm(
+            total=len(starts) * (len(inversion) + len(denoising)),
+            desc=f"{self.config.method} {len(clips)}x{frames}x{clips.shape[-2]}x{clips.shape[-1]}",
+            unit="eval",
+            disable=not progress,
+        ) as bar:
+
+            def report(stage: str, step: int, timestep: int, latents: Tensor) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(stage, step, timestep, latents)
+
+            if len(starts) == 1:
+                return self._purify_window(clips, generators, return_votes, report)
+            weights = window_weights(self.max_frames, overlap).to(clips.device, self._state_dtype)[:, None, None]
+            blended, total = None, clips.new_zeros(frames, 1, 1, dtype=self._state_dtype)
+            for start in starts:
+                window = slice(start, start + self.max_frames)
+                votes = self._purify_window(clips[:, :, window], generators, return_votes, report)
+                if blended is None:
+                    blended = votes.new_zeros(*votes.shape[:3], frames, *votes.shape[-2:])
+                blended[:, :, :, window] += weights * votes
+                total[window] += weights
+            return (blended / total).clamp(0, 1)
+
+    def _purify_window(
+        self, clips: Tensor, generators: Sequence[torch.Generator], return_votes: bool, report: Callback
+    ) -> Tensor:
+        target = self.encode(clips)
+        inversion, denoising = self._plan()
+        latents, fresh_noise = target, None
+        if inversion:
+            states, _ = self.sample(
+                latents,
+                inversion,
+                self.config.cfg_inversion,
+                first_frame_noise=self.config.method == "videopure",
+                report=functools.partial(report, "inversion"),
+            )
+            latents = states[-1]
+        else:
+            draws = 1 + sum(step.sigma > 0 for step in denoising)
+            first_noise, *fresh_noise = _normal(draws, target, generators)
+            signal, deviation = self._schedule.diffusion()
+            latents = signal * target + deviation * first_noise
+        states, noises = self.sample(
+            latents,
+            denoising,
+            self.config.cfg_denoise,
+            fresh_noise=fresh_noise,
+            report=functools.partial(report, "denoising"),
+        )
+        if self.config.method == "videopure":
+            wanted = len(states) if return_votes else 1
+            votes = self.vote(states, noises, target, self.latent_flow(clips), votes=wanted)
+        else:
+            votes = states[-1][None]
+        return self.decode(votes).transpose(0, 1)
+
+    def _plan(self) -> tuple[list[Transition], list[Transition]]:
+        """The two walks of the configured method; a method without inversion starts from diffused latents."""
+        inverts = self.config.method in ("videopure", "ddim_inversion")
+        ancestral = self.config.method == "ddpm"
+        return (
+            self._schedule.inversion() if inverts else [],
+            self._schedule.ancestral() if ancestral else self._schedule.denoising(),
+        )
+
+    def _admit(self, clips: Tensor) -> Tensor:
+        """Checked clips -> the models' device, floats in [0, 1], replicate-padded to multiples of the VAE's factor."""
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        clips = clips.to(self.unet.device, dtype) / (255 if clips.dtype == torch.uint8 else 1)
+        bottom, right = (-side % self.vae_factor for side in clips.shape[-2:])
+        if not bottom and not right:
+            return clips
+        return F.pad(clips.flatten(0, 1), (0, right, 0, bottom), mode="replicate").unflatten(0, clips.shape[:2])
+
+    def _fork(self, generator: Generators, batch: int) -> list[torch.Generator]:
+        """One CPU generator a clip, so that its noise depends on no other clip, no batching and no device."""
+        if generator is not None and not isinstance(generator, (torch.Generator, list, tuple)):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
+        sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch
+        if len(sources) != batch:
+            raise ValueError(f"got {len(sources)} generators for {batch} clips; accepted: one, or one for each clip")
+        if not all(source is None or isinstance(source, torch.Generator) for source in sources):
+            raise TypeError(f"generators must be torch.Generator, got {[type(g).__name__ for g in sources]}")
+        if self.config.method in ("videopure", "ddim_inversion"):
+            return []  # deterministic: the caller's generators stay where they are
+        forks = []
+        for source in sources:
+            seed = torch.randint(2**63 - 1, (), generator=source, device="cpu" if source is None else source.device)
+            forks.append(torch.Generator().manual_seed(seed.item()))
+        return forks
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Full float32 products while a float32 purifier runs; the caller's settings afterwards."""
+        backends = torch.backends
+        switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        if torch.float32 not in (self.unet.dtype, self.vae.dtype):
+            switches = ()
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+
+
+def purify(video: Tensor, model: str | os.PathLike[str] = "tiny", **overrides: Any) -> Tensor:
+    """Purify clips in one call: `Purifier.from_pretrained(model, **overrides)(video)`, the purifier being kept.
+
+    video: (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8. `overrides` are fields of PurifyConfig, or
+    `device`, `dtype` and `flow`.
+    """
+    check_video(video)
+    return _loaded(model, **overrides)(video)
+
+
+_loaded = functools.lru_cache(maxsize=2)(Purifier.from_pretrained)
+
+
+def check_video(video: Tensor) -> None:
+    """Raise TypeError or ValueError for anything that `Purifier` does not accept."""
+    accepted = "accepted: (B, 3, F, H, W) or (3, F, H, W) with F >= 2 frames and sides of 16 pixels or more"
+    if not isinstance(video, Tensor):
+        raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
+    if video.dtype not in _DTYPES:
+        raise TypeError(f"video is {video.dtype}; accepted: floats of 16 bits or more in [0, 1], or uint8 in 0..255")
+    shape = tuple(video.shape)
+    if video.ndim not in (4, 5) or video.shape[-4] != 3:
+        raise ValueError(f"video has shape {shape}; {accepted}")
+    if video.ndim == 5 and not len(video):
+        raise ValueError(f"video has shape {shape}, an empty batch; {accepted}")
+    if video.shape[-3] < 2 or min(shape[-2:]) < LEAST_SIDE:
+        raise ValueError(f"video has shape {shape}; {accepted}")
+    if video.is_floating_point():
+        low, high = (bound.item() for bound in torch.aminmax(video.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
+        if low < 0 or high > 1:
+            raise ValueError(f"video has values from {low:.6g} to {high:.6g}; accepted: floats in [0, 1], or uint8")
+
+
+def window_starts(frames: int, length: int, overlap: int) -> list[int]:
+    """First frames of the windows that cover a clip; the last window is aligned to the clip's end."""
+    if frames <= length:
+        return [0]
+    return [*range(0, frames - length, length - overlap), frames - length]
+
+
+def window_weights(length: int, overlap: int) -> Tensor:
+    """Blending weights (length,) of a window: ramps over the overlaps, so that neighbours cross-fade."""
+    position = torch.arange(length)
+    ramp = torch.minimum(position, length - 1 - position) + 1
+    return ramp.clamp(max=overlap + 1) / (overlap + 1)
+
+
+def _normal(draws: int, like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise (draws, *like.shape), each clip's from its own generator."""
+    noise = [torch.randn(draws, *like.shape[1:], generator=generator) for generator in generators]
+    return torch.stack(noise, 1).to(like)
+
+
+def _check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:
+    dim = unet.config.cross_attention_dim
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if embeds is None and name == "negative_prompt_embeds":
+            continue
+        if not isinstance(embeds, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(embeds).__name__}")
+        if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[-1] != dim:
+            raise ValueError(f"{name} has shape {tuple(embeds.shape)}; accepted: (1, tokens, {dim})")
+    if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
+        raise ValueError(
+            f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}, "
+            f"prompt_embeds {tuple(prompt_embeds.shape)}; they must be equal"
+        )
