@@ -1,4 +1,6 @@
+import fnmatch
 import os
+import shutil
 import time
 from dataclasses import FrozenInstanceError, replace
 
@@ -467,6 +469,46 @@ def test_folder_with_a_text_encoder(tmp_path):
     tokens = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
     torch.testing.assert_close(loaded.prompt_embeds, encoder(tokens)[0])
     assert loaded.config == PurifyConfig() and loaded.max_frames == 32
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_hub_repository_is_downloaded_once_over(tmp_path, monkeypatch, safe):
+    purifier = build_purifier(flow="none")
+    purifier.save_pretrained(tmp_path / "hub")
+    if not safe:
+        (tmp_path / "hub" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        purifier.unet.save_pretrained(tmp_path / "hub" / "unet", safe_serialization=False)
+    for extra in ("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin", "README.md"):
+        (tmp_path / "hub" / extra).write_text("never downloaded")
+    files = [str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+    def download(name, allow_patterns):
+        for file in files:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(tmp_path / "hub" / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded = Purifier.from_pretrained("someone/model", device="cpu")
+    video = clips(1, 3, 3, 16, 16)
+    assert torch.equal(loaded(video), purifier(video))
+    downloaded = {str(path.relative_to(tmp_path / "cache")) for path in (tmp_path / "cache").rglob("*.*")}
+    assert not downloaded & {"unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin"}
+
+
+def test_a_pickle_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    build_purifier(flow="none").save_pretrained(tmp_path / "prior")
+    (tmp_path / "prior" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"weight": Payload()}, tmp_path / "prior" / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Purifier.from_pretrained(tmp_path / "prior")
+    assert not (tmp_path / "owned").exists()
 
 
 def test_missing_and_broken_models_get_one_sentence(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ A folder holds the diffusers modules `unet/` and `vae/`, `scheduler/scheduler_co
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -24,11 +25,6 @@ from .config import PurifyConfig
 
 _PACKAGED = {"tiny": Path(__file__).with_name("tiny") / "weights"}
 _LARGEST_JSON = 1 << 20  # bytes; a configuration is a few kilobytes
-# Weights as safetensors alone, never a pickle; the half-precision duplicates are left on the hub.
-_DOWNLOADED = [
-    *("unet/*.json", "unet/*.safetensors", "vae/*.json", "vae/*.safetensors", "scheduler/*.json", "purifier.json"),
-    *("text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*", "prompt_embeds.safetensors"),
-]
 
 
 class Prior(NamedTuple):
@@ -60,8 +56,9 @@ def load_prior(name: str | os.PathLike[str], *, dtype: torch.dtype) -> Prior:
     from diffusers import AutoencoderKL, UNet3DConditionModel
 
     try:
-        unet = UNet3DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, use_safetensors=True)
+        # Both take safetensors, or a .bin that torch reads with weights_only.
+        unet = UNet3DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
         prompt_embeds, negative_prompt_embeds = _embeddings(folder)
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the prior in {folder} cannot be read: {_first_line(error)}") from error
@@ -108,15 +105,27 @@ def _find(name: str | os.PathLike[str]) -> Path:
     accepted = f"accepted: {', '.join(map(repr, _PACKAGED))}, a folder, or the name of a Hugging Face repository"
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"no model {str(name)!r}; {accepted}")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(name), allow_patterns=_DOWNLOADED, ignore_patterns=["*.fp16.*"]))
+        return _download(str(name))
     except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
         raise FileNotFoundError(
             f"no folder {str(name)!r}, and the Hugging Face repository of that name cannot be had "
             f"({_first_line(error)}); {accepted}"
         ) from error
+
+
+def _download(name: str) -> Path:
+    """The hub's repository in the local cache: of the weights, which are stored several times over, one copy."""
+    import huggingface_hub
+
+    try:
+        files = [file for file in huggingface_hub.list_repo_files(name) if ".fp16." not in file]
+    except Exception:  # no network, or no such repository: it may have been downloaded before
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    wanted = fnmatch.filter(files, "*.json") + fnmatch.filter(files, "tokenizer/*") + ["prompt_embeds.safetensors"]
+    for part in ("unet", "vae", "text_encoder"):
+        wanted += fnmatch.filter(files, f"{part}/*.safetensors") or fnmatch.filter(files, f"{part}/*.bin")
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
 
 
 def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +142,7 @@ def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
             "encoding the empty prompt of this model needs transformers: pip install 'videopure-fast[pretrained]'"
         ) from error
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True).eval()
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     with torch.no_grad():
         return encoder(tokens.input_ids)[0], None

@@ -64,10 +64,10 @@ class Purifier(nn.Module):
         if not isinstance(max_frames, int) or max_frames < 2:
             raise ValueError(f"max_frames must be an int of at least 2, got {max_frames!r}")
         self.unet, self.vae = unet, vae
-        self.register_buffer("prompt_embeds", prompt_embeds.detach())
-        self.register_buffer(
-            "negative_prompt_embeds", None if negative_prompt_embeds is None else negative_prompt_embeds.detach()
-        )
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.detach().to(unet.device)
+        self.register_buffer("prompt_embeds", prompt_embeds.detach().to(unet.device))
+        self.register_buffer("negative_prompt_embeds", negative_prompt_embeds)
         # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
         self._guided = negative_prompt_embeds is not None and not torch.equal(
             negative_prompt_embeds.to(prompt_embeds), prompt_embeds
@@ -220,10 +220,10 @@ class Purifier(nn.Module):
     def predict_noise(self, latents: Tensor, timestep: Tensor, guidance_scale: float) -> Tensor:
         """The UNet's epsilon for latents (B, 4, F, h, w), with classifier-free guidance where the prompts differ."""
         sample = latents.to(self.unet.dtype)
-        prompt = self.prompt_embeds.expand(len(sample), -1, -1)
+        prompt = self.prompt_embeds.to(sample.dtype).expand(len(sample), -1, -1)
         if not self._guided:
             return self.unet(sample, timestep, prompt).sample
-        negative = self.negative_prompt_embeds.expand(len(sample), -1, -1)
+        negative = self.negative_prompt_embeds.to(sample.dtype).expand(len(sample), -1, -1)
         both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([negative, prompt])).sample
         unconditional, conditional = both.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
