@@ -1,0 +1,100 @@
+import pytest
+import torch
+from conftest import build_purifier, clips
+from torch import nn
+
+from videopure_fast import DefendedClassifier
+from videopure_fast.attacks import pgd
+from videopure_fast.defense import majority
+from videopure_fast.evaluation import temporal_mean, wilson_interval
+
+
+class Linear(nn.Module):
+    """Clips -> 5 logits, with a dropout that only training wakes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 16 * 16, 5), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return self.head(x - 0.5)
+
+
+@pytest.fixture
+def defended(purifier):
+    return DefendedClassifier(Linear(), purifier).eval()
+
+
+def test_majority_takes_the_smallest_of_equals():
+    labels = torch.tensor([[2, 1, 1], [3, 0, 3], [4, 2, 3], [0, 0, 0], [1, 0, 2]])
+    assert majority(labels).tolist() == [1, 3, 2, 0, 0]
+
+
+def test_logits_are_the_mean_over_votes(defended):
+    video = clips(2, 3, 4, 16, 16)
+    votes = defended.purifier(video, return_votes=True)
+    logits = torch.stack([defended.classifier(vote) for vote in votes.unbind(1)], 1)
+    torch.testing.assert_close(defended(video), logits.mean(1))
+    assert torch.equal(defended.votes(video), logits.argmax(-1))
+    assert torch.equal(defended.predict(video), majority(logits.argmax(-1)))
+    assert defended(video).shape == (2, 5) and defended.votes(video).shape == (2, 3)
+
+
+def test_train_wakes_the_classifier_alone(defended):
+    defended.train()
+    assert defended.classifier.training
+    assert not any(module.training for module in defended.purifier.modules())
+
+
+def test_gradients_reach_the_clip(defended):
+    video = clips(1, 3, 4, 16, 16).requires_grad_()
+    defended(video).sum().backward()
+    assert video.grad.abs().sum() > 0
+    assert defended.predict(video).grad_fn is None
+
+
+def test_random_methods_take_a_generator():
+    defended = DefendedClassifier(Linear(), build_purifier(method="ddim")).eval()
+    video = clips(1, 3, 4, 16, 16)
+    first, second = (defended(video, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_bad_input(defended):
+    for wrong in (clips(3, 4, 16, 16), (clips(1, 3, 4, 16, 16) * 255).byte(), [1]):
+        with pytest.raises(TypeError, match=r"\(B, 3, F, H, W\)"):
+            defended(wrong)
+    flat = DefendedClassifier(lambda x: x.flatten(), defended.purifier)
+    with pytest.raises(ValueError, match=r"\(1, K\) logits"):
+        flat(clips(1, 3, 4, 16, 16))
+
+
+# The attack and the cheap filter of the comparison
+
+
+def test_pgd_stays_in_the_ball_and_raises_the_loss():
+    model, video = Linear().eval(), clips(4, 3, 4, 16, 16)
+    labels = model(video).argmax(1)
+    before = video.clone()
+    attacked = pgd(model, video, labels, eps=4 / 255, step_size=1 / 255, steps=8)
+    assert torch.equal(video, before) and not attacked.requires_grad
+    assert (attacked - video).abs().max() <= 4 / 255 + 1e-7
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    cross_entropy = nn.functional.cross_entropy
+    assert cross_entropy(model(attacked), labels) > cross_entropy(model(video), labels) + 0.1
+    seeds = [torch.Generator().manual_seed(s) for s in (1, 1, 2)]
+    runs = [pgd(model, video, labels, eps=0.1, step_size=0.001, steps=1, generator=g) for g in seeds]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(pgd(model, video, labels, eps=0.1, step_size=0.1, steps=0, random_start=False), video)
+
+
+def test_temporal_mean():
+    ramp = torch.arange(6.0).view(1, 1, 6, 1, 1)
+    assert temporal_mean(ramp, 5).flatten().tolist() == pytest.approx([0.6, 1.2, 2.0, 3.0, 3.8, 4.4])
+
+
+def test_wilson_interval():
+    # Wilson (1927) for 81 of 100.
+    assert wilson_interval(0.81, 100) == pytest.approx((0.7222, 0.8749), abs=1e-4)
+    assert wilson_interval(0.0, 64)[0] == 0.0 and wilson_interval(1.0, 64)[1] == 1.0

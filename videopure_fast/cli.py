@@ -1,0 +1,438 @@
+"""The command line `videopure-fast`: demo, purify, info.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import PurifyConfig
+    from .evaluation import Comparison
+    from .video import VideoInfo
+
+app = typer.Typer(
+    help="Removes adversarial perturbations from videos with a text-to-video diffusion model (arXiv 2501.14999).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Brackets in file names and in "pip install videopure-fast[kernels]" are no markup.
+_out = Console(markup=False, highlight=False, soft_wrap=True)
+
+_STRIP_SCALE, _STRIP_COLUMNS, _AMPLIFICATION = 4, 8, 16
+_VIDEO_SCALE, _VIDEO_CLIPS, _VIDEO_RATE = 6, 4, 8
+_CAPTION = 20  # pixels of height
+
+
+class Method(str, Enum):
+    videopure = "videopure"
+    ddim_inversion = "ddim_inversion"
+    ddim = "ddim"
+    ddpm = "ddpm"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class FlowName(str, Enum):
+    dis = "dis"
+    raft = "raft"
+    none = "none"
+
+
+@app.command()
+def demo(
+    clips: Annotated[int, typer.Option(min=1, help="Clips to draw.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Which clips to draw.")] = 0,
+    eps: Annotated[float, typer.Option(min=0, max=255, help="Attack's l_inf bound, in 1/255.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Attack's PGD steps, each of eps/2.")] = 10,
+    out: Annotated[Path, typer.Option(help="Folder for strip.png and demo.mp4; made if absent.")] = Path("demo"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write settings and results here.")] = None,
+) -> None:
+    """Attack packaged clips, purify them, and show how a classifier fares.
+
+    Needs no download. The clips show drawn sprites; their class is the sprite's motion. 16 clips take about two
+    minutes on two CPU cores.
+
+    Examples:
+
+    ```
+      videopure-fast demo
+      videopure-fast demo --clips 64 --eps 8 --json demo.json
+    ```
+    """
+    from . import tiny
+    from .evaluation import compare
+    from .purifier import Purifier
+
+    out.mkdir(parents=True, exist_ok=True)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"cannot write {json_file}: there is no folder {json_file.parent}")
+    purifier = Purifier.from_pretrained("tiny", device="cpu")
+    drawn, labels = tiny.sample_clips(clips, seed)
+    found = compare(
+        drawn,
+        labels,
+        tiny.load_classifier(),
+        purifier,
+        eps=eps / 255,
+        step_size=eps / 2 / 255,
+        steps=steps,
+        progress=True,
+    )
+    _out.print(_accuracy_table(found, eps, steps))
+    _write_strip(found, out / "strip.png")
+    _write_side_by_side(found, out / "demo.mp4")
+    _out.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
+    if json_file is not None:
+        report = {
+            "settings": {"clips": clips, "seed": seed, "eps": eps / 255, "step_size": eps / 2 / 255, "steps": steps},
+            "versions": {name: _version(name) for name in ("videopure-fast", "torch", "diffusers")},
+            "device": f"cpu ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)",
+            "rows": [row._asdict() for row in found.rows],
+        }
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        _out.print(f"Numbers: {json_file}")
+
+
+@app.command()
+def purify(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A video: mp4, avi, gif or webm; 2 frames or more.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="mp4, avi, gif or webm file to write.")],
+    model: Annotated[str, typer.Option(help='"tiny", a folder, or a Hugging Face text-to-video repository.')] = "tiny",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            show_default="64 for tiny, else 224", help="Short side of the purified video in pixels; even, 16 or more."
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="videopure, or one of its baselines.")] = Method.videopure,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            show_default="the model's own",
+            help="Depth T of the purification, 0 to 49: T + 1 evaluations of the UNet each way.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(show_default="the accelerator, else cpu", help='"cpu", "cuda", "cuda:1", "mps".'),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(show_default="float16 on an accelerator, else float32", help="Precision of the model."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Randomness of ddim and ddpm; the others have none.")] = 0,
+    flow: Annotated[
+        FlowName | None,
+        typer.Option(show_default="the model's own", help="Optical flow: OpenCV's, torchvision's, or none."),
+    ] = None,
+) -> None:
+    """Purify a video file of any length, in bounded memory.
+
+    The result has the working size of the model (see --size), the frame rate of IN, and its sound where the format
+    of OUT can hold it. OUT appears when it is complete; a failure or Ctrl-C leaves nothing.
+
+    Examples:
+
+    ```
+      videopure-fast purify clip.mp4 -o purified.mp4
+      videopure-fast purify clip.gif -o purified.webm --size 96
+      videopure-fast purify clip.mp4 -o out.mp4 --model ali-vilab/text-to-video-ms-1.7b --device cuda --dtype float16
+    ```
+    """
+    import torch
+
+    from .purifier import Purifier
+    from .video import VideoWriter, check_output, probe, purify_stream, read_frames, working_size
+
+    check_output(output)
+    if device is not None:
+        _check_device(device)
+    video = probe(source)
+    if size is None:
+        size = 64 if model == "tiny" else 224
+    height, width = working_size(video.height, video.width, size)
+    overrides: dict[str, Any] = {"method": method.value}
+    if steps is not None:
+        overrides["inversion_steps"] = steps
+    purifier = Purifier.from_pretrained(
+        model,
+        device=device,
+        dtype=None if dtype is None else getattr(torch, dtype.value),
+        flow=None if flow is None else flow.value,
+        **overrides,
+    )
+    _out.print(_facts(video, height, width))
+    if model == "tiny":
+        _out.print(
+            "The tiny prior was trained on drawn sprites: on real videos it is a demonstration, and it blurs them."
+        )
+    started = time.perf_counter()
+    with (
+        VideoWriter(output, height=height, width=width, rate=video.rate, source=video) as writer,
+        _Pace(purifier.config, video.frames, purifier.max_frames) as pace,
+    ):
+        frames = read_frames(video, size)
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for frame in purify_stream(purifier, frames, video.frames, callback=pace, generator=generator):
+                writer.write(frame)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{width}x{height} does not fit in the accelerator's memory; try a smaller --size"
+            ) from error
+    _out.print(f"Wrote {output} in {_clock(time.perf_counter() - started)}.")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices and backends, what is missing, and how to get it.
+
+    Example:
+
+    ```
+      videopure-fast info
+    ```
+    """
+    import torch
+
+    from . import ops
+    from .video import torchcodec_decoder
+
+    table = Table("what", "state", box=None, pad_edge=False)
+    table.add_row("videopure-fast", _version("videopure-fast") or "not installed; running from its source")
+    table.add_row("python", platform.python_version())
+    for name in ("torch", "diffusers", "av"):
+        table.add_row(name, _version(name) or f"missing; pip install {name}")
+    table.add_row("opencv", _version("opencv-python-headless") or _version("opencv-python") or "missing: no flow 'dis'")
+    for name, what in _OPTIONAL.items():
+        state = _version(name) or f"missing, {what}"
+        if name == "torchcodec" and _version(name) and torchcodec_decoder() is None:
+            state = f"{_version(name)}, but its libraries do not load here; PyAV decodes instead"
+        table.add_row(name, state)
+    table.add_section()
+    table.add_row("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    for name in _accelerators() or ["none"]:
+        table.add_row("accelerator", name)
+    table.add_section()
+    for name, state in ops.backends().items():
+        table.add_row(f"backend {name}", state)
+    _out.print(table)
+
+
+_OPTIONAL = {
+    "torchcodec": "optional: PyAV decodes instead; pip install 'videopure-fast[torchcodec]'",
+    "torchvision": "optional, for flow 'raft'; pip install torchvision",
+    "transformers": "optional, for models with a text encoder; pip install 'videopure-fast[pretrained]'",
+    "triton": "optional, for the Triton kernels; pip install 'videopure-fast[kernels]'",
+    "xformers": "optional, for its attention on NVIDIA GPUs; pip install 'videopure-fast[xformers]'",
+}
+
+
+def main() -> None:
+    """Entry point: bad input ends in one sentence on stderr and exit status 1."""
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    try:
+        app(prog_name="videopure-fast")
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+class _Pace:
+    """A progress bar over the UNet's evaluations that first says how long all will take. Callback of a Purifier."""
+
+    def __init__(self, config: PurifyConfig, frames: int, max_frames: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from .purifier import window_starts
+        from .schedule import Schedule
+
+        timesteps = Schedule(config).timesteps
+        evaluations = {"ddim": len(timesteps), "ddpm": timesteps[-1]}
+        self._evaluations = evaluations.get(config.method, 2 * len(timesteps))  # of one window
+        self._windows = len(window_starts(frames, max_frames, config.window_overlap))
+        self._length = min(frames, max_frames)
+        self._times: list[float] = []
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=_out,
+        )
+        self._task = self._bar.add_task("UNet evaluations", total=self._windows * self._evaluations)
+
+    def __enter__(self) -> _Pace:
+        self._times.append(time.perf_counter())
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, step: int, timestep: int, latents: Tensor) -> None:
+        if len(self._times) < 3:
+            self._times.append(time.perf_counter())
+            if len(self._times) == 3:
+                self._announce(*self._times)
+        self._bar.advance(self._task)
+
+    def _announce(self, started: float, first: float, second: float) -> None:
+        # Until the first evaluation ends, a window is also encoded; decoding takes about as long as that.
+        seconds = self._windows * (2 * (first - started) + (self._evaluations - 2) * (second - first))
+        self._bar.console.print(
+            f"This will take about {_clock(seconds)}: {self._windows} window{'s' * (self._windows > 1)} "
+            f"of {self._length} frames, {self._evaluations} UNet evaluations each."
+        )
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend fails in a way of its own
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _facts(video: VideoInfo, height: int, width: int) -> str:
+    return (
+        f"{video.path}: {video.frames} frames of {video.width}x{video.height} at {float(video.rate):.5g} per second, "
+        f"{'with' if video.has_audio else 'no'} sound; purified at {width}x{height}."
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"cuda:{i}, {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [] if accelerator is None else [str(accelerator)]
+
+
+def _accuracy_table(found: Comparison, eps: float, steps: int) -> Table:
+    n = len(found.labels)
+    table = Table(title=f"Accuracy on {n} clips; attack PGD-{steps}, l_inf {eps:g}/255, on the bare classifier")
+    table.add_column("defence")
+    for column in ("clean", "attacked", "s per clip"):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        counts = (f"{share:.2f} ({round(share * n)}/{n})" for share in (row.clean, row.attacked))
+        table.add_row(row.defence, *counts, f"{row.seconds_per_clip:.2f}")
+    return table
+
+
+def _rescued_first(found: Comparison) -> list[int]:
+    """Clips in order, those first that the attack fooled and the purifier put right."""
+    rescued = (found.attacked_labels != found.labels) & (found.purified_labels == found.labels)
+    return sorted(range(len(found.labels)), key=lambda i: not rescued[i])
+
+
+def _captions(found: Comparison, i: int) -> list[str]:
+    from .tiny import CLASSES
+
+    true, attacked, purified = (
+        CLASSES[labels[i]] for labels in (found.labels, found.attacked_labels, found.purified_labels)
+    )
+    return [f"clean: {true}", f"attacked: seen as {attacked}", f"purified: seen as {purified}"]
+
+
+def _write_strip(found: Comparison, path: Path) -> None:
+    """Rows clean, attacked, purified and amplified perturbation of one clip; columns are frames."""
+    import torch
+    from PIL import Image
+
+    i = _rescued_first(found)[0]
+    clean, attacked, purified = (c[i] for c in (found.clean_clips, found.attacked_clips, found.purified_clips))
+    # Signed, around grey: the absolute value of an l_inf attack is nearly the same everywhere.
+    perturbation = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
+    captions = [*_captions(found, i), f"attacked - clean, x{_AMPLIFICATION}, around grey"]
+    frames = torch.linspace(0, clean.shape[1] - 1, min(_STRIP_COLUMNS, clean.shape[1])).long()
+    rows = []
+    for caption, clip in zip(captions, (clean, attacked, purified, perturbation), strict=True):
+        pixels = _enlarge(clip[:, frames], _STRIP_SCALE).transpose(0, 1)  # [F, 3, H, W]
+        row = torch.cat(list(pixels), -1)
+        rows += [_caption([caption], row.shape[-1]), row]
+    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def _write_side_by_side(found: Comparison, path: Path) -> None:
+    from .video import VideoWriter
+
+    frames = list(_side_by_side(found))
+    height, width = frames[0].shape[1:]
+    with VideoWriter(path, height=height, width=width, rate=_VIDEO_RATE) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+def _side_by_side(found: Comparison) -> Iterator[Tensor]:
+    """Frames (3, H, W) uint8 of clean | attacked | purified, one clip after another."""
+    import torch
+
+    for i in _rescued_first(found)[:_VIDEO_CLIPS]:
+        sides = [c[i] for c in (found.clean_clips, found.attacked_clips, found.purified_clips)]
+        pixels = _enlarge(torch.cat(sides, -1), _VIDEO_SCALE)
+        heading = _caption(_captions(found, i), pixels.shape[-1])
+        for frame in pixels.unbind(1):
+            yield torch.cat([heading, frame], 1)
+
+
+def _enlarge(clip: Tensor, scale: int) -> Tensor:
+    """(3, F, H, W) in [0, 1] -> (3, F, scale H, scale W) uint8, nearest neighbour."""
+    import torch
+
+    enlarged = clip.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    return (enlarged * 255).round().to(torch.uint8)
+
+
+def _caption(texts: list[str], width: int) -> Tensor:
+    """A bar (3, height, width) uint8 with the texts in equal columns."""
+    import torch
+    from PIL import Image, ImageDraw
+
+    bar = Image.new("RGB", (width, _CAPTION), "white")
+    draw = ImageDraw.Draw(bar)
+    for i, text in enumerate(texts):
+        draw.text((i * width // len(texts) + 4, 4), text, fill="black")
+    return torch.frombuffer(bytearray(bar.tobytes()), dtype=torch.uint8).view(_CAPTION, width, 3).permute(2, 0, 1)
