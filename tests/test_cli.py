@@ -130,7 +130,7 @@ def test_the_seed_decides_a_random_baseline(tmp_path, small_model, short_clip, m
 )
 def test_the_bar_counts_every_evaluation(method, expected):
     model = build_purifier(method=method, inversion_steps=2)
-    pace = cli._Pace(model.config, 12, model.max_frames)
+    pace = cli._Pace(model, 12)
     with pace:
         model(clips(3, 12, 16, 16), callback=pace)
     task = pace._bar.tasks[0]

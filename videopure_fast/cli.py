@@ -24,8 +24,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .config import PurifyConfig
     from .evaluation import Comparison
+    from .purifier import Purifier
     from .video import VideoInfo
 
 app = typer.Typer(
@@ -195,7 +195,7 @@ def purify(
     started = time.perf_counter()
     with (
         VideoWriter(output, height=height, width=width, rate=video.rate, source=video) as writer,
-        _Pace(purifier.config, video.frames, purifier.max_frames) as pace,
+        _Pace(purifier, video.frames) as pace,
     ):
         frames = read_frames(video, size)
         generator = torch.Generator().manual_seed(seed)
@@ -267,17 +267,14 @@ def main() -> None:
 class _Pace:
     """A progress bar over the UNet's evaluations that first says how long all will take. Callback of a Purifier."""
 
-    def __init__(self, config: PurifyConfig, frames: int, max_frames: int) -> None:
+    def __init__(self, purifier: Purifier, frames: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from .purifier import window_starts
-        from .schedule import Schedule
 
-        timesteps = Schedule(config).timesteps
-        evaluations = {"ddim": len(timesteps), "ddpm": timesteps[-1]}
-        self._evaluations = evaluations.get(config.method, 2 * len(timesteps))  # of one window
-        self._windows = len(window_starts(frames, max_frames, config.window_overlap))
-        self._length = min(frames, max_frames)
+        self._evaluations = purifier.evaluations  # of one window
+        self._windows = len(window_starts(frames, purifier.max_frames, purifier.config.window_overlap))
+        self._length = min(frames, purifier.max_frames)
         self._times: list[float] = []
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -163,6 +163,11 @@ class Purifier(nn.Module):
         """Pixels per latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def evaluations(self) -> int:
+        """UNet evaluations that one window takes; clips of a batch share them."""
+        return sum(map(len, self._plan()))
+
     def train(self, mode: bool = True) -> Purifier:
         """Stays in eval mode whatever `mode`: dropout in the UNet would change the method."""
         return super().train(False)
@@ -306,9 +311,8 @@ class Purifier(nn.Module):
         """Votes (B, V, 3, F, H, W) of admitted clips: window by window, blended where windows overlap."""
         frames, overlap = clips.shape[2], self.config.window_overlap
         starts = window_starts(frames, self.max_frames, overlap)
-        inversion, denoising = self._plan()
         with tqdm(
-            total=len(starts) * (len(inversion) + len(denoising)),
+            total=len(starts) * self.evaluations,
             desc=f"{self.config.method} {len(clips)}x{frames}x{clips.shape[-2]}x{clips.shape[-1]}",
             unit="eval",
             disable=not progress,
