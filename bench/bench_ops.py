@@ -10,7 +10,7 @@ from videopure_fast.config import PurifyConfig
 from videopure_fast.schedule import Schedule
 
 # (B, C, F, h, w): the packaged small prior's latents, and the paper's.
-SHAPES = {"tiny": (4, 4, 8, 8, 8), "paper": (1, 4, 32, 28, 28)}
+SHAPES = {"tiny": (4, 4, 16, 16, 16), "paper": (1, 4, 32, 28, 28)}
 # Residuals nearer to zero than this may take either sign; the two sides round their sampling positions differently.
 MAX_SHARE_APART = 1e-4
 

@@ -16,7 +16,7 @@ from videopure_fast import reference
 from videopure_fast.config import PurifyConfig
 from videopure_fast.flow import resize_flow
 from videopure_fast.purifier import Purifier
-from videopure_fast.schedule import Schedule, VoteCoefficients
+from videopure_fast.schedule import Schedule, VoteCoefficients, read_scheduler
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORD = json.loads((GOLDEN / "config.json").read_text())
@@ -45,6 +45,12 @@ def frame_major(latents):
 def clip_major(frames):
     """(F, C, h, w) -> (1, C, F, h, w)."""
     return frames.transpose(0, 1)[None]
+
+
+def walk(purifier, latents, *arguments, **options):
+    """All states of `Purifier.sample`, the first included, and all noise predictions."""
+    noises, states = zip(*purifier.sample(latents, *arguments, **options), strict=True)
+    return [latents, *states], list(noises)
 
 
 def residual(z, e, coefficients, flow):
@@ -90,7 +96,7 @@ def restore_float32(modules):
 
 def test_schedule_tables():
     unit = load("unit")
-    schedule = Schedule(PurifyConfig(inversion_steps=49), RECORD["scheduler_config"])
+    schedule = Schedule(read_scheduler(PurifyConfig(inversion_steps=49), RECORD["scheduler_config"]))
     assert_close(torch.tensor(schedule.alphas_cumprod), unit["schedule/alphas_cumprod"], FORMULA)
     assert schedule.alpha(-19) == pytest.approx(unit["schedule/final_alpha_cumprod"].item(), rel=1e-6)
     assert list(reversed(schedule.timesteps)) == unit["schedule/timesteps50"].tolist()
@@ -108,7 +114,7 @@ def test_unit_formulas(case):
     prefix = f"u{case['k']}/"
     unit = {key.removeprefix(prefix): value for key, value in load("unit").items() if key.startswith(prefix)}
     t = unit["timestep"].item()
-    schedule = Schedule(PurifyConfig(inversion_steps=(t - 1) // 20), RECORD["scheduler_config"])
+    schedule = Schedule(read_scheduler(PurifyConfig(inversion_steps=(t - 1) // 20), RECORD["scheduler_config"]))
     z, e, flow = unit["latents"], unit["noise"], unit["flow"][0]
     assert schedule.alpha(t) == pytest.approx(unit["alpha_prod_t"].item(), rel=1e-5)
 
@@ -172,8 +178,8 @@ def test_videopure_run(modules, case):
         inversion, denoising = purifier._plan()
         assert [step.timestep for step in inversion] == record["inv_timesteps"].tolist()
         assert [step.timestep for step in denoising] == record["timesteps"].tolist()
-        inverted, inversion_noises = purifier.sample(target, inversion, 7.5, first_frame_noise=True)
-        states, noises = purifier.sample(inverted[-1], denoising, 9.0)
+        inverted, inversion_noises = walk(purifier, target, inversion, 7.5, first_frame_noise=True)
+        states, noises = walk(purifier, inverted[-1], denoising, 9.0)
         votes = purifier.vote(states, noises, target, flow, votes=len(states))
 
     assert_close(torch.cat(inverted), record["inverted_latents"], UNET)
@@ -229,8 +235,8 @@ def test_ddim_inversion_run(modules):
     record = load("p1_ddim_inversion")
     with torch.no_grad():
         inversion, denoising = purifier._plan()
-        inverted, inversion_noises = purifier.sample(purifier.encode(video), inversion, 7.5)
-        states, noises = purifier.sample(inverted[-1], denoising, 9.0)
+        inverted, inversion_noises = walk(purifier, purifier.encode(video), inversion, 7.5)
+        states, noises = walk(purifier, inverted[-1], denoising, 9.0)
         whole = purifier(video, return_votes=True)[0]
     assert [step.timestep for step in inversion] == record["inv_timesteps"].tolist()
     assert_close(torch.cat(inversion_noises), record["inv_noise_pred"], UNET)
@@ -246,7 +252,7 @@ def test_ddim_run(modules):
         assert_close(frame_major(target), record["init_latents"], UNET)
         signal, deviation = purifier._schedule.diffusion()
         _, denoising = purifier._plan()
-        states, noises = purifier.sample(signal * target + deviation * record["init_noise"], denoising, 9.0)
+        states, noises = walk(purifier, signal * target + deviation * record["init_noise"], denoising, 9.0)
         whole = purifier.decode(states[-1])
     assert_baseline(record, denoising, states, noises, whole)
 
@@ -260,10 +266,10 @@ def test_ddpm_run(modules):
         assert_close(frame_major(target), record["init_latents"], UNET)
         signal, deviation = purifier._schedule.diffusion()
         _, denoising = purifier._plan()
-        fresh = torch.stack([clip_major(noise) for noise in record["step_noise"]])
+        fresh = map(clip_major, record["step_noise"])
         assert all(step.sigma > 0 for step in denoising)
         start = signal * target + deviation * record["init_noise"]
-        states, noises = purifier.sample(start, denoising, 9.0, fresh_noise=fresh)
+        states, noises = walk(purifier, start, denoising, 9.0, draw=lambda: next(fresh))
         whole = purifier.decode(states[-1])
     noises = [noises[i] for i in record["noise_pred_step_index"].tolist()]
     assert_baseline(record, denoising, states, noises, whole)
@@ -290,8 +296,8 @@ def test_half_precision(modules, name):
     with torch.no_grad():
         flow, target = purifier.latent_flow(video), purifier.encode(video)
         inversion, denoising = purifier._plan()
-        inverted, _ = purifier.sample(target, inversion, 7.5, first_frame_noise=True)
-        states, noises = purifier.sample(inverted[-1], denoising, 9.0)
+        inverted, _ = walk(purifier, target, inversion, 7.5, first_frame_noise=True)
+        states, noises = walk(purifier, inverted[-1], denoising, 9.0)
         votes = purifier.vote(states, noises, target, flow, votes=len(states))
         decoded = purifier.decode(votes)[:, 0]
     frames = CASES["p0"]["decoded_frames"]

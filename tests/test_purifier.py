@@ -1,14 +1,17 @@
 import fnmatch
 import os
 import shutil
+import threading
 import time
 from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build_purifier, clips, shift_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from videopure_fast import Purifier, PurifyConfig, reference
 from videopure_fast.purifier import window_starts, window_weights
@@ -40,6 +43,8 @@ def generator(seed):
         ({"window_overlap": -1}, ValueError),
         ({"decode_chunk": 0}, ValueError),
         ({"steps_offset": 20, "inversion_steps": 49}, ValueError),
+        ({"steps_offset": 0}, ValueError),
+        ({"num_train_timesteps": 10**9}, ValueError),
     ],
 )
 def test_config_refuses(setting, error):
@@ -57,12 +62,39 @@ def test_config_is_frozen_and_rescales_the_weights():
     assert (small.spatial_weight, small.temporal_weight) == (100.0, 1.25)
 
 
-def test_scheduler_configuration_is_read_or_refused():
-    schedule = Schedule(PurifyConfig(), {"beta_start": 1e-4, "beta_end": 2e-2, "_class_name": "DDIMScheduler"})
-    assert schedule.alphas_cumprod[0] == pytest.approx(1 - 1e-4)
-    for wrong in ({"beta_schedule": "linear"}, {"prediction_type": "v_prediction"}, {"trained_betas": [0.1]}):
+def test_scheduler_configuration_is_read_or_refused(purifier):
+    parts = purifier.unet, purifier.vae, purifier.prompt_embeds
+    given = {"beta_start": 1e-4, "beta_end": 2e-2, "clip_sample": False, "_class_name": "DDIMScheduler"}
+    config = Purifier(*parts, scheduler_config=given).config
+    assert (config.beta_start, config.beta_end, config.steps_offset) == (1e-4, 2e-2, 1)
+    assert Schedule(config).alphas_cumprod[0] == pytest.approx(1 - 1e-4)
+    for wrong in (
+        {"beta_schedule": "linear"},
+        {"prediction_type": "v_prediction"},
+        {"trained_betas": [0.1]},
+        {"rescale_betas_zero_snr": True},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Schedule(PurifyConfig(), wrong)
+            Purifier(*parts, scheduler_config=wrong)
+    with pytest.raises(TypeError, match="mapping"):
+        Purifier(*parts, scheduler_config=[1])
+
+
+@pytest.mark.parametrize("betas", [{"beta_start": 1e-10}, {"beta_start": 0.9, "beta_end": 0.9}])
+def test_a_schedule_without_noise_or_signal_is_refused(betas):
+    with pytest.raises(ValueError, match="betas from"):
+        Schedule(PurifyConfig(inversion_steps=40, **betas))
+
+
+def test_default_dtype_changes_nothing():
+    purifier, video = build_purifier(method="ddim"), clips(1, 3, 3, 16, 16)
+    expected = purifier(video, generator=generator(1))
+    torch.set_default_dtype(torch.float64)
+    try:
+        purifier.config = replace(purifier.config)
+        assert torch.equal(purifier(video, generator=generator(1)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # The method
@@ -290,7 +322,7 @@ def test_input_is_not_modified_nor_shared(purifier):
 
 def test_float32_means_float32_and_settings_come_back(purifier):
     backends = torch.backends
-    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
     seen = []
     try:
@@ -306,6 +338,35 @@ def test_float32_means_float32_and_settings_come_back(purifier):
     finally:
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
+
+
+def test_autocast_is_off_while_a_purifier_runs(purifier):
+    video = clips(1, 3, 3, 16, 16)
+    expected = purifier(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(purifier(video), expected)
+
+
+def test_two_threads_leave_the_settings_as_they_were(purifier):
+    conv = torch.backends.cudnn.conv
+    before, barrier = conv.fp32_precision, threading.Barrier(2, timeout=30)
+    seen = []
+
+    def run(first):
+        def callback(stage, step, *_):
+            if (stage, step) == ("inversion", 0):
+                barrier.wait()  # both are within
+            if not first and stage == "denoising":
+                seen.append(conv.fp32_precision)  # perhaps after the first has ended
+
+        purifier(clips(1, 3, 3, 16, 16), callback=callback)
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["ieee", "ieee"] and conv.fp32_precision == before
 
 
 def test_callback_sees_every_evaluation(purifier, capfd):
@@ -377,6 +438,8 @@ BAD_VIDEOS = {
     "float8": (GOOD.to(torch.float8_e4m3fn), TypeError, "float8"),
     "nan": (GOOD * float("nan"), ValueError, "NaN"),
     "inf": (GOOD / 0, ValueError, "infinite"),
+    "sparse": (GOOD.to_sparse(), TypeError, "sparse"),
+    "meta": (GOOD.to("meta"), TypeError, "meta"),
     "above": (GOOD * 255, ValueError, r"\[0, 1\]"),
     "below": (GOOD * 2 - 1, ValueError, r"\[0, 1\]"),
     "one frame": (clips(1, 3, 1, 16, 16), ValueError, "frames"),
@@ -400,14 +463,22 @@ def test_bad_generators():
     purifier = build_purifier(method="ddim")
     with pytest.raises(ValueError, match="2 generators for 1 clips"):
         purifier(GOOD, generator=[generator(0), generator(1)])
-    for wrong in (7, [7]):
-        with pytest.raises(TypeError, match="int"):
+    for wrong in (7, [7], [None]):
+        with pytest.raises(TypeError, match="int|NoneType"):
             purifier(GOOD, generator=wrong)
+    with pytest.raises(TypeError, match="callable"):
+        purifier(GOOD, callback=5)
 
 
 def test_bad_construction(purifier):
     parts = purifier.unet, purifier.vae
-    for embeds in (torch.zeros(2, 3, 8), torch.zeros(1, 3, 9), torch.zeros(3, 8)):
+    for models in ((purifier.vae, purifier.unet), (purifier.unet, None), (torch.nn.Linear(1, 1), purifier.vae)):
+        with pytest.raises(TypeError, match="must be a diffusers module"):
+            Purifier(*models, purifier.prompt_embeds)
+    for embeds in (torch.zeros(1, 3, 8).long(), torch.full((1, 3, 8), float("nan"))):
+        with pytest.raises(ValueError, match="finite floats"):
+            Purifier(*parts, embeds)
+    for embeds in (torch.zeros(2, 3, 8), torch.zeros(1, 3, 9), torch.zeros(3, 8), torch.zeros(1, 0, 8)):
         with pytest.raises(ValueError, match=r"accepted: \(1, tokens, 8\)"):
             Purifier(*parts, embeds)
     with pytest.raises(TypeError, match="prompt_embeds"):
@@ -469,6 +540,10 @@ def test_folder_with_a_text_encoder(tmp_path):
     tokens = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
     torch.testing.assert_close(loaded.prompt_embeds, encoder(tokens)[0])
     assert loaded.config == PurifyConfig() and loaded.max_frames == 32
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"beta_end": 0.02, "steps_offset": 3}')
+    loaded = Purifier.from_pretrained(folder, device="cpu", flow="none", steps_offset=2)
+    assert (loaded.config.beta_end, loaded.config.steps_offset) == (0.02, 2)  # the caller's word is the last
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -489,7 +564,8 @@ def test_hub_repository_is_downloaded_once_over(tmp_path, monkeypatch, safe):
                 shutil.copy(tmp_path / "hub" / file, tmp_path / "cache" / file)
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
+    listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: listing)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     loaded = Purifier.from_pretrained("someone/model", device="cpu")
     video = clips(1, 3, 3, 16, 16)
@@ -525,9 +601,71 @@ def test_missing_and_broken_models_get_one_sentence(tmp_path, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
         Purifier.from_pretrained(tmp_path / "prior")
-    (tmp_path / "prior" / "purifier.json").write_text('{"config": {"magic": 1}}')
-    with pytest.raises(ValueError, match="magic"):
+
+
+def test_missing_weights_are_no_random_ones(tmp_path):
+    build_purifier(flow="none").save_pretrained(tmp_path / "prior")
+    weights = tmp_path / "prior" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: value for key, value in tensors.items() if "conv_in" not in key}, weights)
+    with pytest.raises(ValueError, match="vae lacks 4 of its weights, the first being .*conv_in"):
         Purifier.from_pretrained(tmp_path / "prior")
+
+
+HOSTILE = {
+    "unknown setting": ("purifier.json", '{"config": {"magic": 1}}', "magic"),
+    "config a list": ("purifier.json", '{"config": []}', "config must be an object"),
+    "wrong types": ("purifier.json", '{"config": {"inversion_steps": "5"}}', "inversion_steps"),
+    "huge number": ("purifier.json", '{"config": {"spatial_weight": 1' + "0" * 400 + "}}", "purifier.json"),
+    "deep": ("purifier.json", "[" * 200_000, "not JSON"),
+    "not json": ("purifier.json", "\x00", "not JSON"),
+    "a list": ("purifier.json", "[]", "JSON object"),
+    "large": ("purifier.json", " " * (1 << 21), "bytes"),
+    "flow a list": ("purifier.json", '{"flow": ["dis"]}', "unknown flow"),
+    "max_frames a string": ("purifier.json", '{"flow": "none", "max_frames": "8"}', "max_frames"),
+    "max_frames huge": ("purifier.json", '{"flow": "none", "max_frames": 1000000000}', "max_frames"),
+    "no embeddings": ("prompt_embeds.safetensors", "", "cannot be read"),
+    "broken unet": ("unet/config.json", '{"norm_num_groups": 0}', "unet cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_folder_gets_one_sentence(tmp_path, name):
+    file, content, words = HOSTILE[name]
+    build_purifier(flow="none").save_pretrained(tmp_path / "prior")
+    (tmp_path / "prior" / file).write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        Purifier.from_pretrained(tmp_path / "prior", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"dtype": "float16"}, ValueError, "torch.float16"),
+        ({"dtype": torch.int8}, ValueError, "torch.int8"),
+        ({"device": "nowhere"}, ValueError, "nowhere"),
+        ({"device": "cuda:77"}, ValueError, "cuda:77"),
+        ({"name": 5}, TypeError, "name or a path"),
+        ({"name": ""}, FileNotFoundError, "no model ''"),
+        ({"name": "x" * 5000}, FileNotFoundError, "no model"),
+        ({"config": {}}, TypeError, "PurifyConfig"),
+        ({"magic": 1}, TypeError, "unknown settings magic; accepted: method"),
+        ({"flow": "magic"}, ValueError, "unknown flow"),
+        ({"flow": ["dis"]}, ValueError, "unknown flow"),
+        ({"inversion_steps": 99}, ValueError, "inversion_steps"),
+    ],
+)
+def test_bad_arguments_of_from_pretrained(arguments, error, words):
+    with pytest.raises(error, match=words):
+        Purifier.from_pretrained(**arguments)
+
+
+def test_both_prompts_may_be_one_tensor(tmp_path, purifier):
+    embeds = purifier.prompt_embeds
+    same = Purifier(purifier.unet, purifier.vae, embeds, negative_prompt_embeds=embeds, flow="none")
+    same.save_pretrained(tmp_path / "prior")
+    assert torch.equal(Purifier.from_pretrained(tmp_path / "prior", device="cpu").negative_prompt_embeds, embeds)
 
 
 def test_custom_flow_is_asked_for_again(tmp_path):

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 Method = Literal["videopure", "ddim_inversion", "ddim", "ddpm"]
 
+_MOST_TIMESTEPS = 100_000  # the table is made anew for every configuration
+
 
 @dataclass(frozen=True)
 class PurifyConfig:
@@ -26,7 +28,7 @@ class PurifyConfig:
         window_overlap: frames that neighbouring windows of a long clip share; fewer than the windows' length.
         decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result.
         num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the
-            first timestep visited. A scheduler configuration given to the Purifier takes their place.
+            first timestep visited. A scheduler configuration given to the Purifier is read into them.
     """
 
     method: Method = "videopure"
@@ -61,6 +63,8 @@ class PurifyConfig:
                 f"inversion_steps must satisfy 0 <= inversion_steps < num_inference_steps, "
                 f"got {self.inversion_steps} of {self.num_inference_steps}"
             )
+        if not 1 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {self.num_train_timesteps}")
         if not 1 <= self.num_inference_steps <= self.num_train_timesteps:
             raise ValueError(
                 f"num_inference_steps must be 1 to {self.num_train_timesteps}, got {self.num_inference_steps}"
@@ -74,13 +78,16 @@ class PurifyConfig:
         if self.decode_chunk < 1:
             raise ValueError(f"decode_chunk must be 1 or more, got {self.decode_chunk}")
         last = self.inversion_steps * (self.num_train_timesteps // self.num_inference_steps) + self.steps_offset
-        if self.steps_offset < 0 or last >= self.num_train_timesteps:
+        if self.steps_offset < 1 or last >= self.num_train_timesteps:
             raise ValueError(
-                f"steps_offset {self.steps_offset} puts timestep {last} outside 0..{self.num_train_timesteps - 1}"
+                f"steps_offset {self.steps_offset} makes the timesteps end at {last}; "
+                f"accepted: within 1..{self.num_train_timesteps - 1}"
             )
 
     def rescaled(self, frames: int, height: int, width: int) -> PurifyConfig:
         """The config whose weights pull on (frames, height, width) latents as these do on 32x28x28."""
+        if min(frames, height, width) < 1:
+            raise ValueError(f"latents must have at least 1 frame of 1x1, got {frames}x{height}x{width}")
         area = height * width / (28 * 28)
         return replace(
             self,

@@ -40,7 +40,9 @@ class DefendedClassifier(nn.Module):
             seen = f"{clips.dtype} {tuple(clips.shape)}" if isinstance(clips, Tensor) else type(clips).__name__
             raise TypeError(f"clips must be a float tensor (B, 3, F, H, W) in [0, 1], got {seen}")
         votes = self.purifier(clips, return_votes=True, generator=generator)
-        logits = [self.classifier(vote) for vote in votes.unbind(1)]
+        logits = [self.classifier(vote.contiguous()) for vote in votes.unbind(1)]
+        if not isinstance(logits[0], Tensor):
+            raise TypeError(f"the classifier must return a tensor of logits, got {type(logits[0]).__name__}")
         if logits[0].ndim != 2 or len(logits[0]) != len(clips):
             raise ValueError(f"the classifier must return ({len(clips)}, K) logits, got {tuple(logits[0].shape)}")
         return torch.stack(logits, 1)

@@ -56,7 +56,7 @@ def compare(
 
     clips: (n, 3, F, H, W) in [0, 1]; labels: (n,); eps and step_size in the clips' units.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the attack's start, and of a random purifier
     batches = list(zip(clips.split(_BATCH), labels.split(_BATCH), strict=True))
     attacked = [
         pgd(classifier, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
@@ -66,7 +66,7 @@ def compare(
         "none": lambda x: x[:, None],
         "VAE round trip": lambda x: reconstruct(purifier, x)[:, None],
         "mean of 5 frames": lambda x: temporal_mean(x, 5)[:, None],
-        purifier.config.method: lambda x: purifier(x, return_votes=True),
+        purifier.config.method: lambda x: purifier(x, return_votes=True, generator=generator),
     }
     rows, last_labels, last_clips = [], {}, []
     for name, defend in defences.items():
@@ -76,7 +76,7 @@ def compare(
             for kind, given in (("clean", x), ("attacked", attacked[i])):
                 with torch.no_grad():
                     votes = defend(given)
-                    ballot = torch.stack([classifier(vote).argmax(-1) for vote in votes.unbind(1)], 1)
+                    ballot = torch.stack([classifier(vote.contiguous()).argmax(-1) for vote in votes.unbind(1)], 1)
                     predicted[kind].append(majority(ballot))
             last_clips.append(votes[:, -1])
         seconds = (time.perf_counter() - start) / (2 * len(clips))
@@ -97,7 +97,7 @@ def compare(
 
 def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
     """The VAE alone: encode and decode, no diffusion. Sides must be multiples of the VAE's factor."""
-    return purifier.decode(purifier.encode(clips)).to(clips.dtype)
+    return purifier.decode(purifier.encode(clips.to(purifier.vae.device))).to(clips)
 
 
 def temporal_mean(clips: Tensor, width: int) -> Tensor:

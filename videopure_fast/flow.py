@@ -7,6 +7,7 @@ An estimator is a callable `(prev, next) -> flow`: frames (N, 3, H, W), float32 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def no_flow(prev: Tensor, next: Tensor) -> Tensor:
 
 def dis_flow(prev: Tensor, next: Tensor) -> Tensor:
     """Dense Inverse Search (Kroeger et al., ECCV 2016) by OpenCV, on the CPU, at its medium preset."""
-    import cv2
+    cv2 = _opencv()
     import numpy as np
 
     height, width = prev.shape[-2:]
@@ -44,6 +45,16 @@ def dis_flow(prev: Tensor, next: Tensor) -> Tensor:
     return flow.contiguous().to(prev.device)
 
 
+def _opencv() -> ModuleType:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            "flow='dis' needs OpenCV (pip install opencv-python-headless); flow='none' is no flow at all"
+        ) from error
+    return cv2
+
+
 class RaftFlow:
     """RAFT (Teed and Deng, ECCV 2020), the large model of torchvision with its "things" weights, 10 iterations.
 
@@ -57,6 +68,7 @@ class RaftFlow:
     def __init__(self, model: torch.nn.Module | None = None, *, normalize: bool = False) -> None:
         self._model = (_torchvision_raft() if model is None else model).eval().requires_grad_(False)
         self._normalize = normalize
+        self.is_default = model is None and not normalize
 
     def __call__(self, prev: Tensor, next: Tensor) -> Tensor:
         height, width = prev.shape[-2:]
@@ -90,14 +102,18 @@ def load_flow(flow: str | Flow) -> Flow:
     """The estimator of a name ("dis", "raft", "none"), or the callable itself."""
     if callable(flow):
         return flow
-    if flow not in FLOWS:
+    if not isinstance(flow, str) or flow not in FLOWS:
         raise ValueError(f"unknown flow {flow!r}; accepted: {', '.join(FLOWS)}, or a callable (prev, next) -> flow")
+    if flow == "dis":
+        _opencv()  # now rather than in the middle of a purification
     return RaftFlow() if flow == "raft" else FLOWS[flow]
 
 
 def flow_name(flow: Flow) -> str | None:
     """The name under which `load_flow` finds this estimator, None for a callable of the user's own."""
-    return next((name for name, known in FLOWS.items() if flow is known or type(flow) is known), None)
+    if isinstance(flow, RaftFlow):
+        return "raft" if flow.is_default else None
+    return next((name for name, known in FLOWS.items() if flow is known), None)
 
 
 def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
@@ -105,5 +121,6 @@ def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
 
     Bilinear with align_corners=False; each component shrinks by the ratio of its own axis.
     """
-    ratio = flow.new_tensor([width / flow.shape[-1], height / flow.shape[-2]]).view(1, 2, 1, 1)
-    return F.interpolate(flow, (height, width), mode="bilinear", align_corners=False) * ratio
+    resized = F.interpolate(flow, (height, width), mode="bilinear", align_corners=False)
+    x, y = resized.split(1, 1)
+    return torch.cat([x * (width / flow.shape[-1]), y * (height / flow.shape[-2])], 1)

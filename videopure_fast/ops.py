@@ -9,6 +9,7 @@ Where autograd needs a gradient the reference runs, whatever is forced: it alone
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,9 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 BACKEND_VARIABLE = "VIDEOPURE_FAST_BACKEND"
 NATIVE_NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_full_float32_lock = threading.Lock()
+_full_float32_depth = 0
+_full_float32_saved: list[tuple[Any, str]] = []
 _override: ContextVar[str | None] = ContextVar("videopure_fast_backend", default=None)
 
 
@@ -38,6 +42,39 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """float32 means float32 within this block: no TF32, no reduced CPU products, no autocast on `device`.
+
+    torch's switches belong to the process. The first block to begin saves the caller's settings, and the last to end,
+    of all threads, puts them back.
+    """
+    global _full_float32_depth, _full_float32_saved
+    with _full_float32_lock:
+        if _full_float32_depth == 0:
+            _full_float32_saved = [(switch, switch.fp32_precision) for switch in _float32_switches()]
+            for switch, precision in _full_float32_saved:
+                if precision not in ("ieee", "none"):
+                    switch.fp32_precision = "ieee"
+        _full_float32_depth += 1
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with _full_float32_lock:
+            _full_float32_depth -= 1
+            if _full_float32_depth == 0:
+                for switch, precision in _full_float32_saved:
+                    if precision not in ("ieee", "none"):
+                        switch.fp32_precision = precision
+
+
+def _float32_switches() -> tuple[Any, ...]:
+    backends = torch.backends
+    # cudnn.rnn has no part in this, but torch's older flag for cuDNN can be read only while both agree.
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
 
 
 def backends() -> dict[str, str]:
@@ -61,8 +98,8 @@ def guided_update(
     target: (B, C, F, h, w), the encoded clip. flow: (B, F-1, 2, h, w), from frame j to j+1 in latent pixels.
     coefficients: V of them. Returns the votes (V, B, C, F, h, w), contiguous, in the latents' dtype.
 
-    Any strides will do. float32 latents take the fast backends, other dtypes the reference. The fast backends sample
-    zeros where flow is not finite. ValueError for tensors whose shapes, dtypes or devices do not fit together.
+    Any strides will do. float32 latents take the fast backends, other dtypes the reference. ValueError for tensors
+    whose shapes, dtypes or devices do not fit together.
     """
     _check_guided_update(latents, noise, target, flow, coefficients)
     weights = {"spatial_weight": spatial_weight, "temporal_weight": temporal_weight}

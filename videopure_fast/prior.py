@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,21 +28,26 @@ _PACKAGED = {"tiny": Path(__file__).with_name("tiny") / "weights"}
 _LARGEST_JSON = 1 << 20  # bytes; a configuration is a few kilobytes
 
 
-class Prior(NamedTuple):
-    """What `Purifier` is made of. `flow` is the name of an estimator, None where the folder does not tell."""
+class Models(NamedTuple):
+    """The modules and constants of a prior."""
 
     unet: nn.Module
     vae: nn.Module
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor | None
-    scheduler_config: dict[str, Any]
+
+
+class Settings(NamedTuple):
+    """A prior's own settings. `flow` names an estimator; None where the folder was saved with a callable."""
+
     config: PurifyConfig
     flow: str | None
     max_frames: int
+    scheduler_config: dict[str, Any] | None = None
 
 
-def load_prior(name: str | os.PathLike[str], *, dtype: torch.dtype) -> Prior:
-    """Load a packaged prior, a folder, or a Hugging Face repository of a diffusers text-to-video model.
+def find_prior(name: str | os.PathLike[str]) -> Path:
+    """The folder of a packaged prior, of a folder, or of a Hugging Face repository, which is downloaded.
 
     Raises FileNotFoundError where there is no such model or no network, ValueError for a folder that is not a prior.
     """
@@ -49,27 +55,51 @@ def load_prior(name: str | os.PathLike[str], *, dtype: torch.dtype) -> Prior:
     for part in ("unet", "vae"):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder} is not a text-to-video prior: it has no {part}/config.json")
-    settings = _read_json(folder / "purifier.json", default={"flow": "raft"})
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", default={})
-    config = _read_config(folder, settings.get("config", {}))
+    return folder
 
+
+def read_settings(folder: Path) -> Settings:
+    """The settings in a prior's folder, those of the full-size models where it states none. ValueError if invalid."""
+    given = _read_json(folder / "purifier.json") or {"flow": "raft"}
+    config = given.get("config", {})
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'purifier.json'}: config must be an object, got {config!r}")
+    unknown = set(config) - {field.name for field in fields(PurifyConfig)}
+    if unknown:
+        raise ValueError(f"{folder / 'purifier.json'} has unknown settings: {', '.join(sorted(unknown))}")
+    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        return Settings(PurifyConfig(**config), given.get("flow"), given.get("max_frames", 32), scheduler_config)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{folder / 'purifier.json'}: {error}") from error
+
+
+def load_models(folder: Path, *, dtype: torch.dtype) -> Models:
+    """Load the modules of a prior's folder. ValueError if its files do not make whole modules."""
     from diffusers import AutoencoderKL, UNet3DConditionModel
 
-    try:
-        # Both take safetensors, or a .bin that torch reads with weights_only.
-        unet = UNet3DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
-        prompt_embeds, negative_prompt_embeds = _embeddings(folder)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the prior in {folder} cannot be read: {_first_line(error)}") from error
-    max_frames = settings.get("max_frames", 32)
-    return Prior(
-        unet, vae, prompt_embeds, negative_prompt_embeds, scheduler_config, config, settings.get("flow"), max_frames
-    )
+    prompt_embeds, negative_prompt_embeds = _embeddings(folder)
+    modules = []
+    for kind, part in ((UNet3DConditionModel, "unet"), (AutoencoderKL, "vae")):
+        try:
+            # Safetensors, or a .bin that torch reads with weights_only.
+            module, report = kind.from_pretrained(
+                folder / part,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=find_spec("accelerate") is not None,
+                output_loading_info=True,
+            )
+        except Exception as error:  # a hostile configuration fails in any way that a constructor can
+            raise ValueError(f"{folder / part} cannot be read: {_first_line(error)}") from error
+        wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+        if wrong:
+            raise ValueError(f"{folder / part} lacks {len(wrong)} of its weights, the first being {wrong[0]}")
+        modules.append(module)
+    return Models(*modules, prompt_embeds, negative_prompt_embeds)
 
 
-def save_prior(prior: Prior, folder: str | os.PathLike[str]) -> None:
-    """Write a prior so that `load_prior` reads it back without a network or a text encoder.
+def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str]) -> None:
+    """Write a prior that `find_prior` finds, complete without a network or a text encoder.
 
     The folder appears whole or not at all. FileExistsError where it is there already.
     """
@@ -79,17 +109,15 @@ def save_prior(prior: Prior, folder: str | os.PathLike[str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        prior.unet.save_pretrained(unfinished / "unet")
-        prior.vae.save_pretrained(unfinished / "vae")
-        embeddings = {"prompt_embeds": prior.prompt_embeds, "negative_prompt_embeds": prior.negative_prompt_embeds}
+        models.unet.save_pretrained(unfinished / "unet")
+        models.vae.save_pretrained(unfinished / "vae")
+        embeddings = {"prompt_embeds": models.prompt_embeds, "negative_prompt_embeds": models.negative_prompt_embeds}
         save_file(
-            {key: value.detach().cpu().contiguous() for key, value in embeddings.items() if value is not None},
+            {key: value.detach().cpu().contiguous().clone() for key, value in embeddings.items() if value is not None},
             unfinished / "prompt_embeds.safetensors",
         )
-        (unfinished / "scheduler").mkdir()
-        _write_json(unfinished / "scheduler" / "scheduler_config.json", prior.scheduler_config)
-        settings = {"config": asdict(prior.config), "flow": prior.flow, "max_frames": prior.max_frames}
-        _write_json(unfinished / "purifier.json", settings)
+        content = {"config": asdict(settings.config), "flow": settings.flow, "max_frames": settings.max_frames}
+        (unfinished / "purifier.json").write_text(json.dumps(content, indent=2) + "\n")
         unfinished.chmod(0o755)
         unfinished.rename(folder)
     except BaseException:
@@ -98,9 +126,11 @@ def save_prior(prior: Prior, folder: str | os.PathLike[str]) -> None:
 
 
 def _find(name: str | os.PathLike[str]) -> Path:
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"model must be a name or a path, got {name!r}")
     if name in _PACKAGED:
         return _PACKAGED[name]
-    if Path(name).is_dir():
+    if str(name) and os.path.isdir(name):
         return Path(name)
     accepted = f"accepted: {', '.join(map(repr, _PACKAGED))}, a folder, or the name of a Hugging Face repository"
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
@@ -119,9 +149,13 @@ def _download(name: str) -> Path:
     import huggingface_hub
 
     try:
-        files = [file for file in huggingface_hub.list_repo_files(name) if ".fp16." not in file]
-    except Exception:  # no network, or no such repository: it may have been downloaded before
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        listed = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
+    except Exception as error:  # no network, or no such repository; but it may have been downloaded before
+        try:
+            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except Exception:
+            raise error from None
+    files = [file.rfilename for file in listed if ".fp16." not in file.rfilename]
     wanted = fnmatch.filter(files, "*.json") + fnmatch.filter(files, "tokenizer/*") + ["prompt_embeds.safetensors"]
     for part in ("unet", "vae", "text_encoder"):
         wanted += fnmatch.filter(files, f"{part}/*.safetensors") or fnmatch.filter(files, f"{part}/*.bin")
@@ -131,8 +165,11 @@ def _download(name: str) -> Path:
 def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
     stored = folder / "prompt_embeds.safetensors"
     if stored.is_file():
-        tensors = load_file(stored)
-        return tensors["prompt_embeds"], tensors.get("negative_prompt_embeds")
+        try:
+            tensors = load_file(stored)
+            return tensors["prompt_embeds"], tensors.get("negative_prompt_embeds")
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{stored} cannot be read: {_first_line(error)}") from error
     if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
         raise ValueError(f"{folder} has neither prompt_embeds.safetensors nor text_encoder/ and tokenizer/")
     try:
@@ -141,36 +178,29 @@ def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
         raise ImportError(
             "encoding the empty prompt of this model needs transformers: pip install 'videopure-fast[pretrained]'"
         ) from error
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    with torch.no_grad():
-        return encoder(tokens.input_ids)[0], None
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+        tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        with torch.no_grad():
+            return encoder(tokens.input_ids)[0], None
+    except Exception as error:
+        raise ValueError(f"the text encoder in {folder} cannot be used: {_first_line(error)}") from error
 
 
-def _read_config(folder: Path, given: Mapping[str, Any]) -> PurifyConfig:
-    unknown = set(given) - {field.name for field in fields(PurifyConfig)}
-    if unknown:
-        raise ValueError(f"{folder / 'purifier.json'} has unknown settings: {', '.join(sorted(unknown))}")
-    return PurifyConfig(**given)
-
-
-def _read_json(path: Path, *, default: dict[str, Any]) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file."""
     if not path.is_file():
-        return default
+        return None
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_LARGEST_JSON}")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from . import ops, reference
 from .config import PurifyConfig
 from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
-from .prior import Prior, load_prior, save_prior
-from .schedule import Schedule, Transition
+from .prior import Models, Settings, find_prior, load_models, read_settings, save_prior
+from .schedule import Schedule, Transition, read_scheduler
 
 LEAST_SIDE = 16  # pixels
+_MOST_FRAMES = 1024  # of a window
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[str, int, int, Tensor], None]
@@ -39,7 +40,7 @@ class Purifier(nn.Module):
             (N, 3, H, W) in [0, 1], flow (N, 2, H, W) in pixels from prev to next; called once for every clip
             (or window) with its F-1 pairs in order, in float32, on the padded clip.
         config: settings of the method.
-        scheduler_config: a diffusers scheduler's configuration, where the model's schedule is not the config's.
+        scheduler_config: a diffusers scheduler's configuration; its training schedule is read into `config`.
         max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows.
 
     The modules stay on their device and in their dtype until `.to()`; float16, bfloat16, float32 and float64 work.
@@ -60,13 +61,14 @@ class Purifier(nn.Module):
         max_frames: int = 32,
     ) -> None:
         super().__init__()
+        _check_models(unet, vae)
         _check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
-        if not isinstance(max_frames, int) or max_frames < 2:
-            raise ValueError(f"max_frames must be an int of at least 2, got {max_frames!r}")
+        if isinstance(max_frames, bool) or not isinstance(max_frames, int) or not 2 <= max_frames <= _MOST_FRAMES:
+            raise ValueError(f"max_frames must be an int from 2 to {_MOST_FRAMES}, got {max_frames!r}")
         self.unet, self.vae = unet, vae
         if negative_prompt_embeds is not None:
-            negative_prompt_embeds = negative_prompt_embeds.detach().to(unet.device)
-        self.register_buffer("prompt_embeds", prompt_embeds.detach().to(unet.device))
+            negative_prompt_embeds = negative_prompt_embeds.detach().clone().to(unet.device)
+        self.register_buffer("prompt_embeds", prompt_embeds.detach().clone().to(unet.device))
         self.register_buffer("negative_prompt_embeds", negative_prompt_embeds)
         # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
         self._guided = negative_prompt_embeds is not None and not torch.equal(
@@ -74,9 +76,9 @@ class Purifier(nn.Module):
         )
         # In a tuple, a flow network is no submodule: casting the purifier to half must not cast the flow.
         self._flow = (no_flow if flow is None else load_flow(flow),)
-        self._scheduler_config = dict(scheduler_config or {})
         self.max_frames = max_frames
-        self.config = config
+        self.config = config  # once for its own checks
+        self.config = read_scheduler(config, scheduler_config)
         self.requires_grad_(False)
         self.eval()
 
@@ -98,48 +100,36 @@ class Purifier(nn.Module):
         float32. `flow` and `config` are the prior's own; `overrides` are fields of PurifyConfig replaced into it.
         FileNotFoundError for a model or network that is not there.
         """
-        if device is None:
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        device = torch.device(device)
+        device = _device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.float16
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-        replace(config or PurifyConfig(), **overrides)  # a wrong setting is found before a model is loaded
-        if flow is not None:
-            flow = load_flow(flow)
-        prior = load_prior(name, dtype=dtype)
-        if flow is None:
-            flow = prior.flow
-        if flow is None:
+        if dtype not in _DTYPES[1:]:
+            raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
+        # Whatever can be wrong with the settings is found before a model is loaded.
+        _override(PurifyConfig() if config is None else config, overrides)
+        folder = find_prior(name)
+        settings = read_settings(folder)
+        if flow is None and settings.flow is None:
             raise ValueError(f"{name} was saved with a flow of the caller's own: pass it again as flow=...")
+        flow = load_flow(settings.flow if flow is None else flow)
+        models = load_models(folder, dtype=dtype)
         purifier = cls(
-            prior.unet,
-            prior.vae,
-            prior.prompt_embeds,
-            negative_prompt_embeds=prior.negative_prompt_embeds,
+            models.unet,
+            models.vae,
+            models.prompt_embeds,
+            negative_prompt_embeds=models.negative_prompt_embeds,
             flow=flow,
-            config=replace(config or prior.config, **overrides),
-            scheduler_config=prior.scheduler_config,
-            max_frames=prior.max_frames,
+            config=settings.config if config is None else config,
+            scheduler_config=settings.scheduler_config,
+            max_frames=settings.max_frames,
         )
+        purifier.config = _override(purifier.config, overrides)
         return purifier.to(device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write everything that `from_pretrained` needs to a new folder; a flow callable of your own is not saved."""
-        save_prior(
-            Prior(
-                self.unet,
-                self.vae,
-                self.prompt_embeds,
-                self.negative_prompt_embeds,
-                self._scheduler_config,
-                self.config,
-                flow_name(self.flow),
-                self.max_frames,
-            ),
-            folder,
-        )
+        models = Models(self.unet, self.vae, self.prompt_embeds, self.negative_prompt_embeds)
+        save_prior(models, Settings(self.config, flow_name(self.flow), self.max_frames), folder)
 
     @property
     def flow(self) -> Flow:
@@ -155,7 +145,7 @@ class Purifier(nn.Module):
             raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
         if config.window_overlap >= self.max_frames:
             raise ValueError(f"window_overlap {config.window_overlap} must be less than max_frames {self.max_frames}")
-        self._schedule = Schedule(config, self._scheduler_config)
+        self._schedule = Schedule(config)
         self._config = config
 
     @property
@@ -187,25 +177,28 @@ class Purifier(nn.Module):
             video: (B, 3, F, H, W) or (3, F, H, W); floats in [0, 1] or uint8; F >= 2, H and W >= 16.
             return_votes: return all V votes, T + 2 for videopure and 1 for the baselines.
             generator: randomness of "ddim" and "ddpm": one generator, or one for each clip. The same seeds give the
-                same result for any batching and any device.
+                same noise for any batching and any device.
             progress: show a progress bar over UNet evaluations.
             callback: called as (stage, step, timestep, latents) after each step; stage "inversion" or "denoising",
                 latents (B, 4, F, h, w). Do not modify them.
 
         Returns the last vote, or with `return_votes` (B, V, 3, F, H, W) (no B for an unbatched clip), in the video's
-        dtype, device and range. Gradients flow if grad mode is on and `video.requires_grad`.
+        dtype, device and range. Gradients flow if grad mode is on and `video.requires_grad`; the backward pass is the
+        caller's, and runs under the caller's TF32 settings.
         """
         check_video(video)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         clips = video if video.ndim == 5 else video[None]
         generators = self._fork(generator, len(clips))
         differentiable = torch.is_grad_enabled() and video.requires_grad
         # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), self._precision():
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), ops.full_float32(self.unet.device):
             votes = self._purify(self._admit(clips), generators, return_votes, progress, callback)
             votes = votes[..., : video.shape[-2], : video.shape[-1]].to(video.device)
             votes = (votes * 255).round().to(torch.uint8) if video.dtype == torch.uint8 else votes.to(video.dtype)
             votes = votes if return_votes else votes[:, -1]
-            return votes if video.ndim == 5 else votes[0]
+            return (votes if video.ndim == 5 else votes[0]).contiguous()
 
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w)."""
@@ -240,38 +233,35 @@ class Purifier(nn.Module):
         guidance_scale: float,
         *,
         first_frame_noise: bool = False,
-        fresh_noise: Tensor | None = None,
+        draw: Callable[[], Tensor] | None = None,
         report: Callable[[int, int, Tensor], None] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk latents (B, 4, F, h, w) through `transitions`: the one loop of all methods.
 
         first_frame_noise: frame 0's noise serves every frame (temporal DDIM inversion).
-        fresh_noise: (S, B, 4, F, h, w), one slice a transition, where they have a sigma.
+        draw: fresh noise of the latents' shape for every transition that has a sigma.
         report: called as (step, timestep, latents) after each transition.
 
-        Returns the S + 1 states, the last being the result, and the S noise predictions, in the UNet's dtype.
+        Yields for each transition the noise prediction, in the UNet's dtype, and the latents it leads to.
         """
         timesteps = torch.tensor([step.timestep for step in transitions], device=latents.device)
-        states, noises = [latents], []
         for i, step in enumerate(transitions):
             noise = self.predict_noise(latents, timesteps[i], guidance_scale)
             used = noise[:, :, :1] if first_frame_noise else noise
             latents = reference.ddim_step(latents, used, step.scale, step.noise_scale)
             if step.sigma:
-                latents = latents + step.sigma * fresh_noise[i]
-            states.append(latents)
-            noises.append(noise)
+                latents = latents + step.sigma * draw()
             if report is not None:
                 report(i, step.timestep, latents)
-        return states, noises
+            yield noise, latents
 
     def vote(
         self, states: list[Tensor], noises: list[Tensor], target: Tensor, flow: Tensor, *, votes: int
     ) -> Tensor:
-        """The last `votes` guided votes of videopure, (votes, B, 4, F, h, w), from what `sample` returned of denoising.
+        """The last `votes` guided votes of videopure, (votes, B, 4, F, h, w).
 
-        The final state has no noise prediction of its own and shares the last one. `target` are the encoded clips,
-        `flow` (B, F-1, 2, h, w) in latent pixels.
+        states: of denoising, from the first to the final one. noises: the prediction at each but the final state,
+        which shares the last one. target: the encoded clips. flow: (B, F-1, 2, h, w) in latent pixels.
         """
         return ops.guided_update(
             torch.stack(states[-votes:]),
@@ -339,35 +329,36 @@ class Purifier(nn.Module):
     def _purify_window(
         self, clips: Tensor, generators: Sequence[torch.Generator], return_votes: bool, report: Callback
     ) -> Tensor:
-        target = self.encode(clips)
         inversion, denoising = self._plan()
-        latents, fresh_noise = target, None
+        guided = self.config.method == "videopure"
+        flow = self.latent_flow(clips) if guided else None
+        latents = target = self.encode(clips)
+        draw = functools.partial(_normal, target, generators)
         if inversion:
-            states, _ = self.sample(
+            walk = self.sample(
                 latents,
                 inversion,
                 self.config.cfg_inversion,
-                first_frame_noise=self.config.method == "videopure",
+                first_frame_noise=guided,
                 report=functools.partial(report, "inversion"),
             )
-            latents = states[-1]
+            for _, latents in walk:  # noqa: B007
+                pass
         else:
-            draws = 1 + sum(step.sigma > 0 for step in denoising)
-            first_noise, *fresh_noise = _normal(draws, target, generators)
             signal, deviation = self._schedule.diffusion()
-            latents = signal * target + deviation * first_noise
-        states, noises = self.sample(
-            latents,
-            denoising,
-            self.config.cfg_denoise,
-            fresh_noise=fresh_noise,
-            report=functools.partial(report, "denoising"),
+            latents = signal * target + deviation * draw()
+        states, noises = [latents], []
+        walk = self.sample(
+            latents, denoising, self.config.cfg_denoise, draw=draw, report=functools.partial(report, "denoising")
         )
-        if self.config.method == "videopure":
-            wanted = len(states) if return_votes else 1
-            votes = self.vote(states, noises, target, self.latent_flow(clips), votes=wanted)
+        for noise, latents in walk:
+            if guided:
+                states.append(latents)
+                noises.append(noise)
+        if guided:
+            votes = self.vote(states, noises, target, flow, votes=len(states) if return_votes else 1)
         else:
-            votes = states[-1][None]
+            votes = latents[None]
         return self.decode(votes).transpose(0, 1)
 
     def _plan(self) -> tuple[list[Transition], list[Transition]]:
@@ -381,8 +372,10 @@ class Purifier(nn.Module):
 
     def _admit(self, clips: Tensor) -> Tensor:
         """Checked clips -> the models' device, floats in [0, 1], replicate-padded to multiples of the VAE's factor."""
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        clips = clips.to(self.unet.device, dtype) / (255 if clips.dtype == torch.uint8 else 1)
+        least = 2 * self.vae_factor
+        if min(clips.shape[-2:]) < least:
+            raise ValueError(f"video has shape {tuple(clips.shape)}; this model accepts sides of {least} or more")
+        clips = clips.to(self.unet.device, self._state_dtype) / (255 if clips.dtype == torch.uint8 else 1)
         bottom, right = (-side % self.vae_factor for side in clips.shape[-2:])
         if not bottom and not right:
             return clips
@@ -395,7 +388,7 @@ class Purifier(nn.Module):
         sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch
         if len(sources) != batch:
             raise ValueError(f"got {len(sources)} generators for {batch} clips; accepted: one, or one for each clip")
-        if not all(source is None or isinstance(source, torch.Generator) for source in sources):
+        if generator is not None and not all(isinstance(source, torch.Generator) for source in sources):
             raise TypeError(f"generators must be torch.Generator, got {[type(g).__name__ for g in sources]}")
         if self.config.method in ("videopure", "ddim_inversion"):
             return []  # deterministic: the caller's generators stay where they are
@@ -405,34 +398,51 @@ class Purifier(nn.Module):
             forks.append(torch.Generator().manual_seed(seed.item()))
         return forks
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        """Full float32 products while a float32 purifier runs; the caller's settings afterwards."""
-        backends = torch.backends
-        switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-        if torch.float32 not in (self.unet.dtype, self.vae.dtype):
-            switches = ()
-        before = [switch.fp32_precision for switch in switches]
-        try:
-            for switch in switches:
-                switch.fp32_precision = "ieee"
-            yield
-        finally:
-            for switch, precision in zip(switches, before, strict=True):
-                switch.fp32_precision = precision
 
+def purify(
+    video: Tensor,
+    model: str | os.PathLike[str] = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    flow: str | Flow | None = None,
+    config: PurifyConfig | None = None,
+    **overrides: Any,
+) -> Tensor:
+    """Purify clips in one call; the loaded model is kept for the next.
 
-def purify(video: Tensor, model: str | os.PathLike[str] = "tiny", **overrides: Any) -> Tensor:
-    """Purify clips in one call: `Purifier.from_pretrained(model, **overrides)(video)`, the purifier being kept.
-
-    video: (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8. `overrides` are fields of PurifyConfig, or
-    `device`, `dtype` and `flow`.
+    video: (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8. The other arguments are those of
+    `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
     """
     check_video(video)
-    return _loaded(model, **overrides)(video)
+    _override(PurifyConfig() if config is None else config, overrides)
+    # A copy shares the models, and its settings are its own.
+    purifier = copy.copy(_loaded(model, device=device, dtype=dtype, flow=flow))
+    purifier.config = _override(purifier.config if config is None else config, overrides)
+    return purifier(video)
 
 
-_loaded = functools.lru_cache(maxsize=2)(Purifier.from_pretrained)
+@functools.lru_cache(maxsize=2)
+def _loaded(model: str | os.PathLike[str], **options: Any) -> Purifier:
+    return Purifier.from_pretrained(model, **options)
+
+
+def _override(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig:
+    if not isinstance(config, PurifyConfig):
+        raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
+    accepted = [field.name for field in fields(PurifyConfig)]
+    if unknown := set(overrides) - set(accepted):
+        raise TypeError(f"unknown settings {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+    return replace(config, **overrides)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # each backend has its own way
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def check_video(video: Tensor) -> None:
@@ -440,6 +450,8 @@ def check_video(video: Tensor) -> None:
     accepted = "accepted: (B, 3, F, H, W) or (3, F, H, W) with F >= 2 frames and sides of 16 pixels or more"
     if not isinstance(video, Tensor):
         raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
+    if video.layout != torch.strided or video.is_nested or video.is_meta:
+        raise TypeError(f"video is a {video.layout} tensor on {video.device}; accepted: dense tensors with values")
     if video.dtype not in _DTYPES:
         raise TypeError(f"video is {video.dtype}; accepted: floats of 16 bits or more in [0, 1], or uint8 in 0..255")
     shape = tuple(video.shape)
@@ -454,7 +466,7 @@ def check_video(video: Tensor) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
         if low < 0 or high > 1:
-            raise ValueError(f"video has values from {low:.6g} to {high:.6g}; accepted: floats in [0, 1], or uint8")
+            raise ValueError(f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8")
 
 
 def window_starts(frames: int, length: int, overlap: int) -> list[int]:
@@ -471,10 +483,28 @@ def window_weights(length: int, overlap: int) -> Tensor:
     return ramp.clamp(max=overlap + 1) / (overlap + 1)
 
 
-def _normal(draws: int, like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise (draws, *like.shape), each clip's from its own generator."""
-    noise = [torch.randn(draws, *like.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(noise, 1).to(like)
+def _normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise of like's shape, each clip's from its own CPU generator."""
+    shape = like.shape[1:]
+    noise = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    return torch.stack(noise).to(like)
+
+
+def _check_models(unet: nn.Module, vae: nn.Module) -> None:
+    for name, module, settings in (
+        ("unet", unet, ("in_channels", "cross_attention_dim")),
+        ("vae", vae, ("latent_channels", "scaling_factor", "block_out_channels")),
+    ):
+        if not isinstance(module, nn.Module) or not all(hasattr(getattr(module, "config", None), s) for s in settings):
+            seen = type(module).__name__
+            raise TypeError(f"{name} must be a diffusers module whose config has {', '.join(settings)}; got {seen}")
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"the VAE has {vae.config.latent_channels} latent channels, the UNet takes {unet.config.in_channels}"
+        )
+    scale = vae.config.scaling_factor
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"the VAE's scaling_factor must be a positive number, got {scale!r}")
 
 
 def _check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:
@@ -484,8 +514,10 @@ def _check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_em
             continue
         if not isinstance(embeds, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(embeds).__name__}")
-        if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[-1] != dim:
+        if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[1] < 1 or embeds.shape[-1] != dim:
             raise ValueError(f"{name} has shape {tuple(embeds.shape)}; accepted: (1, tokens, {dim})")
+        if not embeds.is_floating_point() or not embeds.isfinite().all():
+            raise ValueError(f"{name} must hold finite floats, got {embeds.dtype}")
     if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
         raise ValueError(
             f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}, "

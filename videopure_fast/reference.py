@@ -33,8 +33,11 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
         indexing="ij",
     )
     # align_corners=True puts the first pixel's centre at -1 and the last one's at 1.
-    grid_x = 2 * (x + flow[:, 0]) / max(width - 1, 1) - 1
-    grid_y = 2 * (y + flow[:, 1]) / max(height - 1, 1) - 1
+    # Beyond reach, or not finite: any place outside will do.
+    x = (x + flow[:, 0]).nan_to_num(nan=-2.0).clamp(-2, width + 1)
+    y = (y + flow[:, 1]).nan_to_num(nan=-2.0).clamp(-2, height + 1)
+    grid_x = 2 * x / max(width - 1, 1) - 1
+    grid_y = 2 * y / max(height - 1, 1) - 1
     grid = torch.stack([grid_x, grid_y], -1).to(images.dtype)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
@@ -60,9 +63,11 @@ def guided_update(
         p = (z - step.sqrt_beta * e) / step.sqrt_alpha
         gradient = spatial_weight * 2 * (p - target) / p[0].numel()
         # The warped frame is a constant: the pull reaches frames 0 .. F-2, each by the sign of its own residual.
-        following = p[:, :, 1:].transpose(1, 2).flatten(0, 1)
+        # A sign has no derivative to hand on.
+        fixed = p.detach()
+        following = fixed[:, :, 1:].transpose(1, 2).flatten(0, 1)
         warped = warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
-        pull = temporal_weight * torch.sign(warped - p[:, :, :-1]) / p[0, :, 0].numel()
+        pull = temporal_weight * torch.sign(warped - fixed[:, :, :-1]) / p[0, :, 0].numel()
         gradient = gradient + F.pad(pull, (0, 0, 0, 0, 0, 1))
         optimised = z + step.update * gradient
         votes.append((optimised - step.sqrt_beta * e) / step.sqrt_alpha if step.predicts_x0 else optimised)

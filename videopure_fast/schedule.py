@@ -35,30 +35,27 @@ class VoteCoefficients(NamedTuple):
 
 
 class Schedule:
-    """Coefficients of the samplers for one PurifyConfig.
+    """Coefficients of the samplers for one PurifyConfig. ValueError for betas so small that no noise is left."""
 
-    `scheduler_config` is a diffusers scheduler's configuration: its training schedule and offset replace those of the
-    PurifyConfig. Its other entries steer samplers that the method does not use. ValueError for a schedule other than
-    "scaled_linear" or a prediction other than epsilon.
-    """
-
-    def __init__(self, config: PurifyConfig, scheduler_config: Mapping[str, Any] | None = None) -> None:
-        given = dict(scheduler_config or {})
-        beta_schedule = given.get("beta_schedule", "scaled_linear")
-        prediction_type = given.get("prediction_type", "epsilon")
-        if beta_schedule != "scaled_linear" or prediction_type != "epsilon" or given.get("trained_betas") is not None:
-            raise ValueError(
-                f"unsupported scheduler: beta_schedule {beta_schedule!r}, prediction_type {prediction_type!r}"
-                f"{', trained_betas' if given.get('trained_betas') is not None else ''}; "
-                "accepted: 'scaled_linear' betas and 'epsilon' prediction"
-            )
-        names = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
-        config = replace(config, **{name: given[name] for name in names if given.get(name) is not None})
+    def __init__(self, config: PurifyConfig) -> None:
         self._config = config
         # float32, rounding and all: the table that diffusion checkpoints are trained and sampled with.
-        roots = torch.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), config.num_train_timesteps)
+        roots = torch.linspace(
+            math.sqrt(config.beta_start),
+            math.sqrt(config.beta_end),
+            config.num_train_timesteps,
+            dtype=torch.float32,
+            device="cpu",
+        )
         self.alphas_cumprod: list[float] = torch.cumprod(1 - roots**2, 0).tolist()
         self.step = config.num_train_timesteps // config.num_inference_steps
+        try:
+            self.votes()
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"betas from {config.beta_start} to {config.beta_end} over {config.num_train_timesteps} timesteps "
+                "leave no signal or no noise in float32"
+            ) from error
 
     @property
     def timesteps(self) -> list[int]:
@@ -114,3 +111,26 @@ class Schedule:
             update = self._config.update_scale * self.log_variance(t) / math.sqrt(a)
             steps.append(VoteCoefficients(math.sqrt(a), math.sqrt(1 - a), update, predicts_x0=True))
         return [*steps, steps[-1]._replace(predicts_x0=False)]
+
+
+def read_scheduler(config: PurifyConfig, scheduler_config: Mapping[str, Any] | None) -> PurifyConfig:
+    """`config` with the training schedule and offset of a diffusers scheduler's configuration.
+
+    Its other entries steer samplers that the method does not use. ValueError for betas other than "scaled_linear" or a
+    prediction other than epsilon.
+    """
+    if scheduler_config is None:
+        return config
+    if not isinstance(scheduler_config, Mapping):
+        raise TypeError(f"scheduler_config must be a mapping, got {type(scheduler_config).__name__}")
+    given = dict(scheduler_config)
+    for name, accepted in (
+        ("beta_schedule", "scaled_linear"),
+        ("prediction_type", "epsilon"),
+        ("trained_betas", None),
+        ("rescale_betas_zero_snr", False),
+    ):
+        if given.get(name, accepted) != accepted:
+            raise ValueError(f"unsupported scheduler: {name} is {given[name]!r}; accepted: {accepted!r}")
+    names = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
+    return replace(config, **{name: given[name] for name in names if given.get(name) is not None})
