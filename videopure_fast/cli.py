@@ -171,8 +171,6 @@ def purify(
     from .video import VideoWriter, check_output, probe, purify_stream, read_frames, working_size
 
     check_output(output)
-    if device is not None:
-        _check_device(device)
     video = probe(source)
     if size is None:
         size = 64 if model == "tiny" else 224
@@ -309,15 +307,6 @@ class _Pace:
         )
 
 
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend fails in a way of its own
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def _facts(video: VideoInfo, height: int, width: int) -> str:
     return (
         f"{video.path}: {video.frames} frames of {video.width}x{video.height} at {float(video.rate):.5g} per second, "
@@ -341,10 +330,11 @@ def _version(name: str) -> str | None:
 def _accelerators() -> list[str]:
     import torch
 
-    if torch.cuda.is_available():
-        return [f"cuda:{i}, {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return [] if accelerator is None else [str(accelerator)]
+    if accelerator is None:
+        return []
+    name = getattr(torch.get_device_module(accelerator), "get_device_name", lambda index: "")
+    return [f"{accelerator.type}:{i} {name(i)}".strip() for i in range(torch.accelerator.device_count())]
 
 
 def _accuracy_table(found: Comparison, eps: float, steps: int) -> Table:
