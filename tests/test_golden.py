@@ -31,6 +31,7 @@ def load(name):
 
 def assert_close(actual, expected, tolerance, mask=None):
     assert actual.shape == expected.shape
+    actual = actual.cpu()
     error = (actual.double() - expected.double()).abs() / (1 + expected.double().abs())
     if mask is not None:
         error = error[mask.expand_as(error)]
@@ -68,7 +69,7 @@ def modules():
     return unet, vae
 
 
-def build(modules, case, dtype=torch.float32, method="videopure"):
+def build(modules, case, device, dtype=torch.float32, method="videopure"):
     inputs = load(f"{case}_inputs")
     if "flow_full_f16" in inputs:
         full = inputs["flow_full_f16"].float()
@@ -80,15 +81,15 @@ def build(modules, case, dtype=torch.float32, method="videopure"):
         flow=lambda prev, next: full,
         config=PurifyConfig(method=method, inversion_steps=CASES[case]["T"]),
         scheduler_config=RECORD["scheduler_config"],
-    ).to(dtype)
-    return purifier, inputs["video_u8"].float() / 255, inputs
+    ).to(device, dtype)
+    return purifier, inputs["video_u8"].to(device) / 255, inputs
 
 
 @pytest.fixture(autouse=True)
-def restore_float32(modules):
+def restored(modules):
     yield
     for module in modules:
-        module.float()
+        module.float().cpu()
 
 
 # Formulas
@@ -168,8 +169,8 @@ def test_flow_resize(k):
 
 
 @pytest.mark.parametrize("case", ["p0", "p1"])
-def test_videopure_run(modules, case):
-    purifier, video, inputs = build(modules, case)
+def test_videopure_run(modules, case, device):
+    purifier, video, inputs = build(modules, case, device)
     record = load(f"{case}_videopure")
     with torch.no_grad():
         flow = purifier.latent_flow(video)
@@ -205,7 +206,7 @@ def test_videopure_run(modules, case):
         ]
     )
     assert clear.float().mean() > 0.99
-    ours = torch.stack([frame_major(vote) for vote in votes])
+    ours = torch.stack([frame_major(vote) for vote in votes]).cpu()
     assert_close(ours, expected_votes, UNET, clear)
     for i, (e, c) in enumerate(zip(recorded_noise, coefficients, strict=True)):
         optimised = ours[i] * c.sqrt_alpha + c.sqrt_beta * e if c.predicts_x0 else ours[i]
@@ -213,9 +214,9 @@ def test_videopure_run(modules, case):
 
     # Decoded from the recorded votes, free of flips; and the whole call, in which each flip reaches some pixels.
     with torch.no_grad():
-        recorded = clip_major_votes(expected_votes)
+        recorded = clip_major_votes(expected_votes).to(device)
         decoded = purifier.decode(recorded)[:, 0]
-        whole = purifier(video, return_votes=True)[0]
+        whole = purifier(video, return_votes=True)[0].cpu()
     frames = CASES[case]["decoded_frames"]
     assert_close(decoded[:, :, frames], record["decoded_subset"], UNET)
     assert_close(decoded.mean((1, 2, 3, 4)), record["decoded_full_mean"], UNET)
@@ -230,8 +231,8 @@ def clip_major_votes(votes):
     return votes.transpose(1, 2)[:, None]
 
 
-def test_ddim_inversion_run(modules):
-    purifier, video, _ = build(modules, "p1", method="ddim_inversion")
+def test_ddim_inversion_run(modules, device):
+    purifier, video, _ = build(modules, "p1", device, method="ddim_inversion")
     record = load("p1_ddim_inversion")
     with torch.no_grad():
         inversion, denoising = purifier._plan()
@@ -244,21 +245,21 @@ def test_ddim_inversion_run(modules):
     assert_baseline(record, denoising, states, noises, whole)
 
 
-def test_ddim_run(modules):
-    purifier, video, _ = build(modules, "p1", method="ddim")
+def test_ddim_run(modules, device):
+    purifier, video, _ = build(modules, "p1", device, method="ddim")
     record = load("p1_ddim")
     with torch.no_grad():
         target = purifier.encode(video)
         assert_close(frame_major(target), record["init_latents"], UNET)
         signal, deviation = purifier._schedule.diffusion()
         _, denoising = purifier._plan()
-        states, noises = walk(purifier, signal * target + deviation * record["init_noise"], denoising, 9.0)
+        states, noises = walk(purifier, signal * target + deviation * record["init_noise"].to(device), denoising, 9.0)
         whole = purifier.decode(states[-1])
     assert_baseline(record, denoising, states, noises, whole)
 
 
-def test_ddpm_run(modules):
-    purifier, video, _ = build(modules, "p1", method="ddpm")
+def test_ddpm_run(modules, device):
+    purifier, video, _ = build(modules, "p1", device, method="ddpm")
     purifier.config = PurifyConfig(method="ddpm", inversion_steps=CASES["p1"]["ddpm_t"])
     record = load("p1_ddpm")
     with torch.no_grad():
@@ -266,9 +267,9 @@ def test_ddpm_run(modules):
         assert_close(frame_major(target), record["init_latents"], UNET)
         signal, deviation = purifier._schedule.diffusion()
         _, denoising = purifier._plan()
-        fresh = map(clip_major, record["step_noise"])
+        fresh = map(clip_major, record["step_noise"].to(device))
         assert all(step.sigma > 0 for step in denoising)
-        start = signal * target + deviation * record["init_noise"]
+        start = signal * target + deviation * record["init_noise"].to(device)
         states, noises = walk(purifier, start, denoising, 9.0, draw=lambda: next(fresh))
         whole = purifier.decode(states[-1])
     noises = [noises[i] for i in record["noise_pred_step_index"].tolist()]
@@ -289,8 +290,8 @@ def assert_baseline(record, denoising, states, noises, whole):
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
-def test_half_precision(modules, name):
-    purifier, video, _ = build(modules, "p0", dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[name])
+def test_half_precision(modules, name, device):
+    purifier, video, _ = build(modules, "p0", device, dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[name])
     record, half = load("p0_videopure"), load("p0_videopure_halfprec")
     theirs = RECORD["half_precision_reference_error"][f"{name}_noCFG"]
     with torch.no_grad():
@@ -301,10 +302,11 @@ def test_half_precision(modules, name):
         votes = purifier.vote(states, noises, target, flow, votes=len(states))
         decoded = purifier.decode(votes)[:, 0]
     frames = CASES["p0"]["decoded_frames"]
-    latents = torch.stack([frame_major(vote) for vote in votes])
+    latents = torch.stack([frame_major(vote) for vote in votes]).cpu()
+    inverted, decoded = torch.cat(inverted).cpu(), decoded.cpu()
     recorded = record["vae_decode_inputs"] * 0.18215
     for key, ours, exact in (
-        ("inverted_latents", torch.cat(inverted), record["inverted_latents"]),
+        ("inverted_latents", inverted, record["inverted_latents"]),
         ("list_latents", latents, recorded),
         ("decoded", decoded[:, :, frames], record["decoded_subset"]),
     ):
@@ -316,7 +318,7 @@ def test_half_precision(modules, name):
     theirs_latents = half[f"{name}/vae_decode_inputs"].float() * 0.18215
     assert (latents - theirs_latents).abs().mean() <= 2.25 * theirs["list_latents"]["mean"]
     theirs_inverted = half[f"{name}/inverted_latents"].float()
-    ours_inverted = torch.cat(inverted)[-len(theirs_inverted) :]
+    ours_inverted = inverted[-len(theirs_inverted) :]
     assert (ours_inverted - theirs_inverted).abs().mean() <= 2.25 * theirs["inverted_latents"]["mean"]
     if f"{name}/decoded_subset" in half:
         theirs_decoded = half[f"{name}/decoded_subset"].float()

@@ -205,6 +205,15 @@ def test_deterministic(method):
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_gpu_equals_cpu(method):
+    video = clips(2, 3, 11, 16, 18, dtype=torch.float64)
+    expected = build_purifier(method=method, dtype=torch.float64)(video, generator=generator(3))
+    actual = build_purifier(method=method, dtype=torch.float64).to("cuda")(video, generator=generator(3))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
+
+
 def test_train_never_wakes_dropout(purifier):
     video = clips(1, 3, 3, 16, 16)
     expected = purifier(video)
