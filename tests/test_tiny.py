@@ -1,0 +1,106 @@
+"""The packaged prior: its clips, its weights, and that it defends."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from videopure_fast import DefendedClassifier, Purifier, PurifyConfig, purify, tiny
+from videopure_fast.evaluation import compare
+from videopure_fast.tiny.models import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def purifier():
+    return Purifier.from_pretrained("tiny", device="cpu")
+
+
+def test_clips_are_seeded_and_extend():
+    clips, labels = tiny.sample_clips(6, seed=3)
+    assert clips.shape == (6, 3, 16, 32, 32) and clips.dtype == torch.float32
+    assert clips.min() >= 0 and clips.max() <= 1
+    assert labels.shape == (6,) and labels.dtype == torch.int64
+    fewer, fewer_labels = tiny.sample_clips(2, seed=3)
+    torch.testing.assert_close(fewer, clips[:2], rtol=0, atol=1e-6)
+    assert torch.equal(fewer_labels, labels[:2])
+    assert not torch.equal(tiny.sample_clips(2, seed=4)[0], fewer)
+    assert torch.bincount(tiny.sample_clips(200, seed=5)[1], minlength=8).min() > 8
+    with pytest.raises(ValueError, match="at least 1"):
+        tiny.sample_clips(0)
+
+
+def test_one_frame_tells_nothing():
+    classifier = tiny.load_classifier()
+    clips, labels = tiny.sample_clips(96, seed=11)
+
+    def accuracy(x):
+        return (classifier(x).argmax(1) == labels).float().mean()
+
+    assert accuracy(clips) >= 0.98
+    assert accuracy(clips[:, :, 8:9].expand_as(clips)) <= 0.35  # chance is 0.125
+    assert accuracy(clips.flip(2)) <= 0.05  # time reversed: every motion is another one
+
+
+def test_weights_are_small_and_safe():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_its_own_settings(purifier):
+    scaled = PurifyConfig().rescaled(16, 16, 16)
+    weights = {"spatial_weight": scaled.spatial_weight / 2, "temporal_weight": scaled.temporal_weight / 2}
+    assert purifier.config == replace(scaled, window_overlap=2, **weights)
+    assert purifier.max_frames == 16 and purifier.vae_factor == 2
+    assert Purifier.from_pretrained("tiny", inversion_steps=2, method="ddim").config.method == "ddim"
+    given = PurifyConfig(method="ddpm")
+    assert Purifier.from_pretrained("tiny", config=given, inversion_steps=1).config == PurifyConfig(
+        method="ddpm", inversion_steps=1
+    )
+    with pytest.raises(TypeError, match="magic"):
+        Purifier.from_pretrained("tiny", magic=1)
+
+
+def test_a_fooled_classifier_is_right_again(purifier):
+    """A broken purifier fails: none 0.0, the VAE alone far below, and even chance would be 0.125."""
+    clips, labels = tiny.sample_clips(32, seed=21)
+    classifier = tiny.load_classifier()
+    found = compare(clips, labels, classifier, purifier, eps=4 / 255, step_size=2 / 255, steps=10)
+    rows = {row.defence: row for row in found.rows}
+    assert rows["none"].clean >= 0.95 and rows["none"].attacked <= 0.05
+    assert rows["videopure"].attacked >= 0.8 and rows["videopure"].clean >= 0.85
+    assert rows["videopure"].attacked - rows["VAE round trip"].attacked > 0.5
+    assert (found.attacked_clips - clips).abs().max() <= 4 / 255 + 1e-6
+    # Purified clips still show the clip.
+    assert (found.purified_clips - clips).square().mean() < 0.005
+
+
+def test_a_batch_equals_its_clips_in_float32(purifier):
+    clips, _ = tiny.sample_clips(3, seed=31)
+    batch = purifier(clips, return_votes=True)
+    singles = torch.stack([purifier(clip, return_votes=True) for clip in clips])
+    error = (batch - singles).abs() / (1 + singles.abs())
+    # A latent whose residual float32 cannot sign may flip, and reaches the pixels around it.
+    assert (error > 1e-5).float().mean() < 0.02
+    assert error.median() < 1e-6
+
+
+def test_purify_is_one_call(purifier):
+    clips, _ = tiny.sample_clips(1, seed=41)
+    once = purify(clips, inversion_steps=0)
+    assert once.shape == clips.shape
+    assert torch.equal(purify(clips, inversion_steps=0), once)
+    pixels = (clips[0] * 255).byte()
+    assert purify(pixels, inversion_steps=0).dtype == torch.uint8
+    with pytest.raises(TypeError, match="list"):
+        purify([clips])
+    with pytest.raises(ValueError, match="unknown method"):
+        purify(clips, method="magic")
+
+
+def test_defended_classifier_votes(purifier):
+    clips, labels = tiny.sample_clips(2, seed=51)
+    defended = DefendedClassifier(tiny.load_classifier(), purifier)
+    assert defended.votes(clips).shape == (2, 7)
+    assert defended(clips).shape == (2, 8)
+    assert torch.equal(defended.predict(clips), labels)
