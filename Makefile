@@ -27,7 +27,7 @@ score: $(INSTALLED)
 report: $(INSTALLED)
 	$(BIN)/python bench/report.py
 
-# The constraint on torch is what keeps gigabytes of CUDA packages off a machine without a GPU.
+# The constraints are the versions that were tried together.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"

@@ -526,6 +526,8 @@ def test_folder_round_trip_offline(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="new folder"):
         purifier.save_pretrained(tmp_path / "prior")
     assert os.listdir(tmp_path) == ["prior"]
+    again.save_pretrained(tmp_path / "again")
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "again").rglob("*.json"))
 
 
 def test_folder_with_a_text_encoder(tmp_path):

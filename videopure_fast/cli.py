@@ -1,6 +1,6 @@
 """The command line `videopure-fast`: demo, purify, info.
 
-Commands import what they need when they run, so that `--help` answers at once.
+Commands import what they need when they run.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Brackets in file names and in "pip install videopure-fast[kernels]" are no markup.
+# Brackets in file names are no markup.
 _out = Console(markup=False, highlight=False, soft_wrap=True)
 
 _STRIP_SCALE, _STRIP_COLUMNS, _AMPLIFICATION = 4, 8, 16
@@ -75,8 +76,8 @@ def demo(
 ) -> None:
     """Attack packaged clips, purify them, and show how a classifier fares.
 
-    Needs no download. The clips show drawn sprites; their class is the sprite's motion. 16 clips take about two
-    minutes on two CPU cores.
+    Needs no download. The clips show drawn sprites; their class is the sprite's motion. 16 clips take less than
+    a minute on two CPU cores.
 
     Examples:
 
@@ -89,9 +90,11 @@ def demo(
     from .evaluation import compare
     from .purifier import Purifier
 
-    out.mkdir(parents=True, exist_ok=True)
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"cannot write {json_file}: there is no folder {json_file.parent}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"cannot write to {out}: it is a file")
+    out.mkdir(parents=True, exist_ok=True)
     purifier = Purifier.from_pretrained("tiny", device="cpu")
     drawn, labels = tiny.sample_clips(clips, seed)
     found = compare(
@@ -135,7 +138,7 @@ def purify(
         int | None,
         typer.Option(
             show_default="the model's own",
-            help="Depth T of the purification, 0 to 49: T + 1 evaluations of the UNet each way.",
+            help="Depth T of the purification, 0 to 49: T + 1 evaluations of the UNet each way (ddpm: 20 T + 1).",
         ),
     ] = None,
     device: Annotated[
@@ -155,7 +158,7 @@ def purify(
     """Purify a video file of any length, in bounded memory.
 
     The result has the working size of the model (see --size), the frame rate of IN, and its sound where the format
-    of OUT can hold it. OUT appears when it is complete; a failure or Ctrl-C leaves nothing.
+    of OUT can hold it. OUT appears when it is complete, and may be IN; a failure or Ctrl-C leaves nothing.
 
     Examples:
 
@@ -244,17 +247,18 @@ def info() -> None:
 
 
 _OPTIONAL = {
-    "torchcodec": "optional: PyAV decodes instead; pip install 'videopure-fast[torchcodec]'",
+    "torchcodec": "optional: PyAV decodes instead; pip install torchcodec",
     "torchvision": "optional, for flow 'raft'; pip install torchvision",
-    "transformers": "optional, for models with a text encoder; pip install 'videopure-fast[pretrained]'",
-    "triton": "optional, for the Triton kernels; pip install 'videopure-fast[kernels]'",
-    "xformers": "optional, for its attention on NVIDIA GPUs; pip install 'videopure-fast[xformers]'",
+    "transformers": "optional, for models with a text encoder; pip install transformers accelerate",
+    "triton": "optional, for the Triton kernels; pip install triton",
+    "xformers": "optional, for its attention on NVIDIA GPUs; pip install xformers",
 }
 
 
 def main() -> None:
     """Entry point: bad input ends in one sentence on stderr and exit status 1."""
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # batch systems end jobs so: clean up as for Ctrl-C
     try:
         app(prog_name="videopure-fast")
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -205,7 +205,7 @@ def _lacks(name: str) -> str | None:
         return None
     if name == "triton":
         if find_spec("triton") is None:
-            return "triton is not installed; pip install 'videopure-fast[kernels]'"
+            return "triton is not installed; pip install triton"
         return None if _interpreted() or torch.cuda.is_available() else _NO_GPU
     extension = _extension()
     if extension is None:

@@ -109,15 +109,18 @@ def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        models.unet.save_pretrained(unfinished / "unet")
-        models.vae.save_pretrained(unfinished / "vae")
+        for part, module in (("unet", models.unet), ("vae", models.vae)):
+            module.save_pretrained(unfinished / part)
+            config = _read_json(unfinished / part / "config.json")
+            config.pop("_name_or_path", None)  # where the module once lay on this machine
+            _write_json(unfinished / part / "config.json", config)
         embeddings = {"prompt_embeds": models.prompt_embeds, "negative_prompt_embeds": models.negative_prompt_embeds}
         save_file(
             {key: value.detach().cpu().contiguous().clone() for key, value in embeddings.items() if value is not None},
             unfinished / "prompt_embeds.safetensors",
         )
         content = {"config": asdict(settings.config), "flow": settings.flow, "max_frames": settings.max_frames}
-        (unfinished / "purifier.json").write_text(json.dumps(content, indent=2) + "\n")
+        _write_json(unfinished / "purifier.json", content)
         unfinished.chmod(0o755)
         unfinished.rename(folder)
     except BaseException:
@@ -176,7 +179,7 @@ def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:
         raise ImportError(
-            "encoding the empty prompt of this model needs transformers: pip install 'videopure-fast[pretrained]'"
+            "encoding the empty prompt of this model needs transformers: pip install transformers accelerate"
         ) from error
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -201,6 +204,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _first_line(error: BaseException) -> str:

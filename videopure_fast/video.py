@@ -10,7 +10,7 @@ import os
 import secrets
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -158,7 +158,6 @@ def purify_stream(
     frames: Iterable[Tensor],
     total: int,
     *,
-    progress: Callable[[int, int], None] | None = None,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
@@ -168,7 +167,7 @@ def purify_stream(
     bit of float32 before rounding. The random baselines draw new noise for every window, as the seed of `generator`
     says, and so differ from the whole clip's draws.
 
-    progress: called as (windows done, windows) after each window. callback: handed to the purifier.
+    callback: handed to the purifier.
 
     ValueError if there are more or fewer frames than `total`.
     """
@@ -196,8 +195,6 @@ def purify_stream(
             else:
                 blended.append(weight * frame)
                 weight_sums.append(weight.clone())
-        if progress is not None:
-            progress(i + 1, len(starts))
         following = starts[i + 1] if i + 1 < len(starts) else total
         for _ in range(following - start):
             given.popleft()
