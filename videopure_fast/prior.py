@@ -1,8 +1,8 @@
 """Priors: the frozen models and constants that a purifier stands on, read from and written to a folder.
 
-A folder holds the diffusers modules `unet/` and `vae/`, `scheduler/scheduler_config.json`, and either a text encoder
-(`text_encoder/`, `tokenizer/`), with which the empty prompt is encoded once, or stored embeddings
-(`prompt_embeds.safetensors`). `purifier.json`, where present, states the prior's own settings.
+A folder holds the diffusers modules `unet/` and `vae/`, and either a text encoder (`text_encoder/`, `tokenizer/`), with
+which the empty prompt is encoded once, or stored embeddings (`prompt_embeds.safetensors`). Where present,
+`purifier.json` states the prior's own settings and `scheduler/scheduler_config.json` its noise schedule.
 """
 
 from __future__ import annotations

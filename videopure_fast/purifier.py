@@ -44,8 +44,8 @@ class Purifier(nn.Module):
         max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows.
 
     The modules stay on their device and in their dtype until `.to()`; float16, bfloat16, float32 and float64 work.
-    The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 is off while
-    a float32 purifier runs.
+    The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 and
+    autocast are off while the purifier runs.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class VoteCoefficients(NamedTuple):
 
 
 class Schedule:
-    """Coefficients of the samplers for one PurifyConfig. ValueError for betas so small that no noise is left."""
+    """Coefficients of the samplers for one PurifyConfig. ValueError for betas that leave no signal or no noise."""
 
     def __init__(self, config: PurifyConfig) -> None:
         self._config = config

@@ -1,6 +1,6 @@
 """Train the packaged classifier, VAE and UNet from scratch: `python -m videopure_fast.tiny.train --help`.
 
-Seeded; under an hour and a half on two CPU cores. Every step sees freshly drawn clips, from seeds that no test,
+Seeded; takes an hour or more on two CPU cores. Every step sees freshly drawn clips, from seeds that no test,
 demo or score uses. The UNet is a purifier, not a generator: it learns the first 300 of the 1000 noise levels,
 the ones that purification visits.
 """
@@ -30,7 +30,7 @@ from .models import UNET_CONFIG, VAE_CONFIG, ActionClassifier
 _SEED = 7_000_000  # step s of a stage draws clips with seed _SEED + stage offset + s
 _MAX_TIMESTEP = 300
 # Strength of guidance, as a share of the full-size model's pull on a latent. Chosen among 0, 0.5, 1, 2 and 4 on 96
-# attacked clips of seed 777: robust accuracy fell with every doubling, and from 1 on by far.
+# attacked clips of seed 777: robust accuracy fell with every increase, a little to 0.5 and by far from 1 on.
 _PULL = 0.5
 
 
