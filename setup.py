@@ -58,8 +58,29 @@ setup(
     ext_modules=[
         Extension(
             "videopure_fast._C",
-            sources=["csrc/bindings.cpp", "csrc/guided_update.cpp", "csrc/guided_update.cu"],
-            depends=["csrc/guided_update.h", "CMakeLists.txt"],  # lets a source distribution carry them
+            sources=[
+                "csrc/bindings.cpp",
+                "csrc/ddim_step.cpp",
+                "csrc/ddim_step.cu",
+                "csrc/geglu.cpp",
+                "csrc/group_norm_silu.cpp",
+                "csrc/guided_update.cpp",
+                "csrc/guided_update.cu",
+                "csrc/temporal_attention.cpp",
+            ],
+            # Lets a source distribution carry them.
+            depends=[
+                "CMakeLists.txt",
+                "csrc/activations.h",
+                "csrc/ddim_step.h",
+                "csrc/geglu.h",
+                "csrc/group_norm_silu.h",
+                "csrc/guided_update.h",
+                "csrc/latents.h",
+                "csrc/launch.cuh",
+                "csrc/temporal_attention.h",
+                "csrc/vector_math.h",
+            ],
         )
     ],
     cmdclass={"build_ext": CMakeBuild},

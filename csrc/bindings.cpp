@@ -6,9 +6,13 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <utility>
 
+#include "ddim_step.h"
+#include "geglu.h"
+#include "group_norm_silu.h"
 #include "guided_update.h"
+#include "temporal_attention.h"
 
 namespace py = pybind11;
 
@@ -19,36 +23,57 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-vpf::Sizes to_sizes(const std::array<int64_t, 6>& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+using SixNumbers = std::array<int64_t, 6>;
+using AddressAndStrides = std::pair<std::uintptr_t, SixNumbers>;
 
-vpf::Strides to_strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+vpf::Sizes to_sizes(const SixNumbers& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 
-std::vector<vpf::Vote> to_votes(const std::vector<std::array<double, 4>>& coefficients, const vpf::Sizes& sizes) {
-  if (static_cast<int64_t>(coefficients.size()) != sizes.votes) {
-    throw std::invalid_argument("guided_update needs coefficients for " + std::to_string(sizes.votes) +
-                                " votes, got " + std::to_string(coefficients.size()));
-  }
-  std::vector<vpf::Vote> votes;
-  votes.reserve(coefficients.size());
-  for (const auto& [sqrt_alpha, sqrt_beta, update, predicts_x0] : coefficients) {
-    votes.push_back({static_cast<float>(1 / sqrt_alpha), static_cast<float>(sqrt_beta), static_cast<float>(update),
-                     static_cast<float>(predicts_x0)});
-  }
-  return votes;
+template <typename T>
+vpf::Latents<T> to_latents(const AddressAndStrides& tensor) {
+  const auto& [address, s] = tensor;
+  return {pointer<T>(address), s[0], s[1], s[2], s[3], s[4], s[5]};
 }
 
-void guided_update_cpu(std::uintptr_t latents, std::uintptr_t noise, std::uintptr_t target, std::uintptr_t flow,
-                       std::uintptr_t output, const std::array<int64_t, 6>& sizes,
-                       const std::array<int64_t, 4>& latents_strides, const std::array<int64_t, 4>& noise_strides,
-                       const std::array<int64_t, 4>& target_strides,
-                       const std::vector<std::array<double, 4>>& coefficients, double spatial_weight,
-                       double temporal_weight, int threads) {
+void ddim_step_cpu(const AddressAndStrides& latents, const AddressAndStrides& noise,
+                   const AddressAndStrides& coefficients, const AddressAndStrides& output, const SixNumbers& sizes,
+                   int threads) {
+  vpf::ddim_step_cpu(to_latents<const float>(latents), to_latents<const float>(noise),
+                     to_latents<const float>(coefficients), to_latents<float>(output), to_sizes(sizes), threads);
+}
+
+void guided_update_cpu(const AddressAndStrides& latents, const AddressAndStrides& noise,
+                       const AddressAndStrides& target, const AddressAndStrides& flow,
+                       const AddressAndStrides& coefficients, const AddressAndStrides& output, const SixNumbers& sizes,
+                       double spatial_weight, double temporal_weight, int threads) {
   const vpf::Sizes shape = to_sizes(sizes);
-  const std::vector<vpf::Vote> votes = to_votes(coefficients, shape);
-  vpf::guided_update_cpu(pointer<const float>(latents), pointer<const float>(noise), pointer<const float>(target),
-                         pointer<const float>(flow), pointer<float>(output), shape, to_strides(latents_strides),
-                         to_strides(noise_strides), to_strides(target_strides), votes.data(),
+  vpf::guided_update_cpu(to_latents<const float>(latents), to_latents<const float>(noise),
+                         to_latents<const float>(target), to_latents<const float>(flow),
+                         to_latents<const float>(coefficients), to_latents<float>(output), shape,
                          vpf::make_weights(shape, spatial_weight, temporal_weight), threads);
+}
+
+vpf::ActivationSizes to_activation_sizes(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+
+vpf::ActivationStrides to_activation_strides(const std::array<int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
+
+void temporal_attention_cpu(std::uintptr_t qkv, std::uintptr_t output, const std::array<int64_t, 4>& sizes,
+                            const std::array<int64_t, 3>& strides, int64_t heads, int threads) {
+  vpf::temporal_attention_cpu(pointer<const float>(qkv), pointer<float>(output), to_activation_sizes(sizes),
+                              to_activation_strides(strides), heads, threads);
+}
+
+void geglu_cpu(std::uintptr_t x, std::uintptr_t output, int64_t rows, int64_t channels, int64_t row_stride,
+               int threads) {
+  vpf::geglu_cpu(pointer<const float>(x), pointer<float>(output), rows, channels, row_stride, threads);
+}
+
+void group_norm_silu_cpu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t embedding,
+                         std::uintptr_t output, const std::array<int64_t, 4>& sizes,
+                         const std::array<int64_t, 3>& strides, int64_t groups, double eps, bool over_frames, bool silu,
+                         int threads) {
+  vpf::group_norm_silu_cpu(pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
+                           pointer<const float>(embedding), pointer<float>(output), to_activation_sizes(sizes),
+                           to_activation_strides(strides), groups, eps, over_frames, silu, threads);
 }
 
 #ifdef VPF_HAS_CUDA
@@ -59,19 +84,24 @@ vpf::NoiseType to_noise_type(const std::string& dtype) {
   throw std::invalid_argument("noise must be float32, float16 or bfloat16, got " + dtype);
 }
 
-void guided_update_cuda(std::uintptr_t latents, std::uintptr_t noise, const std::string& noise_dtype,
-                        std::uintptr_t target, std::uintptr_t flow, std::uintptr_t output,
-                        const std::array<int64_t, 6>& sizes, const std::array<int64_t, 4>& latents_strides,
-                        const std::array<int64_t, 4>& noise_strides, const std::array<int64_t, 4>& target_strides,
-                        const std::vector<std::array<double, 4>>& coefficients, double spatial_weight,
-                        double temporal_weight, int device, std::uintptr_t stream) {
+void ddim_step_cuda(const AddressAndStrides& latents, const AddressAndStrides& noise,
+                    const AddressAndStrides& coefficients, const AddressAndStrides& output, const SixNumbers& sizes,
+                    const std::string& noise_dtype, int device, std::uintptr_t stream) {
+  vpf::ddim_step_cuda(to_latents<const float>(latents), to_latents<const void>(noise), to_noise_type(noise_dtype),
+                      to_latents<const float>(coefficients), to_latents<float>(output), to_sizes(sizes), device,
+                      pointer<void>(stream));
+}
+
+void guided_update_cuda(const AddressAndStrides& latents, const AddressAndStrides& noise,
+                        const AddressAndStrides& target, const AddressAndStrides& flow,
+                        const AddressAndStrides& coefficients, const AddressAndStrides& output,
+                        const SixNumbers& sizes, double spatial_weight, double temporal_weight,
+                        const std::string& noise_dtype, int device, std::uintptr_t stream) {
   const vpf::Sizes shape = to_sizes(sizes);
-  const std::vector<vpf::Vote> votes = to_votes(coefficients, shape);
-  vpf::guided_update_cuda(pointer<const float>(latents), pointer<const void>(noise), to_noise_type(noise_dtype),
-                          pointer<const float>(target), pointer<const float>(flow), pointer<float>(output), shape,
-                          to_strides(latents_strides), to_strides(noise_strides), to_strides(target_strides),
-                          votes.data(), vpf::make_weights(shape, spatial_weight, temporal_weight), device,
-                          pointer<void>(stream));
+  vpf::guided_update_cuda(to_latents<const float>(latents), to_latents<const void>(noise), to_noise_type(noise_dtype),
+                          to_latents<const float>(target), to_latents<const float>(flow),
+                          to_latents<const float>(coefficients), to_latents<float>(output), shape,
+                          vpf::make_weights(shape, spatial_weight, temporal_weight), device, pointer<void>(stream));
 }
 #endif
 
@@ -81,13 +111,22 @@ PYBIND11_MODULE(_C, m) {
   using py::literals::operator""_a;
   const py::call_guard<py::gil_scoped_release> unlocked;
 
-  m.def("guided_update_cpu", &guided_update_cpu, unlocked, "latents"_a, "noise"_a, "target"_a, "flow"_a, "output"_a,
-        py::kw_only(), "sizes"_a, "latents_strides"_a, "noise_strides"_a, "target_strides"_a, "coefficients"_a,
-        "spatial_weight"_a, "temporal_weight"_a, "threads"_a);
+  m.def("ddim_step_cpu", &ddim_step_cpu, unlocked, "latents"_a, "noise"_a, "coefficients"_a, "output"_a,
+        py::kw_only(), "sizes"_a, "threads"_a);
+  m.def("guided_update_cpu", &guided_update_cpu, unlocked, "latents"_a, "noise"_a, "target"_a, "flow"_a,
+        "coefficients"_a, "output"_a, py::kw_only(), "sizes"_a, "spatial_weight"_a, "temporal_weight"_a, "threads"_a);
+  m.def("temporal_attention_cpu", &temporal_attention_cpu, unlocked, "qkv"_a, "output"_a, py::kw_only(), "sizes"_a,
+        "strides"_a, "heads"_a, "threads"_a);
+  m.def("geglu_cpu", &geglu_cpu, unlocked, "x"_a, "output"_a, py::kw_only(), "rows"_a, "channels"_a, "row_stride"_a,
+        "threads"_a);
+  m.def("group_norm_silu_cpu", &group_norm_silu_cpu, unlocked, "x"_a, "weight"_a, "bias"_a, "embedding"_a, "output"_a,
+        py::kw_only(), "sizes"_a, "strides"_a, "groups"_a, "eps"_a, "over_frames"_a, "silu"_a, "threads"_a);
 #ifdef VPF_HAS_CUDA
-  m.def("guided_update_cuda", &guided_update_cuda, unlocked, "latents"_a, "noise"_a, "noise_dtype"_a, "target"_a,
-        "flow"_a, "output"_a, py::kw_only(), "sizes"_a, "latents_strides"_a, "noise_strides"_a, "target_strides"_a,
-        "coefficients"_a, "spatial_weight"_a, "temporal_weight"_a, "device"_a, "stream"_a);
+  m.def("ddim_step_cuda", &ddim_step_cuda, unlocked, "latents"_a, "noise"_a, "coefficients"_a, "output"_a,
+        py::kw_only(), "sizes"_a, "noise_dtype"_a, "device"_a, "stream"_a);
+  m.def("guided_update_cuda", &guided_update_cuda, unlocked, "latents"_a, "noise"_a, "target"_a, "flow"_a,
+        "coefficients"_a, "output"_a, py::kw_only(), "sizes"_a, "spatial_weight"_a, "temporal_weight"_a,
+        "noise_dtype"_a, "device"_a, "stream"_a);
   m.def("cuda_error", &vpf::cuda_error, unlocked, "device"_a);
   m.attr("has_cuda") = true;
 #else

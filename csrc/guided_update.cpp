@@ -3,48 +3,109 @@
 #include <cstddef>
 #include <vector>
 
+#include "vector_math.h"
+
 namespace vpf {
+namespace {
 
-void guided_update_cpu(const float* latents, const float* noise, const float* target, const float* flow, float* output,
-                       const Sizes& sizes, const Strides& latents_strides, const Strides& noise_strides,
-                       const Strides& target_strides, const Vote* votes, const Weights& weights, int threads) {
-  const int64_t pixels = sizes.height * sizes.width;
-  const int64_t rows = sizes.clips * sizes.frames * sizes.height;
+// A frame's sampling positions in the following frame's plane: four offsets and weights a pixel, tap by tap. A tap
+// outside the frame points at the zero that ends the plane.
+struct PlaneTaps {
+  explicit PlaneTaps(int64_t pixels)
+      : pixels(pixels), offsets(static_cast<std::size_t>(4 * pixels)), weights(static_cast<std::size_t>(4 * pixels)) {}
 
-  // One row of one frame at a time: where its flow points serves all channels and votes. Rows share no output, so the
-  // number of threads cannot change a bit of it.
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<Taps> taps(static_cast<std::size_t>(sizes.width));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t y = row % sizes.height;
-      const int64_t frame = row / sizes.height % sizes.frames;
-      const int64_t clip = row / sizes.height / sizes.frames;
-      const bool has_following = frame + 1 < sizes.frames;
-      if (has_following) {
-        const float* row_flow = flow + (clip * (sizes.frames - 1) + frame) * 2 * pixels + y * sizes.width;
-        for (int64_t x = 0; x < sizes.width; ++x) {
-          taps[x] = bilinear_taps(x, y, row_flow[x], row_flow[pixels + x], sizes.height, sizes.width);
+  void find(const Latents<const float>& flow, int64_t clip, int64_t frame, const Sizes& sizes) {
+    const Latents<const float> plane = {nullptr, 0, 0, 0, 0, sizes.width, 1};
+    for (int64_t y = 0, at = 0; y < sizes.height; ++y) {
+      const float* motion = flow.pixel(0, clip, 0, frame, y, 0);
+      for (int64_t x = 0; x < sizes.width; ++x, ++at, motion += flow.column) {
+        const Taps taps = bilinear_taps(x, y, motion[0], motion[flow.channel], sizes, plane, plane);
+        for (int i = 0; i < 4; ++i) {
+          offsets[i * pixels + at] = static_cast<int32_t>(taps.latents[i] < 0 ? pixels : taps.latents[i]);
+          weights[i * pixels + at] = taps.weight[i];
         }
       }
+    }
+  }
+
+  int64_t pixels;
+  std::vector<int32_t> offsets;
+  std::vector<float> weights;
+};
+
+// One frame of one channel.
+struct Plane {
+  const float *latents, *noise;
+  int64_t latents_row, latents_column, noise_row, noise_column;
+};
+
+VPF_VECTOR_CLONES void predict_plane(const Plane& plane, const Vote vote, int64_t height, int64_t width,
+                                     float* __restrict prediction) {
+  for (int64_t y = 0; y < height; ++y) {
+    const float* z = plane.latents + y * plane.latents_row;
+    const float* e = plane.noise + y * plane.noise_row;
+    for (int64_t x = 0; x < width; ++x) {
+      prediction[y * width + x] = predict_x0(z[x * plane.latents_column], e[x * plane.noise_column], vote);
+    }
+  }
+}
+
+VPF_VECTOR_CLONES void sample_plane(const float* __restrict prediction, const int32_t* __restrict offsets,
+                                    const float* __restrict weights, int64_t pixels, float* __restrict warped) {
+  for (int64_t at = 0; at < pixels; ++at) {
+    float sample = 0.f;
+    for (int64_t i = 0; i < 4; ++i) sample += weights[i * pixels + at] * prediction[offsets[i * pixels + at]];
+    warped[at] = sample;
+  }
+}
+
+VPF_VECTOR_CLONES void guide_row(const float* __restrict z, int64_t z_column, const float* __restrict e,
+                                 int64_t e_column, const float* __restrict target, int64_t target_column,
+                                 const float* __restrict warped, bool has_following, const Vote vote,
+                                 const Weights weights, float* __restrict output, int64_t output_column,
+                                 int64_t width) {
+  for (int64_t x = 0; x < width; ++x) {
+    output[x * output_column] = guided_vote(z[x * z_column], e[x * e_column], target[x * target_column], warped[x],
+                                            has_following, vote, weights);
+  }
+}
+
+}  // namespace
+
+void guided_update_cpu(const Latents<const float>& latents, const Latents<const float>& noise,
+                       const Latents<const float>& target, const Latents<const float>& flow,
+                       const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
+                       const Weights& weights, int threads) {
+  const int64_t pixels = sizes.height * sizes.width;
+  const int64_t all_frames = sizes.clips * sizes.frames;
+
+  // One frame at a time: where its flow points serves all channels and votes. Frames share no output, so the number of
+  // threads cannot change a bit of it.
+#pragma omp parallel num_threads(threads)
+  {
+    PlaneTaps taps(pixels);
+    std::vector<float> following(static_cast<std::size_t>(pixels + 1)), warped(static_cast<std::size_t>(pixels));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < all_frames; ++i) {
+      const int64_t clip = i / sizes.frames, frame = i % sizes.frames;
+      const bool has_following = frame + 1 < sizes.frames;
+      if (has_following) taps.find(flow, clip, frame, sizes);
       for (int64_t v = 0; v < sizes.votes; ++v) {
-        const Vote& vote = votes[v];
+        const Vote vote = load_vote(coefficients, v, clip);
         for (int64_t channel = 0; channel < sizes.channels; ++channel) {
-          const float* z = latents + v * latents_strides.vote + clip * latents_strides.clip +
-                           channel * latents_strides.channel + frame * latents_strides.frame;
-          const float* e = noise + v * noise_strides.vote + clip * noise_strides.clip +
-                           channel * noise_strides.channel + frame * noise_strides.frame;
-          const float* wanted = target + clip * target_strides.clip + channel * target_strides.channel +
-                                frame * target_strides.frame;
-          float* out =
-              output + (((v * sizes.clips + clip) * sizes.channels + channel) * sizes.frames + frame) * pixels;
-          for (int64_t x = 0; x < sizes.width; ++x) {
-            const int64_t at = y * sizes.width + x;
-            const float prediction = predict_x0(z[at], e[at], vote);
-            const float warped =
-                has_following ? sample_x0(z + latents_strides.frame, e + noise_strides.frame, taps[x], vote) : 0.f;
-            out[at] = guided_vote(z[at], e[at], wanted[at], prediction, warped, has_following, vote, weights);
+          const float* z = latents.plane(v, clip, channel, frame);
+          const float* e = noise.plane(v, clip, channel, frame);
+          if (has_following) {
+            const Plane next = {z + latents.frame, e + noise.frame, latents.row, latents.column, noise.row,
+                                noise.column};
+            predict_plane(next, vote, sizes.height, sizes.width, following.data());
+            sample_plane(following.data(), taps.offsets.data(), taps.weights.data(), pixels, warped.data());
+          }
+          for (int64_t y = 0; y < sizes.height; ++y) {
+            guide_row(z + y * latents.row, latents.column, e + y * noise.row, noise.column,
+                      target.pixel(0, clip, channel, frame, y, 0), target.column, warped.data() + y * sizes.width,
+                      has_following, vote, weights, output.pixel(v, clip, channel, frame, y, 0), output.column,
+                      sizes.width);
           }
         }
       }

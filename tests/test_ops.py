@@ -1,324 +1,549 @@
-"""Every backend of every op against the reference: odd sizes, any strides, any finite flow, poisoned outputs."""
+"""What concerns all ops: the choice of backend, misfits, registration with torch, gradients, the interpreter's run."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+import torch.nn.functional as F
+from op_cases import INTERPRETED, normal
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from videopure_fast import ops, reference
-from videopure_fast.config import PurifyConfig
-from videopure_fast.schedule import Schedule, VoteCoefficients
+from videopure_fast import backend, native, ops, reference
+from videopure_fast.backend import FORMS, choose, use_backend
 
-# Against the float32 reference, whatever the noise's dtype: it is cast to float32 before any arithmetic.
-TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
-# The temporal pull jumps where the warp residual changes sign; values this close to the jump may fall on either side.
-SIGN_MARGIN = 2e-5
+TESTS = Path(__file__).resolve().parent
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the door, not a kernel")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter takes milliseconds a program.
-EXAMPLES = 10 if INTERPRETED else 60
-
-CASES = [
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu, id="cuda"),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
+LATENTS, NORM = (2, 3, 4, 2, 5), {"norm_weight": (8,), "norm_bias": (8,)}
+# Of each op, in the reference's order: the shapes of small tensors, and settings.
+SHAPES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "ddim_step": ({"latents": LATENTS, "noise": LATENTS, "coefficients": (2, 2)}, {"first_frame_noise": True}),
+    "guided_update": (
+        {
+            "latents": (2, *LATENTS),
+            "noise": (2, *LATENTS),
+            "target": LATENTS,
+            "flow": (2, 3, 2, 2, 5),
+            "coefficients": (2, 2, 4),
+        },
+        {"spatial_weight": 100.0, "temporal_weight": 5.0},
+    ),
+    "temporal_attention": ({"qkv": (2, 3, 2, 1, 24)}, {"heads": 2}),
+    "norm_temporal_attention": (
+        {"x": (2, 3, 2, 1, 8), **NORM, "weight": (36, 8), "position": (3, 8)},
+        {"heads": 2, "eps": 1e-5},
+    ),
+    "linear_residual": ({"x": (2, 3, 5), "weight": (4, 5), "bias": (4,), "residual": (2, 3, 4)}, {}),
+    "geglu": ({"x": (2, 3, 8)}, {}),
+    "linear_geglu": ({"x": (2, 3, 5), "weight": (8, 5), "bias": (8,)}, {}),
+    "group_norm_silu": (
+        {"x": (2, 3, 2, 1, 8), "weight": (8,), "bias": (8,), "embedding": (2, 8)},
+        {"groups": 2, "eps": 1e-5, "over_frames": True, "silu": True},
+    ),
+    "temporal_conv": (
+        {"x": (2, 3, 2, 1, 8), **NORM, "weight": (3, 4, 8), "bias": (4,), "residual": (2, 3, 2, 1, 4)},
+        {"groups": 2, "eps": 1e-5},
+    ),
+}
+OPTIONAL = {"position", "bias", "embedding", "residual"}
+WITHOUT = [
+    ("norm_temporal_attention", "position"),
+    ("linear_residual", "bias"),
+    ("linear_geglu", "bias"),
+    ("group_norm_silu", "embedding"),
+    ("temporal_conv", "residual"),
 ]
-if INTERPRETED:
-    CASES.append(pytest.param("triton", "cpu", id="triton-interpreted"))
-else:
-    CASES.append(pytest.param("cpu", "cpu", id="cpu"))
-every_backend = pytest.mark.parametrize(("backend", "device"), CASES)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fresh memory is NaN, so that a value no kernel writes cannot pass."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def coefficients(votes: int) -> list[VoteCoefficients]:
-    """Alternating x0 votes and latents, at the paper's levels."""
-    steps = Schedule(PurifyConfig()).votes()
-    return [steps[v % len(steps)]._replace(predicts_x0=v % 2 == 0) for v in range(votes)]
-
-
-def make_inputs(
-    shape: tuple[int, ...], *, noise_dtype: torch.dtype = torch.float32, flow_scale: float = 1.0, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random latents, noise, target and flow for latents of (V, B, C, F, h, w)."""
-    generator = torch.Generator().manual_seed(seed)
-    _, clips, _, frames, height, width = shape
-    latents = torch.randn(shape, generator=generator)
-    noise = torch.randn(shape, generator=generator).to(noise_dtype)
-    target = torch.randn(shape[1:], generator=generator)
-    flow = flow_scale * torch.randn(clips, frames - 1, 2, height, width, generator=generator)
-    return latents, noise, target, flow
-
-
-def weights(shape: tuple[int, ...]) -> dict[str, float]:
-    config = PurifyConfig().rescaled(*shape[-3:])
-    return {"spatial_weight": config.spatial_weight, "temporal_weight": config.temporal_weight}
-
-
-def near_sign_jump(
-    latents: Tensor, noise: Tensor, target: Tensor, flow: Tensor, steps: list[VoteCoefficients]
-) -> Tensor:
-    """Where the reference's warp residual lies within SIGN_MARGIN of zero, as a mask of the latents' shape."""
-    masks = []
-    for z, e, step in zip(latents, noise.float(), steps, strict=True):
-        p = (z - step.sqrt_beta * e) / step.sqrt_alpha
-        following = p[:, :, 1:].transpose(1, 2).flatten(0, 1)
-        warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
-        near = (warped - p[:, :, :-1]).abs() <= SIGN_MARGIN
-        masks.append(torch.cat([near, torch.zeros_like(p[:, :, :1], dtype=torch.bool)], 2))
-    return torch.stack(masks)
-
-
-def run(backend: str, device: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    moved = [tensor.to(device) for tensor in inputs]
-    shape = tuple(inputs[0].shape)
-    with ops.use_backend(backend):
-        return ops.guided_update(*moved, coefficients(shape[0]), **weights(shape)).cpu()
-
-
-def check(backend: str, device: str, inputs: tuple[Tensor, ...]) -> None:
-    shape = tuple(inputs[0].shape)
-    steps = coefficients(shape[0])
-    expected = reference.guided_update(*inputs, steps, **weights(shape))
-    masked = near_sign_jump(*inputs, steps)
-    assert masked.float().mean() < 0.2, "too few values are left to compare"
-    actual = run(backend, device, inputs)
-    assert actual.shape == expected.shape
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual[~masked], expected[~masked], **TOLERANCE)
-    assert actual.isfinite().all()
-
-
-shapes = st.tuples(
-    st.integers(1, 3),  # votes
-    st.integers(1, 3),  # clips
-    st.integers(1, 5),  # channels
-    st.sampled_from([1, 2, 3, 7]),
-    st.sampled_from([2, 5, 8]),
-    st.sampled_from([2, 3, 9]),
+every_op = pytest.mark.parametrize("op", SHAPES)
+every_case = pytest.mark.parametrize(
+    ("op", "without"),
+    [*((op, None) for op in SHAPES), *WITHOUT],
+    ids=[*SHAPES, *(f"{op} without {name}" for op, name in WITHOUT)],
 )
 
 
-@every_backend
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
-@given(
-    shape=shapes,
-    noise_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    flow_scale=st.sampled_from([0.0, 0.3, 2.0, 50.0, 1e10, 1e30]),
-    seed=st.integers(0, 2**20),
-)
-def test_guided_update(backend, device, shape, noise_dtype, flow_scale, seed):
-    check(backend, device, make_inputs(shape, noise_dtype=noise_dtype, flow_scale=flow_scale, seed=seed))
+def example(
+    op: str, without: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Small inputs of an op, tensors and settings."""
+    shapes, settings = SHAPES[op]
+    tensors = {
+        name: None if name == without else normal(*shape, seed=seed).to(dtype)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    if op == "guided_update":
+        tensors["coefficients"] = 0.5 + tensors["coefficients"].abs()
+        tensors["coefficients"][0, ..., 3] = 0
+    return tensors, settings
 
 
-@every_backend
-def test_whole_pixel_flow_reaches_every_border(backend, device):
-    latents, noise, target, flow = make_inputs((2, 1, 2, 9, 5, 4))
-    for frame, (x, y) in enumerate([(1, 0), (-1, 0), (0, 1), (0, -1), (3, 4), (-3, -4), (4, 0), (0, 5)]):
-        flow[:, frame, 0], flow[:, frame, 1] = float(x), float(y)
-    check(backend, device, (latents, noise, target, flow))
+def call(op: str, tensors: dict[str, Tensor | None], settings: dict[str, Any]) -> Tensor:
+    return getattr(ops, op)(*tensors.values(), **settings)
 
 
-@every_backend
-@pytest.mark.parametrize("layout", ["channels last", "every second", "expanded", "transposed frames", "offset"])
-def test_any_strides(backend, device, layout):
-    shape = (2, 2, 4, 3, 5, 9)
-    inputs = list(make_inputs(shape, seed=3))
-    for i, tensor in enumerate(inputs):
-        if layout == "channels last":
-            tensor = tensor.movedim(-3 if i == 3 else -4, -1).contiguous().movedim(-1, -3 if i == 3 else -4)
-        elif layout == "every second":
-            wide = torch.full([2 * n for n in tensor.shape], torch.nan)
-            wide[tuple(slice(None, None, 2) for _ in tensor.shape)] = tensor
-            tensor = wide[tuple(slice(None, None, 2) for _ in tensor.shape)]
-        elif layout == "expanded":
-            tensor = tensor[:1].expand(tensor.shape)
-        elif layout == "transposed frames":
-            tensor = tensor.mT.contiguous().mT
-        elif layout == "offset":
-            tensor = torch.cat([torch.full_like(tensor, torch.nan), tensor], -3)[..., -tensor.shape[-3] :, :, :]
-        inputs[i] = tensor
-    check(backend, device, tuple(inputs))
+# The choice
 
 
-@every_backend
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
-def test_flow_that_points_nowhere_samples_zeros(backend, device, value):
-    latents, noise, target, flow = make_inputs((2, 2, 3, 3, 5, 9))
-    broken = torch.rand(flow.shape, generator=torch.Generator().manual_seed(1)) < 0.3
-    nowhere = torch.where(broken.any(2, keepdim=True), 1e6, flow)
-    flow = flow.masked_fill(broken, value)
-    actual = run(backend, device, (latents, noise, target, flow))
-    assert torch.equal(actual, run(backend, device, (latents, noise, target, nowhere)))
-    check(backend, device, (latents, noise, target, nowhere))
+X = torch.zeros(1, 2, 2, 2, 8)
 
 
-@every_backend
-def test_zero_residual_has_no_pull(backend, device):
-    latents, noise, target, flow = make_inputs((2, 1, 2, 2, 4, 4), flow_scale=0.0)
-    latents, noise = latents[:, :, :, :1].expand(latents.shape), noise[:, :, :, :1].expand(noise.shape)
-    shape = tuple(latents.shape)
-    expected = reference.guided_update(latents, noise, target, flow, coefficients(2), **weights(shape))
-    torch.testing.assert_close(run(backend, device, (latents, noise, target, flow)), expected, **TOLERANCE)
-
-
-@every_backend
-def test_more_votes_than_one_launch_takes(backend, device):
-    check(backend, device, make_inputs((131, 1, 1, 2, 2, 3)))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="checks the cpu backend")
-def test_threads_do_not_change_a_bit():
-    inputs = make_inputs((2, 2, 4, 7, 13, 9), flow_scale=2.0)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run("cpu", "cpu", inputs))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreted run of this file")
-def test_triton_in_the_interpreter():
-    """The same cases in a process of their own: triton reads TRITON_INTERPRET once, when it is imported."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton-interpreted", str(Path(__file__).resolve())]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
-
-
-@pytest.fixture
-def reference_calls(monkeypatch):
-    """The dtypes of the latents that reach the reference."""
-    calls = []
-    true_reference = reference.guided_update
-
-    def record(latents, *args, **kwargs):
-        calls.append(latents.dtype)
-        return true_reference(latents, *args, **kwargs)
-
-    monkeypatch.setattr(reference, "guided_update", record)
-    return calls
-
-
-SHAPE = (2, 1, 3, 2, 4, 5)
-
-
-def call(*inputs: Tensor) -> Tensor:
-    return ops.guided_update(*(inputs or make_inputs(SHAPE)), coefficients(2), **weights(SHAPE))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="checks the choice of backend")
 class TestChoice:
-    def test_auto_takes_the_extension(self, reference_calls):
-        call()
-        assert reference_calls == []
+    def test_auto_takes_the_extension(self):
+        assert choose("guided_update", X) is native.guided_update
+        with use_backend("auto"):
+            assert choose("ddim_step_", X) is native.ddim_step_
 
-    def test_environment_forces(self, monkeypatch, reference_calls):
-        monkeypatch.setenv(ops.BACKEND_VARIABLE, "reference")
-        call()
-        assert len(reference_calls) == 1
-        with ops.use_backend("cpu"):
-            call()
-        assert len(reference_calls) == 1, "use_backend wins over the environment"
+    def test_auto_goes_by_device_and_dtype(self):
+        assert choose("ddim_step", X.to("meta")) is reference.ddim_step
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            assert choose("ddim_step", X.to(dtype)) is reference.ddim_step
 
-    def test_empty_environment_is_auto(self, monkeypatch, reference_calls):
-        monkeypatch.setenv(ops.BACKEND_VARIABLE, "")
-        call()
-        assert reference_calls == []
+    def test_environment_forces(self, monkeypatch):
+        monkeypatch.setenv(backend.BACKEND_VARIABLE, "reference")
+        assert choose("ddim_step", X) is reference.ddim_step
+        with use_backend("cpu"):
+            assert choose("ddim_step", X) is native.ddim_step, "use_backend wins over the environment"
+        with use_backend("auto"):
+            assert choose("ddim_step", X) is native.ddim_step
+        monkeypatch.setenv(backend.BACKEND_VARIABLE, "")
+        assert choose("ddim_step", X) is native.ddim_step
 
-    def test_unknown_names(self, monkeypatch):
-        with pytest.raises(ValueError, match="unknown backend 'cudnn'; accepted: auto, cuda"):
-            ops.use_backend("cudnn").__enter__()
-        monkeypatch.setenv(ops.BACKEND_VARIABLE, "cudnn")
-        with pytest.raises(ValueError, match="unknown VIDEOPURE_FAST_BACKEND 'cudnn'"):
-            call()
+    def test_a_list_is_tried_in_order(self, monkeypatch):
+        for names, expected in (
+            ("cpu,reference", native),
+            ("reference,cpu", reference),
+            ("cuda, cpu", native),
+            ("cuda,triton,reference", reference),
+        ):
+            with use_backend(names):
+                assert choose("ddim_step", X) is expected.ddim_step
+        monkeypatch.setenv(backend.BACKEND_VARIABLE, "cuda, reference")
+        assert choose("ddim_step", X) is reference.ddim_step
+        with use_backend("cuda,triton"), pytest.raises(RuntimeError, match="'cuda' cannot.*; backend 'triton' cannot"):
+            choose("ddim_step", X)
 
-    def test_use_backend_ends_with_its_block(self, reference_calls):
-        with pytest.raises(KeyError), ops.use_backend("reference"):
-            raise KeyError
-        call()
-        assert reference_calls == []
+    def test_blocks_nest_and_end(self):
+        with use_backend("reference"):
+            with pytest.raises(KeyError), use_backend("cpu"):
+                raise KeyError
+            assert choose("ddim_step", X) is reference.ddim_step
+        assert choose("ddim_step", X) is native.ddim_step
 
-    @pytest.mark.parametrize("backend", ["cuda", "triton"])
-    def test_gpu_backend_refuses_cpu_tensors(self, backend):
-        sentence = rf"backend '{backend}' cannot serve this call: .*(GPU|CUDA|install|cuda)"
-        with ops.use_backend(backend), pytest.raises(RuntimeError, match=sentence):
-            call()
+    @pytest.mark.parametrize("names", ["cudnn", "cpu,cudnn", "", "auto,cpu", "cpu,", "CPU"])
+    def test_unknown_names(self, monkeypatch, names):
+        with pytest.raises(ValueError, match="unknown backend '.*'; accepted: auto, or some of cuda, triton, cpu"):
+            use_backend(names).__enter__()
+        if names:
+            monkeypatch.setenv(backend.BACKEND_VARIABLE, names)
+            with pytest.raises(ValueError, match="unknown VIDEOPURE_FAST_BACKEND '"):
+                choose("ddim_step", X)
 
-    def test_unbuilt_extension(self, monkeypatch, reference_calls):
-        monkeypatch.setattr(ops, "_load", lambda: (None, "No module named 'videopure_fast._C'"))
-        call()
-        assert len(reference_calls) == 1
-        with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=r"No module.*install videopure-fast again"):
-            call()
-        assert "C++ compiler" in ops.backends()["cpu"]
+    @pytest.mark.parametrize("name", ["cuda", "triton"])
+    def test_gpu_backends_refuse_cpu_tensors(self, name):
+        sentence = rf"backend '{name}' cannot serve this call of ddim_step: .*(GPU|CUDA|install|cuda)"
+        with use_backend(name), pytest.raises(RuntimeError, match=sentence):
+            choose("ddim_step", X)
 
-    def test_double_goes_to_the_reference(self, reference_calls):
-        result = call(*(tensor.double() for tensor in make_inputs(SHAPE)))
-        assert result.dtype == torch.float64
-        assert reference_calls == [torch.float64]
-        with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=r"float32, the latents are torch\.float64"):
-            call(*(tensor.double() for tensor in make_inputs(SHAPE)))
+    @pytest.mark.parametrize("op", [op for op in FORMS if "cuda" not in FORMS[op]])
+    def test_missing_form(self, op):
+        sentence = f"call of {op}: it has no cuda form; its forms are triton, cpu, reference"
+        with use_backend("cuda"), pytest.raises(RuntimeError, match=sentence):
+            choose(op, X)
 
-    @pytest.mark.parametrize("backend", ["auto", "cpu"])
-    def test_gradients_flow_through_the_reference(self, backend, reference_calls):
-        latents, noise, target, flow = make_inputs(SHAPE)
-        with ops.use_backend(backend):
-            call(latents.requires_grad_(), noise, target.requires_grad_(), flow).sum().backward()
-            assert latents.grad is not None
-            assert target.grad is not None
-            assert len(reference_calls) == 1
-            with torch.no_grad():
-                assert not call(latents, noise, target, flow).requires_grad
-        assert len(reference_calls) == 1
+    def test_missing_dtype(self):
+        sentence = r"it takes float32, this is torch\.float64; 'reference' takes every dtype"
+        with use_backend("cpu"), pytest.raises(RuntimeError, match=sentence):
+            choose("guided_update", X.double())
+
+    def test_missing_frames(self, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(backend, "_interpreted", lambda: True)
+        with use_backend("triton"), pytest.raises(RuntimeError, match="it takes 64 frames at most, these are 65"):
+            choose("temporal_attention", X[:, :1].expand(-1, 65, -1, -1, -1))
+
+    def test_unbuilt_extension(self, monkeypatch):
+        monkeypatch.setattr(native, "load", lambda: (None, "No module named 'videopure_fast._C'"))
+        assert choose("ddim_step", X) is reference.ddim_step
+        with use_backend("cpu"), pytest.raises(RuntimeError, match=r"No module.*install videopure-fast again"):
+            choose("ddim_step", X)
+        assert "C++ compiler" in backend.backends()["cpu"]
 
     def test_backends_says_what_is_missing(self):
-        report = ops.backends()
-        assert tuple(report) == ops.BACKENDS
+        report = backend.backends()
+        assert tuple(report) == backend.BACKENDS
         assert report["reference"] == "available"
         assert report["cpu"] == "available"
         if not torch.cuda.is_available():
             assert "CUDA" in report["cuda"]
             assert "GPU" in report["triton"]
 
+    @pytest.mark.parametrize("op", FORMS)
+    def test_forms_are_there(self, op):
+        assert callable(getattr(reference, op))
+        if {"cpu", "cuda"} & set(FORMS[op]):
+            assert callable(getattr(native, op))
+        if "triton" in FORMS[op]:
+            pytest.importorskip("triton")
+            file = importlib.import_module(f"videopure_fast.kernels.{backend._KERNEL_FILES.get(op, op)}")
+            assert callable(getattr(file, op))
 
-@pytest.mark.skipif(INTERPRETED, reason="checks the door, not a backend")
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        ({"latents": torch.zeros(1, 3, 2, 4, 5)}, r"latents must be \(V, B, C, F, h, w\).*got \(1, 3, 2, 4, 5\)"),
-        ({"latents": torch.zeros(2, 0, 3, 2, 4, 5)}, "not empty"),
-        ({"latents": torch.zeros(2, 1, 3, 2, 1, 5)}, "2x2 pixels or larger"),
-        ({"noise": torch.zeros(2, 1, 3, 1, 4, 5)}, r"noise must be \(2, 1, 3, 2, 4, 5\)"),
-        ({"target": torch.zeros(SHAPE)}, r"target must be \(1, 3, 2, 4, 5\)"),
-        ({"flow": torch.zeros(1, 2, 2, 4, 5)}, r"flow must be \(1, 1, 2, 4, 5\).*got \(1, 2, 2, 4, 5\)"),
-        ({"target": torch.zeros(SHAPE[1:]).double()}, r"target must be of the latents' dtype, torch\.float32"),
-        ({"noise": torch.zeros(SHAPE).int()}, r"noise must be of a floating-point dtype, got torch\.int32"),
-        ({"flow": torch.zeros(1, 1, 2, 4, 5, device="meta")}, "flow must be on the latents' device, cpu, got meta"),
-        ({"coefficients": coefficients(3)}, "coefficients must be 2, one for each vote, got 3"),
-    ],
-)
-def test_misfits_are_refused(broken, message):
-    inputs = dict(zip(("latents", "noise", "target", "flow"), make_inputs(SHAPE), strict=True))
+    def test_every_op_is_tested_here(self):
+        assert set(FORMS) == {*SHAPES, "ddim_step_"}
+
+
+# Misfits
+
+
+FLOATS, INTS, META = torch.zeros, lambda *s: torch.zeros(*s).int(), lambda *s: torch.zeros(*s, device="meta")
+MISFITS = [
+    ("ddim_step", {"latents": FLOATS(2, 3, 4, 5)}, r"latents must be \(B, C, F, h, w\) and not empty"),
+    ("ddim_step", {"latents": FLOATS(2, 0, 4, 2, 5)}, "not empty, got"),
+    ("ddim_step", {"latents": INTS(*LATENTS)}, "latents must be of a floating-point dtype, got torch.int32"),
+    ("ddim_step", {"noise": FLOATS(2, 3, 1, 2, 5)}, r"noise must have the latents' shape, \(2, 3, 4, 2, 5\)"),
+    ("ddim_step", {"noise": INTS(*LATENTS)}, "noise must be of a floating-point dtype, got torch.int32"),
+    ("ddim_step", {"noise": META(*LATENTS)}, "noise must be on the latents' device, cpu, got meta"),
+    ("ddim_step", {"coefficients": FLOATS(2)}, r"coefficients must be \(2, 2\) beside latents"),
+    ("ddim_step", {"coefficients": FLOATS(2, 2).double()}, "coefficients must be of latents's dtype, torch.float32"),
+    ("ddim_step", {"coefficients": META(2, 2)}, "coefficients must be on latents's device, cpu, got meta"),
+    ("guided_update", {"latents": FLOATS(*LATENTS)}, r"latents must be \(V, B, C, F, h, w\).*got \(2, 3, 4, 2, 5\)"),
+    ("guided_update", {"latents": FLOATS(2, 0, 3, 4, 2, 5)}, "not empty"),
+    ("guided_update", {"latents": FLOATS(2, 2, 3, 4, 1, 5)}, "2x2 pixels or larger"),
+    ("guided_update", {"latents": INTS(2, *LATENTS)}, "latents must be of a floating-point dtype"),
+    ("guided_update", {"noise": FLOATS(2, 2, 3, 1, 2, 5)}, "noise must have the latents' shape"),
+    ("guided_update", {"noise": INTS(2, *LATENTS)}, "noise must be of a floating-point dtype"),
+    ("guided_update", {"target": FLOATS(2, *LATENTS)}, r"target must be \(2, 3, 4, 2, 5\)"),
+    ("guided_update", {"target": FLOATS(*LATENTS).double()}, "target must be of latents's dtype"),
+    ("guided_update", {"flow": FLOATS(2, 4, 2, 2, 5)}, r"flow must be \(2, 3, 2, 2, 5\).*got \(2, 4, 2, 2, 5\)"),
+    ("guided_update", {"flow": META(2, 3, 2, 2, 5)}, "flow must be on latents's device, cpu, got meta"),
+    ("guided_update", {"coefficients": FLOATS(2, 4)}, r"coefficients must be \(2, 2, 4\)"),
+    ("temporal_attention", {"qkv": FLOATS(2, 3, 2, 24)}, r"qkv must be \(B, F, H, W, channels\)"),
+    ("temporal_attention", {"qkv": INTS(2, 3, 2, 1, 24)}, "floats and not empty, got .* of torch.int32"),
+    ("temporal_attention", {"qkv": FLOATS(2, 3, 0, 1, 24)}, "not empty"),
+    ("temporal_attention", {"heads": 3}, "qkv's channels must be three times a multiple of 3 heads, got 24"),
+    ("temporal_attention", {"heads": 0}, "heads must be 1 or more, got 0"),
+    ("norm_temporal_attention", {"x": FLOATS(3, 8)}, r"x must be \(B, F, H, W, channels\)"),
+    ("norm_temporal_attention", {"norm_weight": FLOATS(7)}, r"norm_weight must be \(8,\)"),
+    ("norm_temporal_attention", {"norm_bias": META(8)}, "norm_bias must be on x's device"),
+    ("norm_temporal_attention", {"weight": FLOATS(36, 7)}, r"weight must be \(36, 8\)"),
+    ("norm_temporal_attention", {"weight": FLOATS(())}, r"weight must have a row for each output, got \(\)"),
+    ("norm_temporal_attention", {"eps": -1.0}, "eps must be finite and not negative, got -1.0"),
+    ("norm_temporal_attention", {"weight": FLOATS(35, 8)}, "weight's rows must be three times a multiple of 2 heads"),
+    ("norm_temporal_attention", {"position": FLOATS(4, 8)}, r"position must be \(3, 8\)"),
+    ("linear_residual", {"x": FLOATS(())}, r"x must be \(..., channels\)"),
+    ("linear_residual", {"x": FLOATS(2, 0, 5)}, "not empty"),
+    ("linear_residual", {"weight": FLOATS(4, 6)}, r"weight must be \(4, 5\) beside x of \(2, 3, 5\)"),
+    ("linear_residual", {"weight": FLOATS(4, 5).half()}, "weight must be of x's dtype, torch.float32, got"),
+    ("linear_residual", {"bias": FLOATS(5)}, r"bias must be \(4,\)"),
+    ("linear_residual", {"residual": FLOATS(3, 4)}, r"residual must be \(2, 3, 4\)"),
+    ("geglu", {"x": FLOATS(2, 3)}, "x must have an even number of channels"),
+    ("geglu", {"x": INTS(2, 4)}, "floats and not empty"),
+    ("linear_geglu", {"weight": FLOATS(7, 5)}, "weight must have an even number of rows"),
+    ("linear_geglu", {"weight": FLOATS(0, 5)}, "weight must have a row for each output"),
+    ("linear_geglu", {"weight": FLOATS(8, 4)}, r"weight must be \(8, 5\)"),
+    ("linear_geglu", {"bias": FLOATS(4)}, r"bias must be \(8,\)"),
+    ("group_norm_silu", {"x": FLOATS(2, 3, 8)}, r"x must be \(B, F, H, W, channels\)"),
+    ("group_norm_silu", {"weight": FLOATS(4)}, r"weight must be \(8,\)"),
+    ("group_norm_silu", {"bias": FLOATS(8).half()}, "bias must be of x's dtype"),
+    ("group_norm_silu", {"embedding": FLOATS(3, 8)}, r"embedding must be \(2, 8\)"),
+    ("group_norm_silu", {"groups": 3}, "groups must divide the 8 channels, got 3"),
+    ("group_norm_silu", {"groups": 0}, "groups must be 1 or more, got 0"),
+    ("group_norm_silu", {"eps": float("nan")}, "eps must be finite"),
+    ("temporal_conv", {"x": FLOATS(2, 3, 8)}, r"x must be \(B, F, H, W, channels\)"),
+    ("temporal_conv", {"norm_bias": FLOATS(4)}, r"norm_bias must be \(8,\)"),
+    ("temporal_conv", {"weight": FLOATS(4, 8, 3)}, r"weight must be \(3, 4, 8\)"),
+    ("temporal_conv", {"bias": FLOATS(5)}, r"weight must be \(3, 5, 8\)"),
+    ("temporal_conv", {"residual": FLOATS(2, 3, 2, 1, 8)}, r"residual must be \(2, 3, 2, 1, 4\)"),
+    ("temporal_conv", {"groups": 5}, "groups must divide the 8 channels, got 5"),
+]
+
+
+@pytest.mark.parametrize(("op", "broken", "message"), MISFITS, ids=[f"{m[0]} {m[2]}"[:60] for m in MISFITS])
+def test_misfits_are_refused(op, broken, message):
+    tensors, settings = example(op)
+    tensors.update({name: value for name, value in broken.items() if name in tensors})
+    settings = {**settings, **{name: value for name, value in broken.items() if name in settings}}
     with pytest.raises(ValueError, match=message):
-        ops.guided_update(**{**inputs, "coefficients": coefficients(2), **broken}, **weights(SHAPE))
+        call(op, tensors, settings)
+    if op == "ddim_step":
+        with pytest.raises(ValueError, match=message):
+            call("ddim_step_", tensors, settings)
+
+
+def test_in_place_refuses_gradients_and_expanded_latents():
+    tensors, settings = example("ddim_step")
+    for name in tensors:
+        wanted = {**tensors, name: tensors[name].clone().requires_grad_()}
+        with pytest.raises(ValueError, match="hands on no gradient; use ddim_step"):
+            call("ddim_step_", wanted, settings)
+        with torch.no_grad():
+            call("ddim_step_", {**wanted, "latents": tensors["latents"].clone()}, settings)
+    memory = torch.zeros(LATENTS)
+    overlapping = memory.as_strided(LATENTS, (60, 20, 5, 4, 1))
+    negated = torch.zeros(LATENTS, dtype=torch.complex64).conj().imag
+    for latents in (memory[:1].expand(LATENTS), overlapping, negated):
+        with pytest.raises(ValueError, match="latents to overwrite must have a place for each value"):
+            call("ddim_step_", {**tensors, "latents": latents}, settings)
+
+
+WRONG_TYPES = [
+    ("geglu", {"x": [1.0, 2.0]}, "x must be a tensor, got list"),
+    ("ddim_step", {"latents": None}, "latents must be a tensor, got NoneType"),
+    ("ddim_step", {"noise": None}, "noise must be a tensor, got NoneType"),
+    ("linear_residual", {"weight": None}, "weight must be a tensor, got NoneType"),
+    ("group_norm_silu", {"bias": 1.0}, "bias must be a tensor, got float"),
+    ("temporal_attention", {"heads": "2"}, "heads must be an int, got '2'"),
+    ("temporal_attention", {"heads": 2.0}, "heads must be an int, got 2.0"),
+    ("group_norm_silu", {"groups": True}, "groups must be an int, got True"),
+    ("temporal_conv", {"eps": None}, "eps must be a number, got None"),
+]
+
+
+@pytest.mark.parametrize(("op", "broken", "message"), WRONG_TYPES, ids=[f"{w[0]} {w[2]}"[:60] for w in WRONG_TYPES])
+def test_wrong_types_are_refused(op, broken, message):
+    tensors, settings = example(op)
+    tensors.update({name: value for name, value in broken.items() if name in tensors})
+    settings = {**settings, **{name: value for name, value in broken.items() if name in settings}}
+    with pytest.raises(TypeError, match=message):
+        call(op, tensors, settings)
+
+
+# Registration
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("dtype", "with_gradients"), [(torch.float32, False), (torch.float32, True), (torch.float64, True)]
+)
+def test_registration(op, without, dtype, with_gradients):
+    tensors, settings = example(op, without, dtype)
+    for tensor in filter(torch.is_tensor, tensors.values()):
+        tensor.requires_grad_(with_gradients)
+    registered = getattr(torch.ops.videopure_fast, op).default
+    torch.library.opcheck(registered, (*tensors.values(), *settings.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_registration_in_place(dtype):
+    tensors, settings = example("ddim_step", dtype=dtype)
+    registered = torch.ops.videopure_fast.ddim_step_.default
+    torch.library.opcheck(registered, (*tensors.values(), *settings.values()))
+
+
+@every_case
+def test_settings_reach_the_op(op, without):
+    """Settings at their defaults, which torch may leave out of a call, and others."""
+    tensors, settings = example(op, without)
+    for changed in (settings, {n: not value if isinstance(value, bool) else value for n, value in settings.items()}):
+        expected = getattr(reference, op)(*tensors.values(), **changed)
+        torch.testing.assert_close(call(op, tensors, changed), expected, rtol=1e-5, atol=2e-5)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_shapes_without_values(op, without, dtype):
+    tensors, settings = example(op, without, dtype)
+    expected = getattr(reference, op)(*tensors.values(), **settings)
+    meta = {name: None if tensor is None else tensor.to("meta") for name, tensor in tensors.items()}
+    result = call(op, meta, settings)
+    assert result.is_meta
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+    assert result.is_contiguous()
+
+
+def test_compiles_whole():
+    """Several ops, one of them in place, in one graph."""
+    attention, _ = example("temporal_attention")
+    norm, norm_settings = example("group_norm_silu")
+    step, step_settings = example("ddim_step")
+
+    def several(qkv: Tensor, x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + ops.temporal_attention(qkv, heads=2)
+        x = ops.geglu(ops.group_norm_silu(x, *list(norm.values())[1:], **norm_settings))
+        ops.ddim_step_(latents, step["noise"], step["coefficients"], **step_settings)
+        return x, ops.ddim_step(latents, step["noise"], step["coefficients"])
+
+    inputs = attention["qkv"], norm["x"], step["latents"]
+    with torch.no_grad():
+        expected = several(*(tensor.clone() for tensor in inputs))
+        actual = torch.compile(several, fullgraph=True)(*inputs)
+    for compiled, eager in zip(actual, expected, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@every_case
+def test_traces_whole_with_any_sizes(op, without):
+    """Without Inductor, which takes long: what a compiler sees of each op."""
+    tensors, settings = example(op, without)
+    traced = torch.compile(getattr(ops, op), fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*tensors.values(), **settings), call(op, tensors, settings))
+
+
+# Gradients
+
+
+@every_case
+def test_gradients_are_the_references(monkeypatch, op, without):
+    chosen = []
+    monkeypatch.setattr(ops, "choose", lambda *call: chosen.append(call[0]) or choose(*call))
+    tensors, settings = example(op, without)
+    gradients, outputs = [], []
+    for function in (getattr(ops, op), getattr(reference, op)):
+        inputs = [None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors.values()]
+        outputs.append(function(*inputs, **settings))
+        (outputs[-1] * normal(*outputs[-1].shape, seed=9)).sum().backward()
+        gradients.append([None if tensor is None else tensor.grad for tensor in inputs])
+    assert chosen == [op], "the forward pass alone is chosen"
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=2e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+@every_case
+def test_gradients_in_float64(op, without):
+    tensors, settings = example(op, without, torch.float64)
+    for name, tensor in tensors.items():
+        # Whether a vote predicts x0 is no number to differentiate.
+        if tensor is not None and (op, name) != ("guided_update", "coefficients"):
+            tensor.requires_grad_()
+    function = getattr(ops, op)
+    assert torch.autograd.gradcheck(lambda *x: function(*x, **settings), tuple(tensors.values()), fast_mode=True)
+
+
+@every_case
+def test_gradients_of_gradients(op, without):
+    if op == "guided_update":
+        pytest.skip("torch's grid_sample has no second derivative")
+    tensors, settings = example(op, without, torch.float64)
+    inputs = [None if tensor is None else tensor.requires_grad_() for tensor in tensors.values()]
+    assert torch.autograd.gradgradcheck(lambda *x: getattr(ops, op)(*x, **settings), tuple(inputs), fast_mode=True)
+
+
+@every_op
+def test_forward_mode_is_refused(op):
+    tensors, settings = example(op)
+    first, *others = tensors.values()
+    with pytest.raises(NotImplementedError, match="carries a tangent"):
+        torch.func.jvp(lambda x: getattr(ops, op)(x, *others, **settings), (first,), (first,))
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_changes_nothing(op, backend):
+    results = []
+    for enabled in (False, True):
+        tensors, settings = example(op)
+        first = next(iter(tensors.values())).requires_grad_()
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = call(op, tensors, settings)
+            output.sum().backward()
+        results.append((output, first.grad))
+    for plain, autocast in zip(*results, strict=True):
+        torch.testing.assert_close(autocast, plain, rtol=0, atol=0)
+
+
+def test_gradients_only_where_asked():
+    tensors, settings = example("guided_update")
+    tensors["target"].requires_grad_()
+    call("guided_update", tensors, settings).sum().backward()
+    assert tensors["target"].grad is not None
+    assert all(tensor.grad is None for name, tensor in tensors.items() if name != "target")
+    with torch.no_grad():
+        assert not call("guided_update", tensors, settings).requires_grad
+
+
+# FLOP
+
+
+def flops(function: Any, *inputs: Any, **settings: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs, **settings)
+    return counter.get_total_flops()
+
+
+def test_flops_are_torchs():
+    tokens, features, frames, outputs = 2 * 3 * 2 * 1, 8, 3, 4
+    x = META(tokens, features)
+
+    def linear(size: int) -> int:
+        return flops(nn.Linear(features, size, device="meta"), x)
+
+    def attention(channels: int) -> int:
+        q = META(tokens // frames, 2, frames, channels // 2)
+        return flops(F.scaled_dot_product_attention, q, q, q)
+
+    expected = {
+        "ddim_step": 0,
+        "guided_update": 0,
+        "temporal_attention": attention(8),
+        "norm_temporal_attention": linear(36) + attention(12),
+        "linear_residual": flops(nn.Linear(5, 4, device="meta"), META(2, 3, 5)),
+        "geglu": 0,
+        "linear_geglu": flops(nn.Linear(5, 8, device="meta"), META(2, 3, 5)),
+        "group_norm_silu": 0,
+        "temporal_conv": flops(
+            nn.Conv3d(features, outputs, (3, 1, 1), padding=(1, 0, 0), device="meta"), META(2, features, 3, 2, 1)
+        ),
+    }
+    assert expected["temporal_attention"] > 0
+    counted = {}
+    for op in SHAPES:
+        tensors, settings = example(op)
+        counted[op] = flops(getattr(ops, op), *tensors.values(), **settings)
+    assert counted == expected
+
+
+# CUDA graphs
+
+
+@pytest.mark.gpu
+@every_op
+@pytest.mark.parametrize("names", ["cuda", "triton"])
+def test_a_captured_op_reads_new_values(op, names):
+    if names not in FORMS[op]:
+        pytest.skip(f"{op} has no {names} form")
+    tensors, settings = example(op)
+    static = {name: tensor.cuda() for name, tensor in tensors.items()}
+    with torch.no_grad(), use_backend(names):
+        call(op, static, settings)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call(op, static, settings)
+        for tensor in static.values():
+            tensor.copy_(tensor.flip(0) * 0.75)
+        graph.replay()
+        torch.testing.assert_close(result, call(op, static, settings), rtol=0, atol=0)
+
+
+# The interpreter
+
+
+def test_triton_in_the_interpreter():
+    """The tests of all kernels in a process of their own: triton reads TRITON_INTERPRET once, when it is imported."""
+    pytest.importorskip("triton")
+    files = [path for path in sorted(TESTS.glob("test_*.py")) if "from op_cases import" in path.read_text()]
+    files = [path for path in files if path.name not in ("test_ops.py", "test_native.py")]
+    command = [sys.executable, "-m", "pytest", "-v", "-k", "triton-interpreted", *map(str, files)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = {line.split("::")[0].split("/")[-1] for line in done.stdout.splitlines() if " PASSED" in line}
+    assert passed == {path.name for path in files}
+
+
+@pytest.mark.slow
+def test_a_recorded_run_with_every_op_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-v", "-k", "triton-interpreted", str(TESTS / "test_golden.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "INTERPRET_ALL_OPS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_videopure_run" in done.stdout and " PASSED" in done.stdout

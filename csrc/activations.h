@@ -1,0 +1,28 @@
+// What the ops on the models' activations, (clips, frames, pixels, channels), share.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace vpf {
+
+struct ActivationSizes {
+  int64_t clips, frames, pixels, channels;
+};
+
+// Distances in elements between neighbours; the channels of one pixel are contiguous.
+struct ActivationStrides {
+  int64_t clip, frame, pixel;
+};
+
+inline std::vector<float> floats(int64_t size) { return std::vector<float>(static_cast<std::size_t>(size)); }
+
+// Threads worth starting for so many values: to wake one costs microseconds.
+inline int useful_threads(int threads, int64_t values) {
+  constexpr int64_t kValuesPerThread = 16384;
+  return static_cast<int>(std::clamp<int64_t>(values / kValuesPerThread, 1, std::max(threads, 1)));
+}
+
+}  // namespace vpf

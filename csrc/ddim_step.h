@@ -1,0 +1,22 @@
+// A sampler's step of one latent value, shared by the CPU and CUDA loops. reference.ddim_step states the maths.
+#pragma once
+
+#include "latents.h"
+
+namespace vpf {
+
+VPF_INLINE float ddim_step(float latent, float noise, float scale, float noise_scale) {
+  return scale * latent + noise_scale * noise;
+}
+
+// Both fill `output`, which may be the latents. Along columns the coefficients hold scale and noise_scale.
+void ddim_step_cpu(const Latents<const float>& latents, const Latents<const float>& noise,
+                   const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
+                   int threads);
+
+// Enqueues on `stream` of `device` and returns; throws std::runtime_error with CUDA's sentence where the launch fails.
+void ddim_step_cuda(const Latents<const float>& latents, const Latents<const void>& noise, NoiseType noise_type,
+                    const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
+                    int device, void* stream);
+
+}  // namespace vpf

@@ -1,0 +1,98 @@
+// exp, SiLU and GELU in float32 as branchless arithmetic, which a compiler turns into vector code.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+// Before a function with the inner loops: the compiler makes a version for AVX-512, one for AVX2 and one for any
+// processor, and the loader picks. Sanitizers' run-time does not stand such a choice at load time.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__) && !defined(VPF_SANITIZE)
+#if __GNUC__ >= 12
+#define VPF_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VPF_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#else
+#define VPF_VECTOR_CLONES
+#endif
+
+// For what such a function calls with loops of its own: the versions share nothing that is not inlined.
+#ifdef __GNUC__
+#define VPF_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define VPF_ALWAYS_INLINE inline
+#endif
+
+namespace vpf {
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// exp(-scale (high + low)) to 1 ulp for 0 <= scale high <= 88 and scale |low| < 0.05; 0 for scale high > 87.7.
+// scale is a constant, and a power of two.
+VPF_ALWAYS_INLINE float exp_of_negative(float scale, float high, float low) {
+  constexpr float kInverseLog2 = 1.44269504f;
+  // log(2) in two parts: a multiple of the first by up to 127 is exact.
+  constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+  // Adding it leaves the nearest integer and 127 in a float's lowest bits.
+  constexpr float kRound = 12582912.f + 127.f;
+  const float rounded = kRound - high * (scale * kInverseLog2);
+  const float n = rounded - kRound;
+  const float r = high + n * (kLog2High / scale) + n * (kLog2Low / scale) + low;  // scale |r| < 0.4
+  // Minimax fit of (exp(x) - 1 - x) / x^2 for x = -scale r.
+  float p = 0.00137904705f * (scale * scale * scale * scale * scale * scale);
+  p = p * r - 0.00838041306f * (scale * scale * scale * scale * scale);
+  p = p * r + 0.0416697077f * (scale * scale * scale * scale);
+  p = p * r - 0.166664079f * (scale * scale * scale);
+  p = p * r + 0.499999851f * (scale * scale);
+  p = p * r - scale;
+  p = p * r + 1.f;
+  // 2^n by its exponent bits: for n = -127 they are those of 0.
+  return float_of(bits_of(rounded) << 23) * p;
+}
+
+// Unlike 0 it changes no value it is added to, and a compiler leaves the sum out.
+constexpr float kNothing = -0.f;
+
+// The smaller of |x| and `most`; `most` for NaN.
+inline float magnitude_up_to(float most, float x) {
+  return float_of(std::min(bits_of(x) & 0x7fffffffu, bits_of(most)));  // floats from 0 on sort as their bits
+}
+
+inline float silu(float x) {
+  const float e = exp_of_negative(1.f, magnitude_up_to(88.f, x), kNothing);
+  return x * ((x < 0.f ? e : 1.f) / (1.f + e));
+}
+
+// x Phi(x), with Phi(-a) = exp(-a^2 / 2) R(a) for a >= 0: no cancellation, so that the negative tail is right as well.
+inline float gelu(float x) {
+  const float a = magnitude_up_to(13.25f, x);  // Phi(-13.25) is 0 in float32
+  // a^2 in two parts, the first exact: exp would magnify what rounding takes from a large square.
+  const float high = float_of(bits_of(a) & 0xfffff000u);
+  const float gauss = exp_of_negative(0.5f, high * high, (a - high) * (a + high));
+  // Minimax fit of R on [0, 14].
+  float numerator = 0.0040776518f;
+  numerator = numerator * a + 0.0403728346f;
+  numerator = numerator * a + 0.1824626569f;
+  numerator = numerator * a + 0.4372520117f;
+  numerator = numerator * a + 0.5f;
+  float denominator = 0.0102210285f;
+  denominator = denominator * a + 0.1012064985f;
+  denominator = denominator * a + 0.4674312822f;
+  denominator = denominator * a + 1.1992941406f;
+  denominator = denominator * a + 1.6723889788f;
+  denominator = denominator * a + 1.f;
+  return (x < 0.f ? 0.f : x) - a * (gauss * (numerator / denominator));
+}
+
+}  // namespace vpf

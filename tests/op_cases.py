@@ -1,0 +1,112 @@
+"""What the tests of all ops share: the backends and devices to run on, tolerances, layouts, and one way to compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from videopure_fast import ops, reference
+from videopure_fast.backend import use_backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter takes milliseconds a program.
+EXAMPLES = 8 if INTERPRETED else 40
+
+# Against the reference in float64 on the same inputs, for values of order one. A half-precision op rounds its inputs'
+# products as the chain of torch calls it stands for: intermediate activations, and the result.
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 3.2e-2},
+}
+LAYOUTS = ("contiguous", "every second", "offset", "transposed", "expanded")
+
+
+def every_backend(*gpu_forms: str) -> pytest.MarkDecorator:
+    """Parametrize over (backend, device): the CPU form, or in the interpreter's process triton; under gpu the rest."""
+    cases = [pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-gpu") for name in gpu_forms]
+    if INTERPRETED:
+        cases.append(pytest.param("triton", "cpu", id="triton-interpreted"))
+    else:
+        cases.append(pytest.param("cpu", "cpu", id="cpu"))
+    return pytest.mark.parametrize(("backend", "device"), cases)
+
+
+def dtypes(backend: str, device: str) -> tuple[torch.dtype, ...]:
+    """Those whose values a backend can be checked in. The interpreter computes bfloat16 wrongly."""
+    if backend == "cpu":
+        return (torch.float32,)
+    return (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float16)
+
+
+def normal(*shape: int, seed: int = 0, mean: float = 0.0, scale: float = 1.0) -> Tensor:
+    return mean + scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values, or for "expanded" those of its first entry, in another layout; unused memory is NaN."""
+    if layout == "every second":
+        wide = tensor.new_full([2 * n for n in tensor.shape], torch.nan)
+        every_second = tuple(slice(None, None, 2) for _ in tensor.shape)
+        wide[every_second] = tensor
+        return wide[every_second]
+    if layout == "offset":
+        return torch.cat([torch.full_like(tensor, torch.nan), tensor], -1)[..., tensor.shape[-1] :]
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor.contiguous()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN, so that a value no kernel writes cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(backend: str, device: str, op: str, *tensors: Tensor | None, **settings: Any) -> Tensor:
+    """What a backend makes of the tensors, moved to a device."""
+    moved = [None if t is None else _to(t, device) for t in tensors]
+    with torch.no_grad(), use_backend(backend), poisoned_memory():
+        return getattr(ops, op)(*moved, **settings)
+
+
+def check(backend: str, device: str, op: str, *tensors: Tensor | None, scale: float = 1.0, **settings: Any) -> None:
+    """The op equals its reference in float64 on the same values. `scale` is the size of the result's values."""
+    with torch.no_grad():
+        expected = getattr(reference, op)(*(None if t is None else t.double() for t in tensors), **settings)
+    assert_equal(run(backend, device, op, *tensors, **settings), expected, tensors[0].dtype, scale)
+
+
+def assert_equal(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0, where: Tensor | None = None
+) -> None:
+    """A result of `run` equals the truth in float64, compared `where` a mask says, else everywhere."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == dtype
+    assert actual.is_contiguous()
+    assert actual.isfinite().all()
+    actual = actual.cpu().double()
+    if where is not None:
+        actual, expected = actual[where], expected[where]
+    tolerance = {**TOLERANCE[dtype], "atol": scale * TOLERANCE[dtype]["atol"]}
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def _to(tensor: Tensor, device: str) -> Tensor:
+    """To a device with strides, and whatever lies between the values, kept; no copy where it is there already."""
+    if tensor.device.type == device:
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())

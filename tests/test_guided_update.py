@@ -1,0 +1,175 @@
+"""guided_update: any shape, strides, noise and flow; each clip at its own step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, assert_equal, every_backend, laid_out, normal, run
+from torch import Tensor
+
+from videopure_fast import reference
+from videopure_fast.config import PurifyConfig
+from videopure_fast.schedule import Schedule
+
+# The temporal pull jumps where the warp residual changes sign; values this close to the jump may fall on either side.
+SIGN_MARGIN = 2e-5
+NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def coefficients(votes: int, clips: int) -> Tensor:
+    """At the paper's levels, other ones for each vote and clip, half of them x0 votes."""
+    steps = Schedule(PurifyConfig()).votes()
+    return torch.tensor(
+        [
+            [steps[(v + 3 * b) % len(steps)]._replace(predicts_x0=(v + b) % 2 == 0) for b in range(clips)]
+            for v in range(votes)
+        ]
+    )
+
+
+def make_inputs(
+    *shape: int, noise_dtype: torch.dtype = torch.float32, flow_scale: float = 1.0, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Random latents, noise, target and flow for latents of (V, B, C, F, h, w), and their coefficients."""
+    votes, clips, _, frames, height, width = shape
+    return (
+        normal(*shape, seed=seed),
+        normal(*shape, seed=seed + 1).to(noise_dtype),
+        normal(*shape[1:], seed=seed + 2),
+        normal(clips, frames - 1, 2, height, width, seed=seed + 3, scale=flow_scale),
+        coefficients(votes, clips),
+    )
+
+
+def weights(latents: Tensor) -> dict[str, float]:
+    config = PurifyConfig().rescaled(*latents.shape[-3:])
+    return {"spatial_weight": config.spatial_weight, "temporal_weight": config.temporal_weight}
+
+
+def clear_of_sign_jump(latents: Tensor, noise: Tensor, target: Tensor, flow: Tensor, steps: Tensor) -> Tensor:
+    """Where the warp residual is further than SIGN_MARGIN from zero, as a mask of the latents' shape."""
+    sqrt_alpha, sqrt_beta = steps[..., None, None, None, None, :2].unbind(-1)
+    p = (latents - sqrt_beta * noise) / sqrt_alpha
+    clear = torch.ones(p.shape, dtype=torch.bool)
+    for x0, mask in zip(p, clear, strict=True):
+        following = x0[:, :, 1:].transpose(1, 2).flatten(0, 1)
+        warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
+        mask[:, :, :-1] = (warped - x0[:, :, :-1]).abs() > SIGN_MARGIN
+    return clear
+
+
+def check(backend: str, device: str, *tensors: Tensor) -> None:
+    exact = [tensor.double() for tensor in tensors]
+    expected = reference.guided_update(*exact, **weights(tensors[0]))
+    clear = clear_of_sign_jump(*exact)
+    assert clear.float().mean() > 0.8, "too few values are left to compare"
+    actual = run(backend, device, "guided_update", *tensors, **weights(tensors[0]))
+    assert_equal(actual, expected, torch.float32, where=clear)
+
+
+@every_backend("cuda", "triton")
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(
+        st.integers(1, 3),  # votes
+        st.integers(1, 3),  # clips
+        st.integers(1, 5),  # channels
+        st.sampled_from([1, 2, 3, 7]),
+        st.sampled_from([2, 5, 8]),
+        st.sampled_from([2, 3, 9]),
+    ),
+    noise_dtype=st.sampled_from(NOISE_DTYPES),
+    flow_scale=st.sampled_from([0.0, 0.3, 2.0, 50.0, 1e10, 1e30]),
+    seed=st.integers(0, 2**20),
+)
+def test_equals_the_reference(backend, device, shape, noise_dtype, flow_scale, seed):
+    check(backend, device, *make_inputs(*shape, noise_dtype=noise_dtype, flow_scale=flow_scale, seed=seed))
+
+
+@every_backend("cuda", "triton")
+def test_whole_pixel_flow_reaches_every_border(backend, device):
+    latents, noise, target, flow, steps = make_inputs(2, 1, 2, 9, 5, 4)
+    for frame, (x, y) in enumerate([(1, 0), (-1, 0), (0, 1), (0, -1), (3, 4), (-3, -4), (4, 0), (0, 5)]):
+        flow[:, frame, 0], flow[:, frame, 1] = float(x), float(y)
+    check(backend, device, latents, noise, target, flow, steps)
+
+
+@every_backend("cuda", "triton")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("noise_dtype", [torch.float32, torch.float16])
+def test_any_strides(backend, device, layout, noise_dtype):
+    inputs = make_inputs(2, 2, 4, 3, 5, 9, noise_dtype=noise_dtype)
+    check(backend, device, *(laid_out(tensor, layout) for tensor in inputs))
+
+
+@every_backend("cuda", "triton")
+def test_channels_last_noise_and_one_step_for_all_clips(backend, device):
+    latents, noise, target, flow, steps = make_inputs(3, 2, 4, 3, 5, 9, noise_dtype=torch.float16)
+    noise = noise.movedim(2, -1).contiguous().movedim(-1, 2)
+    check(backend, device, latents, noise, target, flow, steps[:, :1].expand(-1, 2, -1))
+
+
+@every_backend("cuda", "triton")
+def test_each_clip_is_as_if_alone(backend, device):
+    *inputs, steps = make_inputs(2, 3, 2, 3, 5, 4)
+    assert len(steps[0].unique(dim=0)) == 3
+    together = run(backend, device, "guided_update", *inputs, steps, **weights(inputs[0]))
+    for b in range(3):
+        latents, noise, target, flow = inputs
+        alone = (latents[:, b : b + 1], noise[:, b : b + 1], target[b : b + 1], flow[b : b + 1], steps[:, b : b + 1])
+        assert torch.equal(run(backend, device, "guided_update", *alone, **weights(latents))[:, 0], together[:, b])
+
+
+@every_backend("cuda", "triton")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
+def test_flow_that_points_nowhere_samples_zeros(backend, device, value):
+    latents, noise, target, flow, steps = make_inputs(2, 2, 3, 3, 5, 9)
+    broken = normal(*flow.shape, seed=9) > 0.5
+    nowhere = torch.where(broken.any(2, keepdim=True), 1e6, flow)
+    flow = flow.masked_fill(broken, value)
+    results = [
+        run(backend, device, "guided_update", latents, noise, target, where, steps, **weights(latents))
+        for where in (flow, nowhere)
+    ]
+    assert torch.equal(*results)
+    check(backend, device, latents, noise, target, nowhere, steps)
+
+
+@every_backend("cuda", "triton")
+def test_zero_residual_has_no_pull(backend, device):
+    latents, noise, target, flow, steps = make_inputs(2, 1, 2, 2, 4, 4, flow_scale=0.0)
+    still = [latents[:, :, :, :1].expand(latents.shape), noise[:, :, :, :1].expand(noise.shape), target, flow, steps]
+    expected = reference.guided_update(*(tensor.double() for tensor in still), **weights(latents))
+    assert_equal(run(backend, device, "guided_update", *still, **weights(latents)), expected, torch.float32)
+
+
+@every_backend("cuda", "triton")
+def test_many_votes(backend, device):
+    check(backend, device, *make_inputs(131, 1, 1, 2, 2, 3))
+
+
+@every_backend("cuda", "triton")
+def test_strides_beyond_32_bits(backend, device, tmp_path):
+    latents, noise, target, flow, steps = make_inputs(1, 2, 2, 2, 3, 4)
+    dtype = torch.float32 if backend == "cpu" else torch.float16
+    # A sparse file: the pages between the clips exist nowhere.
+    far = torch.from_file(str(tmp_path / "noise"), shared=True, size=2**31 + noise[0, 0].numel(), dtype=dtype)
+    far = far.as_strided(noise.shape, (0, 2**31, *noise.stride()[2:])).copy_(noise)
+    check(backend, device, latents, far, target, flow, steps)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="checks the cpu backend")
+def test_threads_do_not_change_a_bit():
+    inputs = make_inputs(2, 2, 4, 7, 13, 9, flow_scale=2.0)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run("cpu", "cpu", "guided_update", *inputs, **weights(inputs[0])))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

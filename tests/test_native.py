@@ -1,0 +1,275 @@
+"""What the compiled CPU forms can get wrong: threads, vector arithmetic, sizes beside a vector's width, strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import INTERPRETED, LAYOUTS, check, laid_out, normal
+from torch import Tensor
+
+from videopure_fast import native
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the cpu backend")
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def same_bits(op, *arguments) -> Tensor:
+    """The op's result, which is the same for 1, 2 and 3 threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(op(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    return results[0]
+
+
+# Large enough that all three threads get work.
+def test_threads_do_not_change_a_bit_of_temporal_attention():
+    same_bits(native.temporal_attention, normal(2, 7, 11, 9, 3 * 40), 5)
+
+
+def test_threads_do_not_change_a_bit_of_geglu():
+    same_bits(native.geglu, normal(531, 2 * 101))
+
+
+@pytest.mark.parametrize("clips", [1, 5])
+@pytest.mark.parametrize("over_frames", [False, True])
+def test_threads_do_not_change_a_bit_of_group_norm_silu(clips, over_frames):
+    frames = 2 if clips == 1 else 3
+    x = normal(clips, frames, 23, 29, 40, mean=3.0)
+    same_bits(native.group_norm_silu, x, normal(40), normal(40, seed=1), None, 8, 1e-5, over_frames, True)
+
+
+def check_group_norm(*tensors: Tensor | None, **settings) -> None:
+    check("cpu", "cpu", "group_norm_silu", *tensors, **{"eps": 1e-5, "over_frames": False, "silu": True, **settings})
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest, in units of float32's epsilon."""
+    return ((actual.double() - expected).abs() / expected.abs()).max().item() / EPSILON
+
+
+@pytest.mark.parametrize("limit", [1e-30, 1e-3, 0.1, 1.0, 12.0])
+def test_gelu_is_right_to_its_last_digits(limit):
+    """Its negative tail too, where 1 + erf would cancel."""
+    gate = torch.linspace(-limit, limit, 200_000)
+    x = gate.double()
+    expected = x * torch.erfc(-x / 2**0.5) / 2
+    assert relative_error(native.geglu(torch.cat([torch.ones_like(gate), gate])), expected) < 4
+    column = native.geglu(torch.stack([torch.ones_like(gate), gate], -1))[:, 0]
+    assert relative_error(column, expected) < 4, "one value a row"
+
+
+def test_gelu_beyond_float32():
+    gate = torch.tensor([0.0, -0.0, -13.0, -14.0, -1e4, -3e38, -torch.inf, 14.0, 1e4, 3e38, torch.inf, torch.nan])
+    expected = torch.tensor([0, 0, 0, 0, 0, 0, 0, 14, 1e4, 3e38, torch.inf, torch.nan])
+    actual = native.geglu(torch.cat([torch.ones_like(gate), gate]))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-36, equal_nan=True)
+
+
+def test_silu_is_right_to_its_last_digits():
+    """The bias alone, one channel a value: zero weight leaves nothing of x."""
+    x = torch.linspace(-86, 86, 100_001)
+    zeros = torch.zeros_like(x)
+    actual = native.group_norm_silu(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
+    expected = x.double() * torch.sigmoid(x.double())
+    nonzero = x != 0
+    assert relative_error(actual[nonzero], expected[nonzero]) < 4
+    assert (actual[~nonzero] == 0).all()
+
+
+def test_silu_beyond_float32():
+    x = torch.tensor([-88.0, -1e4, -3e38, 88.0, 1e4, 3e38, torch.inf, torch.nan])
+    zeros = torch.zeros_like(x)
+    actual = native.group_norm_silu(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
+    expected = torch.tensor([0, 0, 0, 88, 1e4, 3e38, torch.inf, torch.nan])
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
+def test_softmax_is_right_to_its_last_digits():
+    """Of two frames with keys 0 and x, seen through values 0 and 1: the weight is exp(x) / (1 + exp(x))."""
+    x = torch.linspace(-86, 86, 20_001)
+    qkv = torch.zeros(1, 2, 1, len(x), 3)
+    qkv[..., 0] = 1
+    qkv[:, 1, :, :, 1] = x
+    qkv[:, 1, :, :, 2] = 1
+    weight = native.temporal_attention(qkv, 1).flatten(0, -2)
+    for frame in weight.view(2, -1):
+        assert relative_error(frame, torch.sigmoid(x.double())) < 4
+
+
+@pytest.mark.parametrize("frames", [2, 16, 33])
+def test_softmax_of_huge_scores(frames):
+    """Scores of 1e4, 0 and -1e4: each query sees the frames of the largest alone."""
+    sign = torch.tensor([-1.0, 0.0, 1.0]).repeat(frames)[:frames]
+    qkv = torch.zeros(1, frames, 1, 1, 3)
+    qkv[0, :, 0, 0, 0] = 100
+    qkv[0, :, 0, 0, 1] = 100 * sign
+    qkv[0, :, 0, 0, 2] = torch.arange(frames)
+    largest = sign == sign.max()
+    expected = torch.arange(frames)[largest].float().mean()
+    actual = native.temporal_attention(qkv, 1)
+    torch.testing.assert_close(actual, expected.expand(actual.shape), rtol=1e-6, atol=0)
+    check("cpu", "cpu", "temporal_attention", qkv, heads=1, scale=frames)
+
+
+@pytest.mark.parametrize("score", [0.0, 1e4, -1e4, 3e37])
+def test_equal_scores_average(score):
+    qkv = normal(1, 21, 2, 3, 3 * 4)
+    qkv[..., 0:4], qkv[..., 4:8] = 1, score / 4
+    expected = qkv[..., 8:].mean(1, keepdim=True).expand(1, 21, 2, 3, 4)
+    torch.testing.assert_close(native.temporal_attention(qkv, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [0, 4, 8])
+def test_nan_of_one_frame_reaches_what_attends_to_it(part):
+    """And no other pixel: unused lanes and padding of one must not leak into the next."""
+    qkv = normal(1, 5, 1, 3, 3 * 4)
+    clean = native.temporal_attention(qkv, 2)
+    qkv[0, 2, 0, 1, part] = torch.nan
+    actual = native.temporal_attention(qkv, 2)
+    reached = torch.zeros_like(actual, dtype=torch.bool)
+    heads = reached.view(1, 5, 1, 3, 2, 2)
+    if part == 0:
+        heads[0, 2, 0, 1, 0] = True
+    elif part == 4:
+        heads[0, :, 0, 1, 0] = True
+    else:
+        heads[0, :, 0, 1, 0, 0] = True
+    assert torch.equal(actual.isnan(), reached)
+    assert torch.equal(actual[~reached], clean[~reached])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 15, 16, 17, 65, 200, 1024])
+def test_any_number_of_frames(frames):
+    check("cpu", "cpu", "temporal_attention", normal(1, frames, 1, 3, 3 * 16), heads=2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 8, 9, 16, 31, 40, 64, 200])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_any_head_size(size, heads):
+    check("cpu", "cpu", "temporal_attention", normal(2, 7, 2, 3, 3 * heads * size, seed=size), heads=heads)
+
+
+def test_more_heads_than_are_copied_at_once():
+    check("cpu", "cpu", "temporal_attention", normal(1, 65, 1, 2, 3 * 7 * 64), heads=7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    x = laid_out(normal(2, 5, 3, 4, 48), layout)
+    weight, bias = (laid_out(normal(48, seed=seed), layout) for seed in (1, 2))
+    embedding = laid_out(normal(2, 48, seed=3), layout)
+    check("cpu", "cpu", "temporal_attention", x, heads=4)
+    check("cpu", "cpu", "geglu", x)
+    for over_frames in (False, True):
+        check_group_norm(x, weight, bias, embedding, groups=6, over_frames=over_frames)
+
+
+@pytest.mark.parametrize("dimensions", [(0, 1), (1, 2), (0, 3), (2, 3), (3, 4)])
+def test_swapped_dimensions(dimensions):
+    """Pixels that can be merged, or cannot."""
+    x = normal(6, 6, 6, 6, 6).transpose(*dimensions)
+    check("cpu", "cpu", "temporal_attention", x, heads=2)
+    check("cpu", "cpu", "geglu", x)
+    check_group_norm(x, normal(6), normal(6, seed=1), None, groups=2)
+
+
+@pytest.mark.parametrize("channels", [2, 6, 32, 34, 254, 258])
+def test_any_number_of_channels_of_a_gate(channels):
+    check("cpu", "cpu", "geglu", normal(7, channels))
+    check("cpu", "cpu", "geglu", normal(channels))
+
+
+# Beside the 64 pixels of a chunk and the channels that are summed together.
+@pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (5, 5), (6, 2), (8, 8), (40, 4), (75, 5)])
+@pytest.mark.parametrize("over_frames", [False, True])
+def test_any_size_of_a_group(pixels, channels, groups, over_frames):
+    x = normal(2, 3, 1, pixels, channels, seed=pixels)
+    weight, bias, embedding = normal(channels), normal(channels, seed=1), normal(2, channels, seed=2)
+    check_group_norm(x, weight, bias, embedding, groups=groups, over_frames=over_frames)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("over_frames", [False, True])
+@pytest.mark.parametrize("mean", [100.0, -1e4])
+def test_statistics_survive_a_large_mean(mean, over_frames, silu):
+    x = normal(2, 3, 13, 17, 40, mean=mean)
+    weight, bias = normal(40, mean=1.0), normal(40, seed=1)
+    check_group_norm(x, weight, bias, None, groups=8, over_frames=over_frames, silu=silu)
+
+
+def test_statistics_survive_means_that_the_embedding_moves():
+    """Far apart between channels of a group, and back by the embedding."""
+    means = 1000 * normal(2, 40)
+    x = normal(2, 3, 13, 17, 40) - means[:, None, None, None]
+    check_group_norm(x, normal(40), normal(40, seed=1), means, groups=8)
+
+
+def test_statistics_survive_an_outlier_at_the_start():
+    """The first pixel of a chunk is what its distances are taken from."""
+    x = normal(1, 2, 20, 20, 16)
+    x[0, 0, 0, 0] = 1000
+    check_group_norm(x, normal(16), normal(16, seed=1), None, groups=4, over_frames=True, scale=20)
+
+
+def test_constant_channels_have_no_deviation():
+    x = torch.full((1, 2, 9, 9, 8), 0.1)
+    check_group_norm(x, normal(8), normal(8, seed=1), None, groups=2)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_composites_of_few_frames(frames):
+    x, residual = normal(2, frames, 3, 4, 8), normal(2, frames, 3, 4, 6, seed=1)
+    scale, shift, taps, bias = normal(8), normal(8, seed=2), normal(3, 6, 8, seed=3), normal(6, seed=4)
+    check("cpu", "cpu", "temporal_conv", x, scale, shift, taps, bias, residual, groups=4, eps=1e-5)
+    check("cpu", "cpu", "temporal_conv", x, scale, shift, taps, bias, None, groups=4, eps=1e-5)
+    position, weight = normal(frames, 8, seed=5), normal(24, 8, seed=6, scale=0.3)
+    check("cpu", "cpu", "norm_temporal_attention", x, scale, shift, weight, position, heads=2, eps=1e-5)
+
+
+def test_composites_leave_their_inputs_alone():
+    x, residual = normal(1, 3, 2, 2, 8), normal(1, 3, 2, 2, 8, seed=1)
+    weight, taps, bias, position = normal(8, 8), normal(3, 8, 8), normal(8), normal(3, 8)
+    tensors = (x, residual, weight, taps, bias, position)
+    before = [tensor.clone() for tensor in tensors]
+    native.linear_residual(x, weight, bias, residual)
+    native.linear_residual(x, weight, None, x)
+    native.linear_geglu(x, weight, bias)
+    native.temporal_conv(x, bias, bias, taps, bias, x, 2, 1e-5)
+    native.norm_temporal_attention(x, bias, bias, weight[:6], position, 1, 1e-5)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+
+
+def test_linear_geglu_in_blocks(monkeypatch):
+    """A last block that is not full, and rows longer than a block."""
+    x, weight, bias = normal(5, 7, 12), normal(20, 12, seed=1), normal(20, seed=2)
+    for values in (1, 60, 200):
+        monkeypatch.setattr(native, "_CACHED_VALUES", values)
+        check("cpu", "cpu", "linear_geglu", x, weight, bias)
+        check("cpu", "cpu", "linear_geglu", x.mT.contiguous().mT, weight, None)
+
+
+def test_autocast_changes_nothing():
+    """The cores read float32: half-precision products would be read as garbage."""
+    x, weight, bias = normal(1, 3, 2, 2, 8), normal(24, 8, seed=1), normal(24, seed=2)
+    taps, scale = normal(3, 8, 8, seed=3), normal(8, seed=4)
+
+    def results() -> list[Tensor]:
+        return [
+            native.linear_geglu(x, weight, bias),
+            native.linear_residual(x, weight[:8], bias[:8], x),
+            native.norm_temporal_attention(x, scale, scale, weight, normal(3, 8), 2, 1e-5),
+            native.temporal_conv(x, scale, scale, taps, scale, x, 4, 1e-5),
+        ]
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = results()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
