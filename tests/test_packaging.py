@@ -1,4 +1,4 @@
-"""The house holds together: one-way imports, a cheap import, CUDA sources that compile, a wheel that runs elsewhere."""
+"""The house holds together: one-way imports, a cheap import, a wheel that runs elsewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+import videopure_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "videopure_fast"
 
 # Imports go one way: a module may import those before it. The package's own __init__ stands at the end.
 ORDER = (
-    *("config", "schedule", "reference", "kernels", "_C", "ops"),
-    *("tiny", "flow", "prior", "unet", "vae", "purifier", "video"),
-    *("defense", "streaming", "scale", "attacks", "evaluation", "cli", "__main__", "__init__"),
+    *("config", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
+    *("tiny", "flow", "prior", "layers", "unet", "vae", "engine", "profiling", "purifier", "video"),
+    *("defense", "streaming", "scale", "attacks", "evaluation", "plot", "benchmark", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"
@@ -63,7 +65,7 @@ def test_imports_go_one_way(name):
     if name in TINY_LEAVES:
         assert imported <= TINY_LEAVES, f"{name} is a leaf, but imports {imported}"
     elif name.startswith("kernels."):
-        assert not imported, f"{name} is a leaf, but imports {imported}"
+        assert {other.split(".")[0] for other in imported} <= {"kernels"}, f"{name} imports {imported}"
     elif name != TINY_SCRIPT:
         place = name.split(".")[0]
         assert place in ORDER, f"give {name} a place in ORDER"
@@ -77,27 +79,28 @@ def test_imports_go_one_way(name):
 
 
 def test_import_is_cheap():
-    """`import videopure_fast` loads none of the heavy optional packages and starts no GPU."""
-    code = "import sys, torch, videopure_fast.ops; print(*sys.modules); print(torch.cuda.is_initialized())"
+    """`import videopure_fast` loads nothing; its classes load torch, no other heavy package, and start no GPU."""
+    code = """if True:
+        import sys, videopure_fast
+        print(*sys.modules)
+        from videopure_fast import DefendedClassifier, Purifier, use_backend
+        import torch
+        print(*sys.modules)
+        print(torch.cuda.is_initialized())"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    modules, initialized = done.stdout.splitlines()
-    heavy = {"diffusers", "triton", "av", "cv2", "transformers", "xformers", "videopure_fast._C"}
-    assert heavy.isdisjoint(modules.split())
+    package, classes, initialized = done.stdout.splitlines()
+    heavy = {"diffusers", "av", "cv2", "transformers", "xformers", "videopure_fast._C"}
+    assert (heavy | {"torch", "triton", "numpy"}).isdisjoint(package.split())
+    assert heavy.isdisjoint(classes.split())  # torch's FLOP counter loads triton where it is installed
     assert initialized == "False"
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_cuda_sources_compile(architecture, tmp_path):
-    """To machine code, without spilling registers, for each architecture that CMakeLists.txt names."""
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
-    for source in sorted((ROOT / "csrc").glob("*.cu")):
-        output = tmp_path / f"{source.stem}.cubin"
-        done = subprocess.run([*command, "-o", str(output), str(source)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        spills = [line for line in done.stderr.splitlines() if "spill" in line]
-        assert spills
-        assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), done.stderr
+def test_public_names_are_there():
+    for name in videopure_fast.__all__:
+        assert getattr(videopure_fast, name) is not None
+    assert set(videopure_fast.__all__) <= set(dir(videopure_fast))
+    with pytest.raises(AttributeError, match="no attribute 'purity'"):
+        _ = videopure_fast.purity
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +135,8 @@ def test_wheel_holds_everything(installed, tmp_path):
     weights = {path.relative_to(PACKAGE) for path in (PACKAGE / "tiny" / "weights").rglob("*") if path.is_file()}
     assert weights
     assert all((package / path).is_file() for path in weights)
-    code = "from videopure_fast import ops; print(ops.__file__, ops.backends()['cpu'])"
-    assert run_installed(installed, tmp_path, "-c", code).split() == [str(package / "ops.py"), "available"]
+    code = "from videopure_fast import backend; print(backend.__file__, backend.backends()['cpu'])"
+    assert run_installed(installed, tmp_path, "-c", code).split() == [str(package / "backend.py"), "available"]
 
 
 @pytest.mark.slow
