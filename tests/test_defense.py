@@ -1,11 +1,13 @@
+import itertools
+
 import pytest
 import torch
 from conftest import build_purifier, clips
 from torch import nn
 
-from videopure_fast import DefendedClassifier
+from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.attacks import pgd
-from videopure_fast.defense import majority
+from videopure_fast.defense import majority, settled
 from videopure_fast.evaluation import temporal_mean, wilson_interval
 
 
@@ -39,6 +41,32 @@ def test_logits_are_the_mean_over_votes(defended):
     assert torch.equal(defended.votes(video), logits.argmax(-1))
     assert torch.equal(defended.predict(video), majority(logits.argmax(-1)))
     assert defended(video).shape == (2, 5) and defended.votes(video).shape == (2, 3)
+
+
+def test_settled_is_what_every_ending_agrees_on():
+    """Against all ways in which the remaining votes can fall."""
+    for labels in itertools.product(range(3), repeat=4):
+        for seen in range(5):
+            counts = torch.tensor([[labels[:seen].count(label) for label in range(3)]])
+            endings = itertools.product(range(3), repeat=4 - seen)
+            answers = {majority(torch.tensor([[*labels[:seen], *ending]])).item() for ending in endings}
+            assert settled(counts, 4 - seen).item() == (len(answers) == 1)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 5])
+def test_early_stop_predicts_the_same_from_fewer_votes(depth, monkeypatch):
+    purifier = build_purifier(inversion_steps=depth)
+    patient, hasty = (DefendedClassifier(Linear(), purifier, early_stop=early).eval() for early in (False, True))
+    decoded, decode = [], Purifier.decode
+    monkeypatch.setattr(Purifier, "decode", lambda self, z: decoded.append(len(z)) or decode(self, z))
+    for seed in range(4):
+        video = clips(2, 3, 4, 16, 16, seed=seed)
+        decoded.clear()
+        expected = patient.predict(video)
+        everything = sum(decoded)
+        decoded.clear()
+        assert torch.equal(hasty.predict(video), expected)
+        assert (depth + 2) // 2 + 1 <= sum(decoded) <= everything == depth + 2
 
 
 def test_train_wakes_the_classifier_alone(defended):

@@ -103,7 +103,8 @@ def latent_votes(purifier, clips):
         warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
         unclear = (warped - p[:, :, :-1]).abs() <= 2e-5
         ambiguous.append(torch.cat([unclear, torch.zeros_like(unclear[:, :, :1])], 2))
-    return purifier.vote(states, noises, target, flow, votes=len(states)), torch.stack(ambiguous)
+    votes = purifier.vote(torch.stack(states), torch.stack(noises), target, flow, votes=len(states))
+    return votes, torch.stack(ambiguous)
 
 
 def test_purify_is_one_call(purifier):

@@ -26,7 +26,8 @@ class PurifyConfig:
             so a negative factor moves away from the attacked latents and towards temporal consistency.
         cfg_inversion, cfg_denoise: classifier-free guidance scales; used only where the negative prompt differs.
         window_overlap: frames that neighbouring windows of a long clip share; fewer than the windows' length.
-        decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result.
+        decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result. 0 leaves the
+            choice to the purifier: on a CUDA GPU as many as fit into its free memory, elsewhere 16.
         num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the
             first timestep visited. A scheduler configuration given to the Purifier is read into them.
     """
@@ -40,7 +41,7 @@ class PurifyConfig:
     cfg_inversion: float = 7.5
     cfg_denoise: float = 9.0
     window_overlap: int = 4
-    decode_chunk: int = 16
+    decode_chunk: int = 0
     num_train_timesteps: int = 1000
     beta_start: float = 8.5e-4
     beta_end: float = 1.2e-2
@@ -75,8 +76,8 @@ class PurifyConfig:
             )
         if self.window_overlap < 0:
             raise ValueError(f"window_overlap must be 0 or more, got {self.window_overlap}")
-        if self.decode_chunk < 1:
-            raise ValueError(f"decode_chunk must be 1 or more, got {self.decode_chunk}")
+        if self.decode_chunk < 0:
+            raise ValueError(f"decode_chunk must be 0 or more, got {self.decode_chunk}")
         last = self.inversion_steps * (self.num_train_timesteps // self.num_inference_steps) + self.steps_offset
         if self.steps_offset < 1 or last >= self.num_train_timesteps:
             raise ValueError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .config import PurifyConfig
 
 _PACKAGED = {"tiny": Path(__file__).with_name("tiny") / "weights"}
+_DECODERS = {"taesd": "madebyollin/taesd"}
 _LARGEST_JSON = 1 << 20  # bytes; a configuration is a few kilobytes
 
 
@@ -79,23 +80,44 @@ def load_models(folder: Path, *, dtype: torch.dtype) -> Models:
     from diffusers import AutoencoderKL, UNet3DConditionModel
 
     prompt_embeds, negative_prompt_embeds = _embeddings(folder)
-    modules = []
-    for kind, part in ((UNet3DConditionModel, "unet"), (AutoencoderKL, "vae")):
-        try:
-            # Safetensors, or a .bin that torch reads with weights_only.
-            module, report = kind.from_pretrained(
-                folder / part,
-                torch_dtype=dtype,
-                low_cpu_mem_usage=find_spec("accelerate") is not None,
-                output_loading_info=True,
-            )
-        except Exception as error:  # a hostile configuration fails in any way that a constructor can
-            raise ValueError(f"{folder / part} cannot be read: {_first_line(error)}") from error
-        wrong = [*report["missing_keys"], *report["mismatched_keys"]]
-        if wrong:
-            raise ValueError(f"{folder / part} lacks {len(wrong)} of its weights, the first being {wrong[0]}")
-        modules.append(module)
+    kinds = ((UNet3DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    modules = [_load_module(kind, folder / part, dtype) for kind, part in kinds]
     return Models(*modules, prompt_embeds, negative_prompt_embeds)
+
+
+def load_decoder(name: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Module:
+    """A diffusers AutoencoderTiny: "taesd" (Stable Diffusion's latents), a folder, or a Hugging Face repository.
+
+    FileNotFoundError where it cannot be had, ValueError if its files do not make a whole module.
+    """
+    from diffusers import AutoencoderTiny
+
+    if os.path.isdir(name):
+        return _load_module(AutoencoderTiny, Path(name), dtype)
+    repository = _DECODERS.get(str(name), str(name))
+    try:
+        folder = _download(repository, parts=("",))
+    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+        accepted = "accepted: 'taesd', a folder, or the name of a Hugging Face repository"
+        raise FileNotFoundError(f"no decoder {str(name)!r} ({_first_line(error)}); {accepted}") from error
+    return _load_module(AutoencoderTiny, folder, dtype)
+
+
+def _load_module(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        # Safetensors, or a .bin that torch reads with weights_only.
+        module, report = kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a hostile configuration fails in any way that a constructor can
+        raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{folder} lacks {len(wrong)} of its weights, the first being {wrong[0]}")
+    return module
 
 
 def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str]) -> None:
@@ -147,8 +169,8 @@ def _find(name: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _download(name: str) -> Path:
-    """The hub's repository in the local cache: of the weights, which are stored several times over, one copy."""
+def _download(name: str, parts: tuple[str, ...] = ("unet/", "vae/", "text_encoder/")) -> Path:
+    """The hub's repository in the local cache: of each part's weights, stored several times over, one copy."""
     import huggingface_hub
 
     try:
@@ -160,8 +182,8 @@ def _download(name: str) -> Path:
             raise error from None
     files = [file.rfilename for file in listed if ".fp16." not in file.rfilename]
     wanted = fnmatch.filter(files, "*.json") + fnmatch.filter(files, "tokenizer/*") + ["prompt_embeds.safetensors"]
-    for part in ("unet", "vae", "text_encoder"):
-        wanted += fnmatch.filter(files, f"{part}/*.safetensors") or fnmatch.filter(files, f"{part}/*.bin")
+    for part in parts:
+        wanted += fnmatch.filter(files, f"{part}*.safetensors") or fnmatch.filter(files, f"{part}*.bin")
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
 
 

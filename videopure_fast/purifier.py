@@ -7,25 +7,43 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops, reference
+from . import ops
+from .backend import full_float32
 from .config import PurifyConfig
+from .engine import Engine, SideStream, Walk
 from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
-from .prior import Models, Settings, find_prior, load_models, read_settings, save_prior
+from .layers import attention_function
+from .prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .schedule import Schedule, Transition, read_scheduler
+
+if TYPE_CHECKING:
+    from .profiling import Profile
 
 LEAST_SIDE = 16  # pixels
 _MOST_FRAMES = 1024  # of a window
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[str, int, int, Tensor], None]
+
+
+class Denoised(NamedTuple):
+    """Votes that wait to be decoded: of each window its first frame and its latents (V, B, 4, F, h, w)."""
+
+    video: Tensor
+    windows: tuple[tuple[int, Tensor], ...]
+
+    @property
+    def votes(self) -> int:
+        return len(self.windows[0][1])
 
 
 class Purifier(nn.Module):
@@ -42,6 +60,10 @@ class Purifier(nn.Module):
         config: settings of the method.
         scheduler_config: a diffusers scheduler's configuration; its training schedule is read into `config`.
         max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows.
+        decoder: diffusers AutoencoderTiny that decodes in the VAE's place: many times cheaper, and lossy.
+        fast: evaluate the models channels last with fused ops, and on a GPU the whole loop as one captured graph;
+            off, or for models that the fast forms do not know, diffusers' own forward runs.
+        attention: of pixels, in the fast forms: "sdpa" (torch's) or "xformers", which must be installed.
 
     The modules stay on their device and in their dtype until `.to()`; float16, bfloat16, float32 and float64 work.
     The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 and
@@ -59,13 +81,17 @@ class Purifier(nn.Module):
         config: PurifyConfig = PurifyConfig(),  # noqa: B008  (frozen)
         scheduler_config: Mapping[str, Any] | None = None,
         max_frames: int = 32,
+        decoder: nn.Module | None = None,
+        fast: bool = True,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         _check_models(unet, vae)
+        _check_decoder(vae, decoder)
         _check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
         if isinstance(max_frames, bool) or not isinstance(max_frames, int) or not 2 <= max_frames <= _MOST_FRAMES:
             raise ValueError(f"max_frames must be an int from 2 to {_MOST_FRAMES}, got {max_frames!r}")
-        self.unet, self.vae = unet, vae
+        self.unet, self.vae, self.decoder = unet, vae, decoder
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = negative_prompt_embeds.detach().clone().to(unet.device)
         self.register_buffer("prompt_embeds", prompt_embeds.detach().clone().to(unet.device))
@@ -76,6 +102,7 @@ class Purifier(nn.Module):
         )
         # In a tuple, a flow network is no submodule: casting the purifier to half must not cast the flow.
         self._flow = (no_flow if flow is None else load_flow(flow),)
+        self._engine = Engine(unet, vae, fast=fast, attend=attention_function(attention))
         self.max_frames = max_frames
         self.config = config  # once for its own checks
         self.config = read_scheduler(config, scheduler_config)
@@ -91,14 +118,19 @@ class Purifier(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         flow: str | Flow | None = None,
+        decoder: str | os.PathLike[str] | None = None,
         config: PurifyConfig | None = None,
+        fast: bool = True,
+        attention: str = "sdpa",
         **overrides: Any,
     ) -> Purifier:
         """Load a prior: "tiny" (packaged, offline), a folder, or a Hugging Face text-to-video repository.
 
         `device` is the accelerator where there is one, else the CPU; `dtype` is float16 on an accelerator, else
         float32. `flow` and `config` are the prior's own; `overrides` are fields of PurifyConfig replaced into it.
-        FileNotFoundError for a model or network that is not there.
+        `decoder` is "taesd", for priors with Stable Diffusion's VAE, or a folder or repository with an
+        AutoencoderTiny. `fast` and `attention` as for a Purifier. FileNotFoundError for a model or network that is
+        not there.
         """
         device = _device(device)
         if dtype is None:
@@ -122,6 +154,9 @@ class Purifier(nn.Module):
             config=settings.config if config is None else config,
             scheduler_config=settings.scheduler_config,
             max_frames=settings.max_frames,
+            decoder=None if decoder is None else load_decoder(decoder, dtype=dtype),
+            fast=fast,
+            attention=attention,
         )
         purifier.config = _override(purifier.config, overrides)
         return purifier.to(device=device, dtype=dtype)
@@ -158,6 +193,12 @@ class Purifier(nn.Module):
         """UNet evaluations that one window takes; clips of a batch share them."""
         return sum(map(len, self._plan()))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Purifier:
+        """Moves and casts reach the models here: what was made of their weights is made anew."""
+        super()._apply(fn, recurse)
+        self._engine.refresh()
+        return self
+
     def train(self, mode: bool = True) -> Purifier:
         """Stays in eval mode whatever `mode`: dropout in the UNet would change the method."""
         return super().train(False)
@@ -186,45 +227,128 @@ class Purifier(nn.Module):
         dtype, device and range. Gradients flow if grad mode is on and `video.requires_grad`; the backward pass is the
         caller's, and runs under the caller's TF32 settings.
         """
+        options = {"generator": generator, "progress": progress, "callback": callback}
+        denoised = self.denoise(video, last=not return_votes, **options)
+        votes = self.decode_votes(denoised)
+        return votes if return_votes else votes.select(-5, 0)
+
+    def denoise(
+        self,
+        video: Tensor,
+        *,
+        last: bool = False,
+        generator: Generators = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Denoised:
+        """The votes of a batch before they are decoded, or the last alone. Arguments and gradients as of a call."""
         check_video(video)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-        clips = video if video.ndim == 5 else video[None]
-        generators = self._fork(generator, len(clips))
+        self._engine.refresh()
+        generators = self._fork(generator, len(video) if video.ndim == 5 else 1)
+        with self._running(video):
+            clips = self._admit(video if video.ndim == 5 else video[None])
+            frames = clips.shape[2]
+            starts = window_starts(frames, self.max_frames, self.config.window_overlap)
+            what = f"{self.config.method} {len(clips)}x{frames}x{clips.shape[-2]}x{clips.shape[-1]}"
+            total = len(starts) * self.evaluations
+            with tqdm(total=total, desc=what, unit="eval", disable=not progress) as bar:
+
+                def report(stage: str, step: int, timestep: int, latents: Tensor) -> None:
+                    bar.update()
+                    if callback is not None:
+                        callback(stage, step, timestep, latents)
+
+                windows = [clips[:, :, start : start + self.max_frames] for start in starts]
+                watcher = report if progress or callback is not None else None
+                votes = [self._latent_votes(window, last, generators, watcher) for window in windows]
+        return Denoised(video, tuple(zip(starts, votes, strict=True)))
+
+    def decode_votes(self, denoised: Denoised, votes: slice = slice(None)) -> Tensor:
+        """Clips of some of the votes, (B, votes, 3, F, H, W), or without B for an unbatched clip, like the video."""
+        video = denoised.video
+        with self._running(video):
+            if len(denoised.windows) == 1:
+                clips = self.decode(denoised.windows[0][1][votes])
+            else:
+                clips = self._blend([(start, self.decode(latents[votes])) for start, latents in denoised.windows])
+            clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]].to(video.device)
+            clips = (clips * 255).round().to(torch.uint8) if video.dtype == torch.uint8 else clips.to(video.dtype)
+            return (clips if video.ndim == 5 else clips[0]).contiguous()
+
+    def profile(
+        self, video: Tensor, *, return_votes: bool = True, trace: str | os.PathLike[str] | None = None
+    ) -> Profile:
+        """Where the time of a call goes: `print` the result for a table, or take its `to_json()` or `to_dict()`.
+
+        Runs the call several times, without gradients: first as it is, then each stage to its end. A stage has its
+        time, launches, FLOPs, the fraction achieved of what this device's matrix products and copies allow, which are
+        measured along with it, and its peak memory.
+
+        Args:
+            video: as of a call.
+            return_votes: decode all votes, as a DefendedClassifier needs them, or the last alone.
+            trace: also write a torch.profiler trace to this file, for chrome://tracing or Perfetto.
+        """
+        from .profiling import profile
+
+        return profile(self, video, return_votes=return_votes, trace=trace)
+
+    @contextmanager
+    def _running(self, video: Tensor) -> Iterator[None]:
+        """A graph only if grad mode is on and the video needs it; float32 is float32."""
         differentiable = torch.is_grad_enabled() and video.requires_grad
         # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), ops.full_float32(self.unet.device):
-            votes = self._purify(self._admit(clips), generators, return_votes, progress, callback)
-            votes = votes[..., : video.shape[-2], : video.shape[-1]].to(video.device)
-            votes = (votes * 255).round().to(torch.uint8) if video.dtype == torch.uint8 else votes.to(video.dtype)
-            votes = votes if return_votes else votes[:, -1]
-            return (votes if video.ndim == 5 else votes[0]).contiguous()
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self.unet.device):
+            yield
+
+    def _blend(self, windows: list[tuple[int, Tensor]]) -> Tensor:
+        """Windows (..., F, H, W) of one length and their first frames -> the clip, cross-faded where they overlap."""
+        last, clips = windows[-1]
+        length = clips.shape[-3]
+        weights = window_weights(length, self.config.window_overlap).to(clips)[:, None, None]
+        blended = clips.new_zeros(*clips.shape[:-3], last + length, *clips.shape[-2:])
+        total = clips.new_zeros(last + length, 1, 1)
+        for start, clips in windows:
+            blended[..., start : start + length, :, :] += weights * clips
+            total[start : start + length] += weights
+        return (blended / total).clamp(0, 1)
 
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w)."""
         frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
-        means = [self.vae.encode(chunk).latent_dist.mode() for chunk in frames.split(self.config.decode_chunk)]
+        means = [self._engine.vae.encode(chunk) for chunk in frames.split(self._frames_at_once(*clips.shape[-2:]))]
         latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
         return latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(..., 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
-        frames = (latents / self.vae.config.scaling_factor).transpose(-4, -3)
+        if self.decoder is None:
+            decode, scale = self._engine.vae.decode, self.vae.config.scaling_factor
+        else:
+            decode, scale = (lambda z: self.decoder.decode(z).sample), self.decoder.config.scaling_factor
+        frames = (latents / scale).transpose(-4, -3)
         flat = frames.flatten(0, -4).to(self.vae.dtype)
-        decoded = torch.cat([self.vae.decode(chunk).sample for chunk in flat.split(self.config.decode_chunk)])
+        sides = (side * self.vae_factor for side in latents.shape[-2:])
+        decoded = torch.cat([decode(chunk) for chunk in flat.split(self._frames_at_once(*sides))])
         clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
         return clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
 
-    def predict_noise(self, latents: Tensor, timestep: Tensor, guidance_scale: float) -> Tensor:
-        """The UNet's epsilon for latents (B, 4, F, h, w), with classifier-free guidance where the prompts differ."""
-        sample = latents.to(self.unet.dtype)
-        prompt = self.prompt_embeds.to(sample.dtype).expand(len(sample), -1, -1)
-        if not self._guided:
-            return self.unet(sample, timestep, prompt).sample
-        negative = self.negative_prompt_embeds.to(sample.dtype).expand(len(sample), -1, -1)
-        both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([negative, prompt])).sample
-        unconditional, conditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+    def _frames_at_once(self, height: int, width: int) -> int:
+        """How many frames of (height, width) pixels go through the VAE at once."""
+        if self.config.decode_chunk:
+            return self.config.decode_chunk
+        if self.vae.device.type != "cuda":
+            return 16
+        # The largest activation is that of the last upsampler. About four of its size are alive at once, and kernels
+        # index a tensor with 32 bits.
+        widths = self.vae.config.block_out_channels
+        largest = height * width * widths[min(1, len(widths) - 1)]
+        device = self.vae.device
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(1, min(free // (4 * largest * self.vae.dtype.itemsize), (2**31 - 1) // largest))
 
     def sample(
         self,
@@ -238,37 +362,51 @@ class Purifier(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk latents (B, 4, F, h, w) through `transitions`: the one loop of all methods.
 
-        first_frame_noise: frame 0's noise serves every frame (temporal DDIM inversion).
+        guidance_scale: of classifier-free guidance, which runs only where the prompts differ.
+        first_frame_noise: frame 0's noise serves every frame (temporal DDIM inversion), and it alone is predicted.
         draw: fresh noise of the latents' shape for every transition that has a sigma.
         report: called as (step, timestep, latents) after each transition.
 
         Yields for each transition the noise prediction, in the UNet's dtype, and the latents it leads to.
         """
-        timesteps = torch.tensor([step.timestep for step in transitions], device=latents.device)
-        for i, step in enumerate(transitions):
-            noise = self.predict_noise(latents, timesteps[i], guidance_scale)
-            used = noise[:, :, :1] if first_frame_noise else noise
-            latents = reference.ddim_step(latents, used, step.scale, step.noise_scale)
+        walk = self._engine.prepare(transitions, self._prompts, latents)
+        for i, step in enumerate(walk.transitions):
+            noise = self._predict(latents, walk, i, guidance_scale, first_frame_noise).expand_as(latents)
+            each = walk.coefficients[i].expand(len(latents), 2)
+            latents = ops.ddim_step(latents, noise, each, first_frame_noise=first_frame_noise)
             if step.sigma:
                 latents = latents + step.sigma * draw()
             if report is not None:
                 report(i, step.timestep, latents)
             yield noise, latents
 
-    def vote(
-        self, states: list[Tensor], noises: list[Tensor], target: Tensor, flow: Tensor, *, votes: int
-    ) -> Tensor:
+    def _predict(self, latents: Tensor, walk: Walk, step: int, guidance_scale: float, first_frame: bool) -> Tensor:
+        """The UNet's epsilon for latents (B, 4, F, h, w), or of their first frame, with classifier-free guidance."""
+        sample = latents.to(self.unet.dtype)
+        conditional, *unconditional = (
+            self._engine.unet(
+                sample, constants.texts, constants.embeddings[step].expand(len(sample), -1), first_frame=first_frame
+            )
+            for constants in walk.constants
+        )
+        for other in unconditional:
+            conditional = other + guidance_scale * (conditional - other)
+        return conditional
+
+    def vote(self, states: Tensor, noises: Tensor, target: Tensor, flow: Tensor, *, votes: int) -> Tensor:
         """The last `votes` guided votes of videopure, (votes, B, 4, F, h, w).
 
-        states: of denoising, from the first to the final one. noises: the prediction at each but the final state,
-        which shares the last one. target: the encoded clips. flow: (B, F-1, 2, h, w) in latent pixels.
+        states: (T + 2, B, 4, F, h, w), of denoising from the first to the final one. noises: (T + 1, ...), the
+        prediction at each but the final state, which shares the last one. target: the encoded clips. flow:
+        (B, F-1, 2, h, w) in latent pixels.
         """
+        coefficients = target.new_tensor(self._schedule.votes()[-votes:])
         return ops.guided_update(
-            torch.stack(states[-votes:]),
-            torch.stack([*noises, noises[-1]][-votes:]),
+            states[-votes:],
+            torch.cat([noises, noises[-1:]])[-votes:],
             target,
             flow,
-            self._schedule.votes()[-votes:],
+            coefficients[:, None].expand(-1, len(target), -1),
             spatial_weight=self.config.spatial_weight,
             temporal_weight=self.config.temporal_weight,
         )
@@ -287,79 +425,58 @@ class Purifier(nn.Module):
         return torch.stack(flows).to(self._state_dtype)
 
     @property
+    def _prompts(self) -> tuple[Tensor, ...]:
+        """The conditional prompt and, where guidance is more than the identity, the unconditional one."""
+        return (self.prompt_embeds, self.negative_prompt_embeds) if self._guided else (self.prompt_embeds,)
+
+    @property
     def _state_dtype(self) -> torch.dtype:
         return torch.promote_types(self.unet.dtype, torch.float32)
 
-    def _purify(
-        self,
-        clips: Tensor,
-        generators: Sequence[torch.Generator],
-        return_votes: bool,
-        progress: bool,
-        callback: Callback | None,
+    def _latent_votes(
+        self, clips: Tensor, last: bool, generators: Sequence[torch.Generator], report: Callback | None
     ) -> Tensor:
-        """Votes (B, V, 3, F, H, W) of admitted clips: window by window, blended where windows overlap."""
-        frames, overlap = clips.shape[2], self.config.window_overlap
-        starts = window_starts(frames, self.max_frames, overlap)
-        with tqdm(
-            total=len(starts) * self.evaluations,
-            desc=f"{self.config.method} {len(clips)}x{frames}x{clips.shape[-2]}x{clips.shape[-1]}",
-            unit="eval",
-            disable=not progress,
-        ) as bar:
+        """Votes (V, B, 4, F, h, w) of one window of admitted clips, or the last alone."""
+        target = self.encode(clips)
+        draw = functools.partial(_normal, target, generators)
+        if self.config.method != "videopure":
+            return self._denoise(target, draw, report)[0]
+        beside = SideStream(clips.device)
+        if report is None and not target.requires_grad:
+            prompts = tuple((prompt.data_ptr(), prompt._version) for prompt in self._prompts)
+            states, noises = self._engine.captured((self.config, prompts), self._denoise, target)
+        else:
+            states, noises = self._denoise(target, draw, report)
+        with beside:
+            flow = self.latent_flow(clips)
+        return self.vote(states, noises, target, flow, votes=1 if last else len(states))
 
-            def report(stage: str, step: int, timestep: int, latents: Tensor) -> None:
-                bar.update()
-                if callback is not None:
-                    callback(stage, step, timestep, latents)
+    def _denoise(
+        self, target: Tensor, draw: Callable[[], Tensor] | None = None, report: Callback | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The states of denoising, (steps, B, 4, F, h, w), and the noise predicted at each but the last of them.
 
-            if len(starts) == 1:
-                return self._purify_window(clips, generators, return_votes, report)
-            weights = window_weights(self.max_frames, overlap).to(clips.device, self._state_dtype)[:, None, None]
-            blended, total = None, clips.new_zeros(frames, 1, 1, dtype=self._state_dtype)
-            for start in starts:
-                window = slice(start, start + self.max_frames)
-                votes = self._purify_window(clips[:, :, window], generators, return_votes, report)
-                if blended is None:
-                    blended = votes.new_zeros(*votes.shape[:3], frames, *votes.shape[-2:])
-                blended[:, :, :, window] += weights * votes
-                total[window] += weights
-            return (blended / total).clamp(0, 1)
-
-    def _purify_window(
-        self, clips: Tensor, generators: Sequence[torch.Generator], return_votes: bool, report: Callback
-    ) -> Tensor:
+        videopure's from the first to the final one; of the baselines the last of both alone.
+        """
         inversion, denoising = self._plan()
         guided = self.config.method == "videopure"
-        flow = self.latent_flow(clips) if guided else None
-        latents = target = self.encode(clips)
-        draw = functools.partial(_normal, target, generators)
+
+        def reporter(stage: str) -> Callback | None:
+            return None if report is None else functools.partial(report, stage)
+
         if inversion:
-            walk = self.sample(
-                latents,
-                inversion,
-                self.config.cfg_inversion,
-                first_frame_noise=guided,
-                report=functools.partial(report, "inversion"),
-            )
-            for _, latents in walk:  # noqa: B007
+            options = {"first_frame_noise": guided, "report": reporter("inversion")}
+            for _, latents in self.sample(target, inversion, self.config.cfg_inversion, **options):  # noqa: B007
                 pass
         else:
             signal, deviation = self._schedule.diffusion()
             latents = signal * target + deviation * draw()
         states, noises = [latents], []
-        walk = self.sample(
-            latents, denoising, self.config.cfg_denoise, draw=draw, report=functools.partial(report, "denoising")
-        )
-        for noise, latents in walk:
-            if guided:
-                states.append(latents)
-                noises.append(noise)
-        if guided:
-            votes = self.vote(states, noises, target, flow, votes=len(states) if return_votes else 1)
-        else:
-            votes = latents[None]
-        return self.decode(votes).transpose(0, 1)
+        options = {"draw": draw, "report": reporter("denoising")}
+        for noise, state in self.sample(latents, denoising, self.config.cfg_denoise, **options):
+            states = [*states, state] if guided else [state]
+            noises = [*noises, noise] if guided else [noise]
+        return torch.stack(states), torch.stack(noises)
 
     def _plan(self) -> tuple[list[Transition], list[Transition]]:
         """The two walks of the configured method; a method without inversion starts from diffused latents."""
@@ -406,6 +523,7 @@ def purify(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     flow: str | Flow | None = None,
+    decoder: str | os.PathLike[str] | None = None,
     config: PurifyConfig | None = None,
     **overrides: Any,
 ) -> Tensor:
@@ -417,7 +535,7 @@ def purify(
     check_video(video)
     _override(PurifyConfig() if config is None else config, overrides)
     # A copy shares the models, and its settings are its own.
-    purifier = copy.copy(_loaded(model, device=device, dtype=dtype, flow=flow))
+    purifier = copy.copy(_loaded(model, device=device, dtype=dtype, flow=flow, decoder=decoder))
     purifier.config = _override(purifier.config if config is None else config, overrides)
     return purifier(video)
 
@@ -505,6 +623,19 @@ def _check_models(unet: nn.Module, vae: nn.Module) -> None:
     scale = vae.config.scaling_factor
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"the VAE's scaling_factor must be a positive number, got {scale!r}")
+
+
+def _check_decoder(vae: nn.Module, decoder: nn.Module | None) -> None:
+    if decoder is None:
+        return
+    if not isinstance(decoder, nn.Module) or type(decoder).__name__ != "AutoencoderTiny":
+        raise TypeError(f"decoder must be a diffusers AutoencoderTiny, got {type(decoder).__name__}")
+    for name, of_vae, of_decoder in (
+        ("latent channels", vae.config.latent_channels, decoder.config.latent_channels),
+        ("levels", len(vae.config.block_out_channels), len(decoder.config.decoder_block_out_channels)),
+    ):
+        if of_vae != of_decoder:
+            raise ValueError(f"the VAE has {of_vae} {name}, the decoder {of_decoder}: it is not for these latents")
 
 
 def _check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:

@@ -1,0 +1,136 @@
+"""The engine behind a purifier: which forms it takes, when it makes them anew, and what it says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import build_purifier, clips
+from diffusers import AutoencoderTiny
+
+from videopure_fast import Purifier
+from videopure_fast.unet import FastUNet, PlainUNet
+from videopure_fast.vae import FastVAE
+
+TINY_DECODER = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
+def rebuilt(purifier, **options):
+    settings = {"flow": purifier.flow, "config": purifier.config, "max_frames": purifier.max_frames, **options}
+    return Purifier(purifier.unet, purifier.vae, purifier.prompt_embeds, **settings)
+
+
+def test_fast_and_plain_forms_agree(purifier):
+    plain = rebuilt(purifier, fast=False)
+    video = clips(2, 3, 5, 18, 16)
+    expected = plain.double()(video.double(), return_votes=True)
+    torch.testing.assert_close(purifier(video.double(), return_votes=True), expected, rtol=0, atol=1e-9)
+    assert isinstance(purifier._engine.unet, FastUNet) and isinstance(purifier._engine.vae, FastVAE)
+    assert isinstance(plain._engine.unet, PlainUNet)
+
+
+def test_an_unknown_model_runs_in_diffusers_own_forward_with_one_warning(purifier):
+    expected = purifier(clips(3, 4, 16, 16))
+    purifier.unet.enable_forward_chunking(1, 1)
+    odd = rebuilt(purifier)
+    with pytest.warns(
+        UserWarning, match="UNet3DConditionModel: .*unusual settings; diffusers' own forward runs"
+    ) as seen:
+        torch.testing.assert_close(odd(clips(3, 4, 16, 16)), expected, rtol=0, atol=1e-2)
+        odd(clips(3, 4, 16, 16))
+    assert len(seen) == 1
+    assert isinstance(odd._engine.unet, PlainUNet) and isinstance(odd._engine.vae, FastVAE)
+
+
+def test_changed_weights_are_read_anew(purifier):
+    video = clips(3, 4, 16, 16)
+    before = purifier(video)
+    with torch.no_grad():
+        for parameter in purifier.vae.decoder.parameters():
+            parameter.mul_(0.5)
+    after = purifier(video)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, rebuilt(purifier)(video), rtol=0, atol=0)
+
+
+def test_a_copy_works_and_shares_nothing_made(purifier):
+    video = clips(3, 4, 16, 16)
+    expected = purifier(video)
+    twin = copy.deepcopy(purifier)
+    assert twin._engine is not purifier._engine and twin.unet is not purifier.unet
+    assert torch.equal(twin(video), expected)
+    with torch.no_grad():
+        twin.unet.conv_in.weight.zero_()
+    assert not torch.equal(twin(video), expected)
+    assert torch.equal(purifier(video), expected)
+
+
+def test_a_tiny_decoder_decodes_in_the_place_of_the_vae(purifier):
+    torch.manual_seed(0)
+    decoder = AutoencoderTiny(**TINY_DECODER).eval()
+    lossy = rebuilt(purifier, decoder=decoder)
+    video = clips(2, 3, 4, 16, 18)
+    assert lossy(video, return_votes=True).shape == (2, 3, 3, 4, 16, 18)
+    latents = lossy.encode(clips(1, 3, 4, 16, 16))
+    expected = (decoder.decode(latents[0].transpose(0, 1)).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(lossy.decode(latents)[0].transpose(0, 1), expected)
+    assert lossy.double().decoder.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("decoder", "error", "message"),
+    [
+        (AutoencoderTiny(), ValueError, "the VAE has 2 levels, the decoder 4"),
+        (AutoencoderTiny(**TINY_DECODER, latent_channels=3), ValueError, "4 latent channels, the decoder 3"),
+        (torch.nn.Identity(), TypeError, "decoder must be a diffusers AutoencoderTiny, got Identity"),
+    ],
+)
+def test_decoders_of_other_latents_are_refused(purifier, decoder, error, message):
+    with pytest.raises(error, match=message):
+        rebuilt(purifier, decoder=decoder)
+
+
+def test_a_decoder_is_loaded_from_a_folder(tmp_path):
+    AutoencoderTiny(**TINY_DECODER).save_pretrained(tmp_path / "decoder")
+    purifier = Purifier.from_pretrained("tiny", device="cpu", decoder=tmp_path / "decoder")
+    assert type(purifier.decoder).__name__ == "AutoencoderTiny"
+    with pytest.raises(ValueError, match="cannot be read"):
+        Purifier.from_pretrained("tiny", device="cpu", decoder=tmp_path)
+
+
+def test_attention_is_chosen_by_name(purifier):
+    with pytest.raises(ValueError, match="unknown attention 'flash'; accepted: 'sdpa', 'xformers'"):
+        rebuilt(purifier, attention="flash")
+    try:
+        import xformers  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"pip install 'videopure-fast\[xformers\]'"):
+            rebuilt(purifier, attention="xformers")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_change_no_result(purifier, chunk):
+    video = clips(2, 3, 5, 16, 16).double()
+    expected = purifier.double()(video)
+    assert purifier._frames_at_once(16, 16) == 16
+    chunked = build_purifier(dtype=torch.float64, decode_chunk=chunk)
+    torch.testing.assert_close(chunked(video), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_bit_for_bit():
+    purifier = build_purifier().cuda()
+    video = clips(2, 3, 5, 16, 18).cuda()
+    eager = purifier(video, return_votes=True, callback=lambda *_: None)
+    first, second = (purifier(video, return_votes=True) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, eager, rtol=0, atol=2e-3)  # where a residual is near zero its sign may turn
+    other = purifier(clips(2, 3, 5, 16, 18, seed=1).cuda(), return_votes=True)
+    assert not torch.equal(other, first)
+    assert len(purifier._engine._graphs) == 1 and None not in purifier._engine._graphs.values()

@@ -1,0 +1,177 @@
+"""The models of a purifier as its loop wants them: fast forms where there are any, tables made once, CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backend
+from .layers import Attend, Unsupported
+from .schedule import Transition
+from .unet import Constants, FastMotionUNet, FastUNet, PlainUNet
+from .vae import FastVAE, PlainVAE
+
+_MOST_WALKS = 16
+_MOST_GRAPHS = 4  # each keeps the activations of its shape
+
+
+class Walk(NamedTuple):
+    """A sampler's transitions as tensors on the models' device.
+
+    constants: for each prompt, conditional and, under guidance, unconditional. coefficients: (steps, 2), scale and
+    noise_scale, in the state's dtype.
+    """
+
+    transitions: tuple[Transition, ...]
+    constants: tuple[Constants, ...]
+    coefficients: Tensor
+
+
+class Engine:
+    """Evaluates a UNet and a VAE; reads their weights anew when they have changed.
+
+    fast: use the channels-last forms where they know the model; else, or where they do not, diffusers' own forward.
+    attend: the function for spatial and cross-attention in the fast forms.
+    """
+
+    def __init__(
+        self, unet: nn.Module, vae: nn.Module, *, fast: bool = True, attend: Attend = F.scaled_dot_product_attention
+    ) -> None:
+        self._modules = unet, vae
+        self._parameters = [parameter for module in self._modules for parameter in module.parameters()]
+        self._fast = fast
+        self._attend = attend
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made again when needed: a captured graph cannot be copied."""
+        return {**self.__dict__, "_seen": (), "_forms": None, "_walks": OrderedDict(), "_graphs": OrderedDict()}
+
+    def _forget(self) -> None:
+        self._seen: tuple[Any, ...] = ()
+        self._forms: tuple[Any, Any] | None = None
+        self._walks: OrderedDict[Any, Walk] = OrderedDict()
+        self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()
+
+    def refresh(self) -> None:
+        """Drop everything that was made of weights which have changed since. Called before each purification."""
+        seen = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self._parameters)
+        if seen != self._seen:
+            self._forget()
+            self._seen = seen
+
+    @property
+    def unet(self) -> FastUNet | PlainUNet:
+        return self._made()[0]
+
+    @property
+    def vae(self) -> FastVAE | PlainVAE:
+        return self._made()[1]
+
+    def _made(self) -> tuple[Any, Any]:
+        if self._forms is None:
+            unet, vae = self._modules
+            fast_unet = FastMotionUNet if type(unet).__name__ == "UNetMotionModel" else FastUNet
+            self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
+        return self._forms
+
+    def _form(self, module: nn.Module, fast: type, plain: type) -> Any:
+        if self._fast:
+            try:
+                return fast(module, self._attend)
+            except Unsupported as reason:
+                what = f"{type(module).__name__}: {reason}; diffusers' own forward runs instead, which is slower"
+                warnings.warn(what, stacklevel=2)
+        return plain(module)
+
+    @torch.no_grad()
+    def prepare(self, transitions: Sequence[Transition], prompts: Sequence[Tensor], like: Tensor) -> Walk:
+        """The tables of a walk, made once. `like` has the state's dtype and device."""
+        transitions = tuple(transitions)
+        key = (transitions, like.dtype, like.device, *((prompt.data_ptr(), prompt._version) for prompt in prompts))
+        if key not in self._walks:
+            timesteps = torch.tensor([step.timestep for step in transitions], device=like.device)
+            constants = tuple(self.unet.constants(prompt, timesteps) for prompt in prompts)
+            coefficients = like.new_tensor([(step.scale, step.noise_scale) for step in transitions])
+            _remember(self._walks, key, Walk(transitions, constants, coefficients), _MOST_WALKS)
+        self._walks.move_to_end(key)
+        return self._walks[key]
+
+    def captured(self, key: Any, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+        """function(x), on a CUDA GPU as one captured graph for each key and shape. x needs no gradient.
+
+        The function must be the same for the same key, and neither read a tensor on the host nor draw random numbers.
+        Where it cannot be captured it runs as it is, after one warning.
+        """
+        if not x.is_cuda:
+            return function(x)
+        key = (key, backend.in_use(), tuple(x.shape), x.dtype, x.device)
+        if key not in self._graphs:
+            try:
+                graph = _Graph(function, x)
+                graph.tables = tuple(self._walks.values())  # the graph reads their memory, whatever is forgotten here
+            except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong will raise below again
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                warnings.warn(f"no CUDA graph, slower: {reason}", stacklevel=2)
+                graph = None
+            _remember(self._graphs, key, graph, _MOST_GRAPHS)
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        return function(x) if graph is None else graph(x)
+
+
+def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    memory[key] = value
+    if len(memory) > most:
+        memory.popitem(last=False)
+
+
+class _Graph:
+    """A captured call. Its inputs and outputs have fixed places, from and to which each replay copies."""
+
+    tables: tuple[Walk, ...] = ()
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
+        self._x = x.clone()
+        side, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            function(self._x)  # compiles kernels and chooses algorithms, which a capture may not
+        current.wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = function(self._x)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        self._x.copy_(x)
+        self._graph.replay()
+        return tuple(output.clone() for output in self._outputs)
+
+
+class SideStream:
+    """On a CUDA GPU, a stream for work that depends on nothing enqueued after this line; elsewhere the usual order.
+
+    Entering the block switches to it, and leaving lets the current stream wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._side is not None:
+            self._current = torch.cuda.current_stream(device)
+            self._side.wait_stream(self._current)
+            self._context = torch.cuda.stream(self._side)
+
+    def __enter__(self) -> None:
+        if self._side is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._side is not None:
+            self._context.__exit__(*error)
+            self._current.wait_stream(self._side)
