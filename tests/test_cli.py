@@ -52,9 +52,13 @@ def short_clip(tmp_path):
 @pytest.mark.parametrize(
     "command, words",
     [
-        ((), ["demo", "purify", "info"]),
+        ((), ["demo", "purify", "bench", "info"]),
         (("demo",), ["--clips", "--eps", "--json", "videopure-fast demo"]),
         (("purify",), ["--output", "--size", "--method", "--steps", "--flow", "videopure-fast purify clip.mp4 -o"]),
+        (
+            ("bench",),
+            ["--batch", "--frames", "--size", "--backend", "--compare", "--plot", "videopure-fast bench --batch"],
+        ),
         (("info",), ["videopure-fast info"]),
     ],
 )
@@ -234,7 +238,7 @@ def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(cli, "_version", lambda name: None if name == "xformers" else "9.9.9")
     monkeypatch.setattr("videopure_fast.video.torchcodec_decoder", lambda: None)
-    monkeypatch.setattr("videopure_fast.ops.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
+    monkeypatch.setattr("videopure_fast.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
     result = run("info")
     assert result.exit_code == 0, result.output
     assert "pip install xformers" in result.output

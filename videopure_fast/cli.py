@@ -1,4 +1,4 @@
-"""The command line `videopure-fast`: demo, purify, info.
+"""The command line `videopure-fast`: demo, purify, bench, info.
 
 Commands import what they need when they run.
 """
@@ -25,6 +25,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .benchmark import Pair
     from .evaluation import Comparison
     from .purifier import Purifier
     from .video import VideoInfo
@@ -57,6 +58,15 @@ class Dtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class Decoder(str, Enum):
+    full = "full"
+
+
+class Votes(str, Enum):
+    all = "all"
+    last = "last"
 
 
 class FlowName(str, Enum):
@@ -211,6 +221,128 @@ def purify(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Option(help='"tiny", a folder, or a Hugging Face text-to-video repository.')] = "tiny",
+    batch: Annotated[str, typer.Option(help="Clips a call; like the next three, one or several: 1,4,8.")] = "1,4,8",
+    frames: Annotated[str | None, typer.Option(show_default="16 for tiny, else 32", help="Frames of a clip.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(show_default="32x32 for tiny, else 224x224", help="HEIGHTxWIDTH of a clip, each 16 or more."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            show_default="float16 on an accelerator, else float32", help="float32, float16, bfloat16 or float64."
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default="auto",
+            help='Code of the ops: auto, reference, cpu, triton, or in order "cuda,triton". May be given repeatedly.',
+        ),
+    ] = None,
+    decoder: Annotated[list[Decoder] | None, typer.Option(show_default="full", help="Decoder of the votes.")] = None,
+    votes: Annotated[
+        Votes, typer.Option(help="Decode all votes, as a defended classifier needs them, or the last alone.")
+    ] = Votes.all,
+    method: Annotated[Method, typer.Option(help="videopure, or one of its baselines.")] = Method.videopure,
+    steps: Annotated[
+        int | None, typer.Option(show_default="the model's own", help="Depth T of the purification, 0 to 49.")
+    ] = None,
+    flow: Annotated[
+        FlowName | None,
+        typer.Option(show_default="the model's own", help="Optical flow: OpenCV's, torchvision's, or none."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(show_default="the accelerator, else cpu", help='"cpu", "cuda", "cuda:1", "mps".'),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Most calls that a setting is timed for.")] = 50,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Most seconds that a setting is timed for; three calls at least.")
+    ] = 10,
+    stages: Annotated[bool, typer.Option(help="Also profile the stages of each setting.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Save the run here, to be compared later.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw latency and throughput: .svg or .png.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Measure nothing; compare two saved runs.")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Compare runs of different machines or settings too.")
+    ] = False,
+) -> None:
+    """Measure throughput and latency on this machine.
+
+    Every combination of the options is a setting, timed on clips of noise. A setting's first call, which may compile
+    and capture, stands apart as the warm-up. A setting has figures only if its first clip came out as the reference
+    backend's; where it has none, the table says why.
+
+    Examples:
+
+    ```
+      videopure-fast bench
+      videopure-fast bench --batch 1,2,4,8 --backend auto --backend reference --json run.json --plot run.svg
+      videopure-fast bench --model ali-vilab/text-to-video-ms-1.7b --frames 16,32 --dtype float16,bfloat16
+      videopure-fast bench --compare before.json after.json
+    ```
+    """
+    from . import benchmark
+    from .plot import check_picture
+    from .profiling import check_writable
+
+    if compare is not None:
+        a, b = map(benchmark.load, compare)
+        _out.print(_comparison_table(benchmark.compare(a, b, anyway=anyway)))
+        return
+    for path, check in ((json_file, check_writable), (plot_file, check_picture)):
+        if path is not None:
+            check(path)
+    if steps is not None and not 0 <= steps <= 49:
+        raise ValueError(f"--steps must be 0 to 49, got {steps}")
+    tiny = model == "tiny"
+    settings = benchmark.sweep(
+        backends=backend or ["auto"],
+        dtypes=_listed(dtype) if dtype else [_usual_dtype(device)],
+        decoders=[choice.value for choice in decoder or [Decoder.full]],
+        sizes=[_size(text) for text in _listed(size or ("32x32" if tiny else "224x224"))],
+        frames=_numbers("frames", frames or ("16" if tiny else "32")),
+        batches=_numbers("batch", batch),
+    )
+    measured = benchmark.measure(
+        model,
+        settings,
+        limits=benchmark.Limits(repeats, seconds),
+        return_votes=votes is Votes.all,
+        stages=stages,
+        progress=True,
+        device=device,
+        flow=None if flow is None else flow.value,
+        method=method.value,
+        **({} if steps is None else {"inversion_steps": steps}),
+    )
+    run = next(measured)
+    for row in measured:
+        run["rows"].append(row)
+        if json_file is not None:
+            benchmark.save(run, json_file)
+    _out.print(_bench_table(run))
+    if any(row.get("profile") for row in run["rows"]):
+        _out.print(_stage_table(run))
+    if not any("calls" in row for row in run["rows"]):
+        raise ValueError("nothing was measured: the table says why")
+    if json_file is not None:
+        _out.print(f"Numbers: {json_file}")
+    if plot_file is not None:
+        benchmark.plot(run, plot_file)
+        _out.print(f"Picture: {plot_file}")
+
+
+@app.command()
 def info() -> None:
     """Show versions, devices and backends, what is missing, and how to get it.
 
@@ -222,7 +354,7 @@ def info() -> None:
     """
     import torch
 
-    from . import ops
+    from .backend import backends
     from .video import torchcodec_decoder
 
     table = Table("what", "state", box=None, pad_edge=False)
@@ -241,7 +373,7 @@ def info() -> None:
     for name in _accelerators() or ["none"]:
         table.add_row("accelerator", name)
     table.add_section()
-    for name, state in ops.backends().items():
+    for name, state in backends().items():
         table.add_row(f"backend {name}", state)
     _out.print(table)
 
@@ -351,6 +483,105 @@ def _accuracy_table(found: Comparison, eps: float, steps: int) -> Table:
         counts = (f"{share:.2f} ({round(share * n)}/{n})" for share in (row.clean, row.attacked))
         table.add_row(row.defence, *counts, f"{row.seconds_per_clip:.2f}")
     return table
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in _listed(text)]
+    except ValueError:
+        raise ValueError(f"--{option} must be whole numbers, such as 1,4,8; got {text!r}") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise ValueError(f"--size must be HEIGHTxWIDTH, such as 224x224; got {text!r}") from None
+    return height, width
+
+
+def _usual_dtype(device: str | None) -> str:
+    """What `from_pretrained` chooses for this device."""
+    import torch
+
+    accelerated = torch.accelerator.is_available() if device is None else not device.startswith("cpu")
+    return "float16" if accelerated else "float32"
+
+
+def _bench_table(run: dict[str, Any]) -> Table:
+    settings = run["settings"]
+    table = Table(
+        title=f"{settings['model']}, {settings['method']}, T={settings['inversion_steps']}, {settings['votes']} votes "
+        f"decoded, on {run['machine']['device']}, {run['machine']['threads']} CPU threads"
+    )
+    for column in ("backend", "dtype", "decoder"):
+        table.add_column(column)
+    for column in ("clip", "batch", "warm-up s", "clips/s", "p50", "p95", "p99 s/clip", "calls", "peak MB"):
+        table.add_column(column, justify="right")
+    for row in run["rows"]:
+        shape = f"{row['frames']}x{row['height']}x{row['width']}"
+        name = (row["backend"], row["dtype"], row["decoder"], shape, str(row["batch"]))
+        if "not_measured" in row:
+            table.add_row(*name, "not measured")
+            continue
+        table.add_row(
+            *name,
+            f"{row['first_call_seconds']:.3g}",
+            f"{row['clips_per_second']:.4g}",
+            *(f"{row['seconds_per_clip'][p]:.4g}" for p in ("p50", "p95", "p99")),
+            str(row["calls"]),
+            "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+        )
+    if reasons := {row["not_measured"] for row in run["rows"] if "not_measured" in row}:
+        table.caption = "not measured: " + "; ".join(sorted(reasons))
+    return table
+
+
+def _stage_table(run: dict[str, Any]) -> Table:
+    """Milliseconds of each stage, one after another, of one call."""
+    from .benchmark import Setting
+    from .profiling import STAGES
+
+    table = Table("setting", title="Milliseconds of a call's stages, each run to its end; percent of the floor")
+    for stage in STAGES:
+        table.add_column(stage, justify="right")
+    for row in run["rows"]:
+        if not row.get("profile"):
+            continue
+        found = {stage["name"]: stage for stage in row["profile"]["stages"]}
+        cells = []
+        for stage in STAGES:
+            seen = found.get(stage)
+            percent = f" ({seen['of_floor']:.0%})" if seen and seen["flops"] else ""
+            cells.append(f"{seen['seconds'] * 1e3:.4g}{percent}" if seen else "-")
+        table.add_row(str(Setting(**{axis: row[axis] for axis in Setting._fields})), *cells)
+    return table
+
+
+def _comparison_table(pairs: list[Pair]) -> Table:
+    table = Table("setting", title="A and B; a ratio is B's figure over A's")
+    for column in ("clips/s A", "B", "ratio", "p50 s/clip A", "B", "ratio", "p95 ratio", "p99 ratio", "peak ratio"):
+        table.add_column(column, justify="right")
+    for name, a, b in pairs:
+        throughput = a["clips_per_second"], b["clips_per_second"]
+        latency = {p: (a["seconds_per_clip"][p], b["seconds_per_clip"][p]) for p in ("p50", "p95", "p99")}
+        table.add_row(
+            name,
+            *(f"{value:.4g}" for value in throughput),
+            _ratio(*throughput),
+            *(f"{value:.4g}" for value in latency["p50"]),
+            *(_ratio(*latency[p]) for p in ("p50", "p95", "p99")),
+            _ratio(a["peak_bytes"], b["peak_bytes"]),
+        )
+    return table
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return f"{b / a:.3g}" if a and b else "-"
 
 
 def _rescued_first(found: Comparison) -> list[int]:

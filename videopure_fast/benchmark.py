@@ -1,0 +1,340 @@
+"""Throughput and latency of purifying on this machine, over settings; runs are saved, drawn and compared."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .backend import use_backend
+from .plot import Line, Panel, draw
+from .profiling import PeakMemory, describe_device, profile, replacing, synchronize
+from .purifier import LEAST_SIDE, Purifier
+
+KIND = "videopure-fast bench"
+DECODERS = ("full",)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+PERCENTILES = (50, 95, 99)
+# The mean distance of pixels in [0, 1] that a backend may have from the reference. Half precision rounds elsewhere.
+TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_LEAST_CALLS = 3
+
+
+class Setting(NamedTuple):
+    """One place of the sweep. backend: as of `use_backend`. Those that need the models anew stand first."""
+
+    backend: str
+    dtype: str
+    decoder: str
+    height: int
+    width: int
+    frames: int
+    batch: int
+
+    def __str__(self) -> str:
+        shape = f"{self.batch}x{self.frames}x{self.height}x{self.width}"
+        return f"{self.backend} {self.dtype} {self.decoder} {shape}"
+
+
+class Limits(NamedTuple):
+    """How long one setting is timed: until `repeats` calls or `seconds` have passed, three calls at least."""
+
+    repeats: int = 50
+    seconds: float = 10.0
+
+
+def sweep(
+    *,
+    backends: Sequence[str],
+    dtypes: Sequence[str],
+    decoders: Sequence[str] = DECODERS,
+    sizes: Sequence[tuple[int, int]],
+    frames: Sequence[int],
+    batches: Sequence[int],
+) -> list[Setting]:
+    """All combinations. ValueError for what no purifier accepts."""
+    for name in backends:
+        with use_backend(name):
+            pass
+    for what, given, accepted in (("dtype", dtypes, DTYPES), ("decoder", decoders, DECODERS)):
+        if unknown := set(given) - set(accepted):
+            raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+    for what, given, least in (
+        ("batch", batches, 1),
+        ("frames", frames, 2),
+        ("size", [side for size in sizes for side in size], LEAST_SIDE),
+    ):
+        if small := [value for value in given if value < least]:
+            raise ValueError(f"{what} must be {least} or more, got {small[0]}")
+    combined = itertools.product(backends, dtypes, decoders, sizes, frames, sorted(set(batches)))
+    return [
+        Setting(backend, dtype, decoder, *size, length, batch)
+        for backend, dtype, decoder, size, length, batch in combined
+    ]
+
+
+def measure(
+    model: str | os.PathLike[str],
+    settings: Sequence[Setting],
+    *,
+    limits: Limits = Limits(),  # noqa: B008  (immutable)
+    return_votes: bool = True,
+    stages: bool = True,
+    progress: bool = False,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Time each setting on clips of noise; yields first what all rows share, then a row for each setting.
+
+    return_votes: decode all votes, as a DefendedClassifier needs them, or the last alone. stages: profile each setting
+    too. options: device, flow and settings for `Purifier.from_pretrained`.
+
+    A setting's first call stands apart; it may load, compile and capture. A row whose backend cannot serve it, whose
+    memory does not suffice, or whose first clip does not equal the reference backend's, says so under "not_measured"
+    and has no times.
+    """
+
+    def purifier_of(setting: Setting) -> Purifier:
+        return Purifier.from_pretrained(model, dtype=getattr(torch, setting.dtype), **options)
+
+    purifier: Purifier | None = purifier_of(settings[0])
+    yield _run(model, purifier, limits, return_votes)
+    with tqdm(total=len(settings) * limits.repeats, unit="call", disable=not progress) as bar:
+        # A captured graph keeps the backend it was captured with: a new backend takes a new purifier.
+        for _, group in itertools.groupby(settings, lambda setting: setting[:3]):
+            for setting in group:
+                bar.set_description(str(setting))
+                purifier = purifier or purifier_of(setting)
+                before = bar.n
+                with use_backend(setting.backend):
+                    try:
+                        row = _measure_one(purifier, setting, limits, return_votes, stages, bar)
+                    except RuntimeError as error:  # no backend for an op, or no memory
+                        row = {"not_measured": str(error).splitlines()[0]}
+                bar.update(limits.repeats - (bar.n - before))
+                yield {**setting._asdict(), **row}
+            purifier = None
+            gc.collect()
+
+
+def _measure_one(
+    purifier: Purifier, setting: Setting, limits: Limits, return_votes: bool, stages: bool, bar: Any
+) -> dict[str, Any]:
+    device = purifier.unet.device
+    shape = (3, setting.frames, setting.height, setting.width)
+    noise = [torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i in range(setting.batch)]
+    clips = torch.stack(noise).to(device)
+
+    def call() -> tuple[float, Tensor]:
+        synchronize(device)
+        start = time.perf_counter()
+        purified = purifier(clips, return_votes=return_votes, generator=torch.Generator().manual_seed(0))
+        synchronize(device)
+        return time.perf_counter() - start, purified
+
+    with torch.no_grad():
+        first_seconds, purified = call()
+        difference = _difference(purifier, clips[:1], purified[:1], return_votes)
+        if not difference <= TOLERANCE[setting.dtype]:  # nor NaN
+            allowed = f"more than {TOLERANCE[setting.dtype]:g}"
+            return {"not_measured": f"differs from the reference by {difference:.3g} a pixel on average, {allowed}"}
+        del purified
+        memory = PeakMemory(device)
+        seconds: list[float] = []
+        stop = time.perf_counter() + limits.seconds
+        while len(seconds) < limits.repeats and (len(seconds) < _LEAST_CALLS or time.perf_counter() < stop):
+            seconds.append(call()[0])
+            bar.update()
+        peak = memory.read()
+    return {
+        "first_call_seconds": first_seconds,
+        "calls": len(seconds),
+        "clips_per_second": setting.batch * len(seconds) / sum(seconds),
+        "call_seconds": _quantiles(seconds),
+        "seconds_per_clip": _quantiles([second / setting.batch for second in seconds]),
+        "peak_bytes": peak,
+        "mean_difference_from_reference": difference,
+        "profile": profile(purifier, clips, return_votes=return_votes).to_dict() if stages else None,
+    }
+
+
+def _difference(purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool) -> float:
+    """The mean distance of a purified clip from what the reference backend makes of the clip alone."""
+    generator = torch.Generator().manual_seed(0)
+    with use_backend("reference"):  # a callback keeps the purifier from capturing a graph of it
+        expected = purifier(clip, return_votes=return_votes, generator=generator, callback=lambda *_: None)
+    return (purified.double() - expected.double()).abs().mean().item()
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    values = torch.tensor(seconds, dtype=torch.float64)
+    shares = torch.tensor([0, 5, 25, 50, 75, 95, 99, 100], dtype=torch.float64)
+    found = values.quantile(shares / 100).tolist()
+    names = ("min", "p5", "p25", "p50", "p75", "p95", "p99", "max")
+    return {"mean": values.mean().item(), **dict(zip(names, found, strict=True))}
+
+
+def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> dict[str, Any]:
+    device = purifier.unet.device
+    gpu = _nvidia(device)
+    names = ("videopure-fast", "torch", "diffusers", "triton", "opencv-python-headless", "xformers")
+    return {
+        "kind": KIND,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "device": describe_device(device),
+            "processor": describe_device(torch.device("cpu")),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+            **{name: gpu[name] for name in ("power.limit", "clocks.max.sm") if name in gpu},
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in names},
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": gpu.get("driver_version"),
+        },
+        "settings": {
+            "model": str(model),
+            "method": purifier.config.method,
+            "inversion_steps": purifier.config.inversion_steps,
+            "decode_chunk": purifier.config.decode_chunk,
+            "max_frames": purifier.max_frames,
+            "flow": getattr(purifier.flow, "__name__", type(purifier.flow).__name__),
+            "votes": "all" if return_votes else "last",
+        },
+        "limits": limits._asdict(),
+        "rows": [],
+    }
+
+
+def _nvidia(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi knows of a GPU; nothing where it is missing."""
+    program = shutil.which("nvidia-smi")
+    if device.type != "cuda" or program is None:
+        return {}
+    names = ("driver_version", "power.limit", "clocks.max.sm")
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={identity}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    values = done.stdout.strip().split(", ")
+    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else {}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# Saved runs
+
+
+def save(run: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(run, indent=2) + "\n")
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A saved run. ValueError for a file that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        run = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(run, dict) or run.get("kind") != KIND:
+        raise ValueError(f"{path} is no run that videopure-fast bench --json wrote")
+    return run
+
+
+class Pair(NamedTuple):
+    """A setting that both runs measured: its name, and the rows."""
+
+    name: str
+    a: dict[str, Any]
+    b: dict[str, Any]
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any], *, anyway: bool = False) -> list[Pair]:
+    """The settings that two runs have in common.
+
+    ValueError where the runs are of different machines or settings, unless told to compare them `anyway`: then an axis
+    on which each run has one value, and not the same, is left out of account. Versions may differ.
+    """
+    different = [
+        f"{name} ({a[part].get(name)} and {b[part].get(name)})"
+        for part in ("machine", "settings")
+        for name in sorted({*a[part], *b[part]})
+        if a[part].get(name) != b[part].get(name)
+    ]
+    rows = [[row for row in run["rows"] if "not_measured" not in row] for run in (a, b)]
+    axes = list(Setting._fields)
+    for axis in Setting._fields:
+        values = [{row[axis] for row in part} for part in rows]
+        if all(len(found) == 1 for found in values) and values[0] != values[1]:
+            different.append(f"{axis} ({next(iter(values[0]))} and {next(iter(values[1]))})")
+            axes.remove(axis)
+    if different and not anyway:
+        raise ValueError(f"these runs differ in {', '.join(different)}; --anyway compares them all the same")
+    known = {tuple(row[axis] for axis in axes): row for row in rows[0]}
+    pairs = []
+    for row in rows[1]:
+        key = tuple(row[axis] for axis in axes)
+        if key in known:
+            name = str(Setting(**{axis: row[axis] if axis in axes else "*" for axis in Setting._fields}))
+            pairs.append(Pair(name, known[key], row))
+    if not pairs:
+        raise ValueError("these runs measured no setting in common")
+    return pairs
+
+
+def plot(run: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Latency percentiles and throughput over the batch size, to an .svg or .png file."""
+    rows = [row for row in run["rows"] if "not_measured" not in row]
+    batches = sorted({row["batch"] for row in rows})
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = f"{row['backend']}, {row['dtype']}, {row['decoder']}, {row['frames']}x{row['height']}x{row['width']}"
+        series.setdefault(name, []).append(row)
+
+    def line(colour: int, values: Sequence[tuple[int, float]], width: float) -> Line:
+        return Line([(batches.index(batch), value) for batch, value in values], colour, width)
+
+    latency = [
+        line(i, [(row["batch"], row["call_seconds"][f"p{percentile}"]) for row in part], width)
+        for i, part in enumerate(series.values())
+        for percentile, width in zip(PERCENTILES, (3, 1.5, 0.75), strict=True)
+    ]
+    throughput = [
+        line(i, [(row["batch"], row["clips_per_second"]) for row in part], 3) for i, part in enumerate(series.values())
+    ]
+    ticks = [str(batch) for batch in batches]
+    panels = [
+        Panel("Seconds a call: p50 (thick), p95, p99 (thin)", "clips a call", ticks, latency),
+        Panel("Clips a second", "clips a call", ticks, throughput),
+    ]
+    versions = run["versions"]
+    where = f"{run['machine']['device']}, torch {versions['torch']}"
+    settings = run["settings"]
+    what = (
+        f"{settings['model']}, {settings['method']} T={settings['inversion_steps']}, {settings['votes']} votes, {where}"
+    )
+    draw(panels, list(series), path, note=what)
