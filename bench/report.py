@@ -1,4 +1,7 @@
-"""Write README.md's tables from the results in bench/results/: `python bench/report.py` (`--check` only compares)."""
+"""Write README.md's tables from the results in bench/results/: `python bench/report.py` (`--check` only compares).
+
+Accuracy is from tiny-prior.json (`make score`), speed from cpu.json (`make bench`) and each GPU's file (`make gpu`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from videopure_fast.evaluation import wilson_interval
 
@@ -42,9 +47,173 @@ def accuracy_table(result: dict) -> str:
     )
 
 
-def render(readme: str) -> str:
+NAMES = {
+    "authors": "(1) the authors' algorithm as written",
+    "authors-xformers": "(2) the same with xformers' attention",
+    "authors-compiled": "(3a) the same compiled: max-autotune, channels last",
+    "algebra": "the algebra alone, on diffusers' modules",
+    "algebra-captured": "the algebra in one CUDA graph",
+    "algebra-compiled": "(3b) the algebra compiled: max-autotune, channels last",
+    "ours-eager": "ours without its CUDA graph",
+    "ours": "**ours**",
+}
+MISSING = "-"
+Rows = dict[str, dict[str, Any]]
+
+
+def speed(results: Path) -> str:
+    """Markdown of the CPU's results and of every GPU's."""
+    cpu, parts = results / "cpu.json", []
+    if cpu.exists():
+        parts.append(cpu_table(json.loads(cpu.read_text())))
+    else:
+        parts.append("On a CPU. Not measured yet: no CPU results file.")
+    found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    gpus = [gpu_tables(one["rows"]) for one in found if one.get("kind") == "gpu"]
+    return "\n\n".join(parts + (gpus or ["On a GPU. Not measured yet: no GPU results file."]))
+
+
+def cpu_table(result: dict[str, Any]) -> str:
+    """Markdown of bench_purify.py's rows."""
+    rows = {(row["path"], row["clips"]): row for row in result["benchmarks"] if "path" in row}
+    batches = sorted({clips for _, clips in rows})
+    lines = []
+    for name in [name for name in NAMES if (name, batches[0]) in rows]:
+        cells = [NAMES[name]]
+        for clips in batches:
+            row, first = rows[name, clips], rows["authors", clips]
+            cells += [f"{row['median']:.2f} ± {row['iqr']:.2f}", f"{first['median'] / row['median']:.1f}"]
+        peak = rows[name, batches[0]].get("peak_memory")
+        lines.append([*cells, MISSING if peak is None else f"{peak / 2**20:.0f}"])
+    row, machine = rows["ours", batches[0]], result["machine_info"]
+    batch = [cell for clips in batches for cell in (f"{clips} clip{'s' * (clips > 1)}, s", "times (1)")]
+    return "\n".join(
+        [
+            f"On a CPU: clips of {size_of(row['shape'][2:])} by the packaged prior, T={row['steps']}, {row['dtype']}; "
+            "medians ± interquartile range.",
+            "",
+            *markdown(["", *batch, "MiB for 1 clip"], lines),
+            "",
+            f"`make bench` on {machine['cpu']}, {row['threads']} threads, torch {row['torch']}, "
+            f"Python {machine['python']}.",
+        ]
+    )
+
+
+def gpu_tables(rows: Rows) -> str:
+    """Markdown of one results file of gpu.py: ways to purify, and the goals that can be told.
+
+    Of the sources measured last alone: rows of others may stand beside them in the file.
+    """
+    last = max(rows.values(), key=lambda row: row["time"], default={}).get("commit")
+    rows = {name: row for name, row in rows.items() if row["commit"] == last}
+    ways = [row for row in rows.values() if row.get("path") and row.get("flow") == "given" and "median" in row]
+    if not ways:
+        return "On a GPU. Not measured yet: no purification in the results file."
+    usual = max(ways, key=lambda row: (row["frames"] * (row["clips"] == 1), row["height"]))
+    shape = ("frames", "height", "width")
+    found = {(row["path"], row["clips"]): row for row in ways if all(row[key] == usual[key] for key in shape)}
+    batches = sorted({clips for _, clips in found})
+    lines = []
+    for name in [name for name in NAMES if any((name, clips) in found for clips in batches)]:
+        cells = [NAMES[name]]
+        for clips in batches:
+            row, first = found.get((name, clips)), found.get(("authors", clips))
+            cells += [
+                MISSING if row is None else f"{row['median']:.3f} ± {row['iqr']:.3f}",
+                MISSING if row is None or first is None else f"{first['median'] / row['median']:.2f}",
+            ]
+        row = found.get((name, 1), {})
+        peak = row.get("peak_memory")
+        cells += [str(row.get("launches") or MISSING), MISSING if peak is None else f"{peak / 2**30:.1f}"]
+        lines.append([*cells, f"{row['mean_error']:.1e}" if row else MISSING])
+    header = ["", *(cell for n in batches for cell in (f"{n} clip{'s' * (n > 1)}, s", "times (1)"))]
+    header += ["launches", "GiB", "mean error"]
+    weights = "random weights in full size" if usual["model"] == "full" else "a small model, whose times mean nothing"
+    clock = usual.get("sm_mhz_just_after")
+    return "\n".join(
+        [
+            f"On {usual['gpu'] or 'no GPU'}: clips of {size_of([usual[key] for key in shape])}, T={usual['steps']}, "
+            f"{usual['dtype']}, {weights}, a given flow; medians ± interquartile range. Launches, memory and the mean "
+            "error against float32 are of 1 clip.",
+            "",
+            *markdown(header, lines),
+            "",
+            *goal_lines(rows, found),
+            f"`make gpu`: driver {usual['driver']}, {usual['power_limit_w']} W, {clock} MHz, torch {usual['torch']}, "
+            f"CUDA {usual['cuda']}, cuDNN {usual['cudnn']}, triton {usual['triton']}, diffusers {usual['diffusers']}, "
+            f"Python {usual['python']}; sources {usual['commit']}.",
+        ]
+    )
+
+
+def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
+    """What was asked for beside what was seen, without what was not measured."""
+
+    def gain(other: str, clips: int, field: str = "median") -> Callable[[], float]:
+        return lambda: found[other, clips][field] / found["ours", clips][field]
+
+    def op(name: str, form: str, field: str) -> float:
+        return rows[f"op: {name}, full, {form}"][field]
+
+    def best(name: str, field: str) -> float:
+        forms = [form for form in ("triton", "cuda") if "median" in rows.get(f"op: {name}, full, {form}", {})]
+        return op(name, min(forms, key=lambda form: op(name, form, "median")), field)
+
+    def of_copies(name: str) -> Callable[[], float]:
+        return lambda: best(name, "bytes_per_second") / rows["ceiling: copies"]["bytes_per_second"]
+
+    goals: list[tuple[str, str, float, bool, Callable[[], float]]] = [  # what, unit, asked, at least, seen
+        ("1 clip, times (1)", "", 4, True, gain("authors", 1)),
+        ("1 clip, times (3a)", "", 2, True, gain("authors-compiled", 1)),
+        ("1 clip, times (3b)", "", 1.3, True, gain("algebra-compiled", 1)),
+        ("1 clip", " s", 0.4, False, lambda: found["ours", 1]["median"]),
+        ("8 clips, times (1)", "", 4, True, gain("authors", 8)),
+        ("8 clips, times (3a)", "", 2.2, True, gain("authors-compiled", 8)),
+        ("8 clips, times (3b)", "", 1.3, True, gain("algebra-compiled", 8)),
+        ("8 clips", " clips/s", 2.5, True, lambda: found["ours", 8]["clips_per_second"]),
+        ("peak memory of 1 clip, of (1)'s", "", 1, False, lambda: 1 / gain("authors", 1, "peak_memory")()),
+        ("launches of 1 clip, of (1)'s", "", 0.02, False, lambda: 1 / gain("authors", 1, "launches")()),
+        (
+            *("guided update of all votes, times the autograd loop", "", 50, True),
+            lambda: op("guided_update", "library", "eager_median") / best("guided_update", "eager_median"),
+        ),
+        ("guided update of all votes", " µs", 50, False, lambda: 1e6 * best("guided_update", "median")),
+        (
+            *("LayerNorm, QKV and temporal attention, times cuBLAS and SDPA", "", 1.5, True),
+            lambda: op("norm_temporal_attention", "library", "median") / best("norm_temporal_attention", "median"),
+        ),
+        ("temporal attention, of the copies' bandwidth", "", 0.6, True, of_copies("temporal_attention")),
+        ("GroupNorm and SiLU, of the copies' bandwidth", "", 0.8, True, of_copies("group_norm_silu")),
+    ]
+    lines = []
+    for what, unit, asked, at_least, seen in goals:
+        try:
+            value = seen()
+        except (KeyError, ValueError, TypeError, ZeroDivisionError):
+            continue  # not measured
+        met = value >= asked if at_least else value <= asked
+        lines.append([what, f"{'≥' if at_least else '≤'} {asked}{unit}", f"{value:.3g}{unit}", "yes" if met else "no"])
+    return [*markdown(["goal", "asked", "seen", "met"], lines), ""] if lines else []
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return [f"|{'|'.join(rule)}|" if row is rule else f"| {' | '.join(row)} |" for row in (header, rule, *lines)]
+
+
+def size_of(shape: list[int]) -> str:
+    frames, height, width = shape
+    return f"{frames} frames of {height}x{width}"
+
+
+def render(readme: str, results: Path = RESULTS) -> str:
     """The README with its generated parts made anew."""
-    tables = {"accuracy": accuracy_table(json.loads((RESULTS / "tiny-prior.json").read_text()))}
+    tables = {
+        "accuracy": accuracy_table(json.loads((results / "tiny-prior.json").read_text())),
+        "speed": speed(results),
+    }
     for name, table in tables.items():
         part = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
         readme, found = part.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme)
