@@ -44,7 +44,8 @@ def ddim_step_(latents: Tensor, noise: Tensor, coefficients: Tensor, *, first_fr
     _check_ddim_step(latents, noise, coefficients)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (latents, noise, coefficients)):
         raise ValueError("ddim_step_ works in place and hands on no gradient; use ddim_step")
-    if _overlaps_itself(latents) or latents.is_neg():
+    negated = not torch.compiler.is_compiling() and latents.is_neg()  # no compiler makes such a view
+    if _overlaps_itself(latents) or negated:
         seen = f"{tuple(latents.shape)} with strides {latents.stride()}"
         raise ValueError(f"latents to overwrite must have a place for each value, and no negated view; got {seen}")
     _ddim_step_(latents, noise, coefficients, first_frame_noise)
