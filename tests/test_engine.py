@@ -59,6 +59,16 @@ def test_changed_weights_are_read_anew(purifier):
     torch.testing.assert_close(after, rebuilt(purifier)(video), rtol=0, atol=0)
 
 
+def test_nothing_made_in_inference_mode_shuts_gradients_out(purifier):
+    video = clips(1, 3, 4, 16, 16)
+    with torch.inference_mode():
+        latents = purifier.encode(video)
+        list(purifier.sample(latents, purifier._plan()[1], 1.0))
+    video.requires_grad_()
+    purifier(video).sum().backward()
+    assert video.grad.abs().sum() > 0
+
+
 def test_a_copy_works_and_shares_nothing_made(purifier):
     video = clips(3, 4, 16, 16)
     expected = purifier(video)

@@ -78,7 +78,8 @@ class Engine:
         if self._forms is None:
             unet, vae = self._modules
             fast_unet = FastMotionUNet if type(unet).__name__ == "UNetMotionModel" else FastUNet
-            self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
+            with torch.inference_mode(False):  # what is made in it would shut autograd out of every later call
+                self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
         return self._forms
 
     def _form(self, module: nn.Module, fast: type, plain: type) -> Any:
@@ -90,6 +91,7 @@ class Engine:
                 warnings.warn(what, stacklevel=2)
         return plain(module)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, transitions: Sequence[Transition], prompts: Sequence[Tensor], like: Tensor) -> Walk:
         """The tables of a walk, made once. `like` has the state's dtype and device."""
