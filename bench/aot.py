@@ -174,6 +174,9 @@ def temporal_cases(clips: int, frames: int, level: Level, dtype: torch.dtype) ->
     for bias in (meta(dtype, 8 * channels), None):
         yield Case("linear_geglu", (x, meta(dtype, 8 * channels, channels), bias))
     yield Case("geglu", (meta(dtype, tokens, 8 * channels),))
+    first, last = (meta(dtype, 8 * channels, channels), meta(dtype, 8 * channels)), meta(dtype, channels, 4 * channels)
+    vector = meta(dtype, channels)
+    yield Case("feed_forward", (x, vector, vector, *first, last, vector, 1e-5))
     # After an attention and a feed-forward, without a bias, and in the shortcut of a resnet.
     yield linear_residual(tokens, channels, channels, dtype)
     yield linear_residual(tokens, channels, channels, dtype, bias=False)

@@ -80,6 +80,13 @@ def linear_geglu(size: str, device: str, dtype: torch.dtype) -> Call:
     return "linear_geglu", (x, weight, bias), {}
 
 
+def feed_forward(size: str, device: str, dtype: torch.dtype) -> Call:
+    shape, _, _ = ACTIVATIONS[size]
+    x, norm_weight, norm_bias, bias, weight = _layer(shape, 8 * shape[-1], device, dtype)
+    _, _, _, out_bias, out_weight = _layer((4 * shape[-1],), shape[-1], device, dtype)
+    return "feed_forward", (x, norm_weight, norm_bias, weight, bias, out_weight, out_bias), {"eps": EPS}
+
+
 def group_norm_silu(size: str, device: str, dtype: torch.dtype) -> Call:
     shape, _, groups = ACTIVATIONS[size]
     x, norm_weight, norm_bias, _, _ = _layer(shape, 1, device, dtype)
@@ -107,7 +114,7 @@ def _layer(shape: tuple[int, ...], outputs: int, device: str, dtype: torch.dtype
 OPS = (
     *(guided_update, ddim_step),
     *(temporal_attention, norm_temporal_attention, linear_residual),
-    *(geglu, linear_geglu, group_norm_silu, temporal_conv),
+    *(geglu, linear_geglu, feed_forward, group_norm_silu, temporal_conv),
 )
 
 

@@ -9,10 +9,14 @@
 #include <utility>
 
 #include "ddim_step.h"
+#include "feed_forward.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
 #include "guided_update.h"
+#include "linear_residual.h"
+#include "matrix_product.h"
 #include "temporal_attention.h"
+#include "temporal_conv.h"
 
 namespace py = pybind11;
 
@@ -62,9 +66,51 @@ void temporal_attention_cpu(std::uintptr_t qkv, std::uintptr_t output, const std
                               to_activation_strides(strides), heads, threads);
 }
 
+void norm_temporal_attention_cpu(std::uintptr_t x, std::uintptr_t norm_weight, std::uintptr_t norm_bias,
+                                 std::uintptr_t weight, std::uintptr_t position, std::uintptr_t output,
+                                 const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& strides,
+                                 int64_t channels, int64_t heads, double eps, int width, int threads) {
+  vpf::norm_temporal_attention_cpu(pointer<const float>(x), pointer<const float>(norm_weight),
+                                   pointer<const float>(norm_bias), pointer<const float>(weight),
+                                   pointer<const float>(position), pointer<float>(output), to_activation_sizes(sizes),
+                                   to_activation_strides(strides), channels, heads, eps, width, threads);
+}
+
+void linear_residual_cpu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual,
+                         std::uintptr_t output, int64_t rows, int64_t inputs, int64_t outputs, int64_t row_stride,
+                         int64_t residual_stride, int width, int threads) {
+  vpf::linear_residual_cpu(pointer<const float>(x), row_stride, pointer<const float>(weight),
+                           pointer<const float>(bias), pointer<const float>(residual), residual_stride,
+                           pointer<float>(output), rows, inputs, outputs, width, threads);
+}
+
 void geglu_cpu(std::uintptr_t x, std::uintptr_t output, int64_t rows, int64_t channels, int64_t row_stride,
                int threads) {
   vpf::geglu_cpu(pointer<const float>(x), pointer<float>(output), rows, channels, row_stride, threads);
+}
+
+void linear_geglu_cpu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t output, int64_t rows,
+                      int64_t inputs, int64_t channels, int64_t row_stride, int width, int threads) {
+  vpf::linear_geglu_cpu(pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
+                        pointer<float>(output), rows, inputs, channels, row_stride, width, threads);
+}
+
+void feed_forward_cpu(std::uintptr_t x, std::uintptr_t norm_weight, std::uintptr_t norm_bias, std::uintptr_t weight,
+                      std::uintptr_t bias, std::uintptr_t out_weight, std::uintptr_t out_bias, std::uintptr_t output,
+                      int64_t rows, int64_t channels, int64_t hidden, int64_t row_stride, double eps, int width,
+                      int threads) {
+  vpf::feed_forward_cpu(pointer<const float>(x), row_stride, pointer<const float>(norm_weight),
+                        pointer<const float>(norm_bias), pointer<const float>(weight), pointer<const float>(bias),
+                        pointer<const float>(out_weight), pointer<const float>(out_bias), pointer<float>(output), rows,
+                        channels, hidden, eps, width, threads);
+}
+
+void temporal_conv_cpu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual,
+                       std::uintptr_t output, const std::array<int64_t, 4>& sizes,
+                       const std::array<int64_t, 3>& residual_strides, int64_t outputs, int width, int threads) {
+  vpf::temporal_conv_cpu(pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
+                         pointer<const float>(residual), to_activation_strides(residual_strides),
+                         pointer<float>(output), to_activation_sizes(sizes), outputs, width, threads);
 }
 
 void group_norm_silu_cpu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t embedding,
@@ -117,10 +163,24 @@ PYBIND11_MODULE(_C, m) {
         "coefficients"_a, "output"_a, py::kw_only(), "sizes"_a, "spatial_weight"_a, "temporal_weight"_a, "threads"_a);
   m.def("temporal_attention_cpu", &temporal_attention_cpu, unlocked, "qkv"_a, "output"_a, py::kw_only(), "sizes"_a,
         "strides"_a, "heads"_a, "threads"_a);
+  m.def("norm_temporal_attention_cpu", &norm_temporal_attention_cpu, unlocked, "x"_a, "norm_weight"_a, "norm_bias"_a,
+        "weight"_a, "position"_a, "output"_a, py::kw_only(), "sizes"_a, "strides"_a, "channels"_a, "heads"_a, "eps"_a,
+        "width"_a, "threads"_a);
+  m.def("linear_residual_cpu", &linear_residual_cpu, unlocked, "x"_a, "weight"_a, "bias"_a, "residual"_a, "output"_a,
+        py::kw_only(), "rows"_a, "inputs"_a, "outputs"_a, "row_stride"_a, "residual_stride"_a, "width"_a,
+        "threads"_a);
   m.def("geglu_cpu", &geglu_cpu, unlocked, "x"_a, "output"_a, py::kw_only(), "rows"_a, "channels"_a, "row_stride"_a,
         "threads"_a);
+  m.def("linear_geglu_cpu", &linear_geglu_cpu, unlocked, "x"_a, "weight"_a, "bias"_a, "output"_a, py::kw_only(),
+        "rows"_a, "inputs"_a, "channels"_a, "row_stride"_a, "width"_a, "threads"_a);
+  m.def("feed_forward_cpu", &feed_forward_cpu, unlocked, "x"_a, "norm_weight"_a, "norm_bias"_a, "weight"_a, "bias"_a,
+        "out_weight"_a, "out_bias"_a, "output"_a, py::kw_only(), "rows"_a, "channels"_a, "hidden"_a, "row_stride"_a,
+        "eps"_a, "width"_a, "threads"_a);
+  m.def("temporal_conv_cpu", &temporal_conv_cpu, unlocked, "x"_a, "weight"_a, "bias"_a, "residual"_a, "output"_a,
+        py::kw_only(), "sizes"_a, "residual_strides"_a, "outputs"_a, "width"_a, "threads"_a);
   m.def("group_norm_silu_cpu", &group_norm_silu_cpu, unlocked, "x"_a, "weight"_a, "bias"_a, "embedding"_a, "output"_a,
         py::kw_only(), "sizes"_a, "strides"_a, "groups"_a, "eps"_a, "over_frames"_a, "silu"_a, "threads"_a);
+  m.attr("vector_width") = vpf::vector_width();
 #ifdef VPF_HAS_CUDA
   m.def("ddim_step_cuda", &ddim_step_cuda, unlocked, "latents"_a, "noise"_a, "coefficients"_a, "output"_a,
         py::kw_only(), "sizes"_a, "noise_dtype"_a, "device"_a, "stream"_a);

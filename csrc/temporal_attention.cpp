@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "layer_norm.h"
+#include "matrix_product.h"
 #include "vector_math.h"
 
 namespace vpf {
@@ -11,8 +13,9 @@ namespace {
 
 // Queries that are scored together, one in each lane of a vector: no sum or maximum goes across lanes.
 constexpr int64_t kLanes = 16;
-// Keys that share one load of the lanes' queries, and queries that share one load of a value's channels.
-constexpr int64_t kBlock = 4;
+// Keys that share one load of the lanes' queries, and queries that share one load of a value's channels: as many sums
+// as it takes to hide the latency of each.
+constexpr int64_t kBlock = 8;
 // Values of heads that are copied together, 128 KiB, so that whole lines are read in order.
 constexpr int64_t kCopied = 32768;
 
@@ -30,83 +33,61 @@ struct Scratch {
   std::vector<float> rows, queries, weights;  // [frames, 3, heads, size], [size, kLanes], [frames, kLanes]
 };
 
-// weights = keys x queries.
-VPF_ALWAYS_INLINE void score(const float* __restrict queries, const float* __restrict keys, int64_t stride,
-                             float* __restrict weights, int64_t frames, int64_t size) {
+using Queries = Lanes<kLanes>;  // a value for each of them
+
+// weights = keys x queries; returns each query's largest.
+VPF_ALWAYS_INLINE Queries score(const float* __restrict queries, const float* __restrict keys, int64_t stride,
+                                float* __restrict weights, int64_t frames, int64_t size) {
+  Queries most = {};
   for (int64_t key = 0; key < frames; key += kBlock) {
-    const float *k0 = keys + key * stride, *k1 = k0 + stride, *k2 = k1 + stride, *k3 = k2 + stride;
-    float s0[kLanes] = {}, s1[kLanes] = {}, s2[kLanes] = {}, s3[kLanes] = {};
+    const float* rows = keys + key * stride;
+    Queries sums[kBlock] = {};
     for (int64_t c = 0; c < size; ++c) {
-#pragma omp simd
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const float q = queries[c * kLanes + lane];
-        s0[lane] += q * k0[c];
-        s1[lane] += q * k1[c];
-        s2[lane] += q * k2[c];
-        s3[lane] += q * k3[c];
-      }
+      const Queries query = load_lanes<kLanes>(queries + c * kLanes);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kBlock; ++i) sums[i] += query * rows[i * stride + c];
     }
-    float* w = weights + key * kLanes;
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      w[lane] = s0[lane];
-      w[kLanes + lane] = s1[lane];
-      w[2 * kLanes + lane] = s2[lane];
-      w[3 * kLanes + lane] = s3[lane];
+    if (key == 0) most = sums[0];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kBlock; ++i) {
+      store_lanes<kLanes>(weights + (key + i) * kLanes, sums[i], kLanes);
+      if (key + i < frames) most = most < sums[i] ? sums[i] : most;
     }
   }
+  return most;
 }
 
-// Softmax of the weights over the keys, but for a factor: `inverse`, one over their sum.
-VPF_ALWAYS_INLINE void weigh(float* __restrict weights, float* __restrict inverse, int64_t frames) {
-  float most[kLanes], sum[kLanes] = {};
-#pragma omp simd
-  for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = weights[lane];
-  for (int64_t key = 1; key < frames; ++key) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], weights[key * kLanes + lane]);
-  }
+// Softmax of the weights over the keys, but for a factor, which it returns: one over their sum.
+VPF_ALWAYS_INLINE Queries weigh(float* __restrict weights, const Queries& most, int64_t frames) {
+  Queries sum = {};
+  const Queries limit = Queries{} + 88.f;
   for (int64_t key = 0; key < frames; ++key) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const float below = most[lane] - weights[key * kLanes + lane];
-      const float weight = exp_of_negative(1.f, below > 88.f ? 88.f : below, kNothing);
-      weights[key * kLanes + lane] = weight;
-      sum[lane] += weight;
-    }
+    const Queries below = most - load_lanes<kLanes>(weights + key * kLanes);
+    const Queries weight = exp_of_negative(1.f, below > limit ? limit : below, kNothing);
+    store_lanes<kLanes>(weights + key * kLanes, weight, kLanes);
+    sum += weight;
   }
-#pragma omp simd
-  for (int64_t lane = 0; lane < kLanes; ++lane) inverse[lane] = 1.f / sum[lane];
+  return 1.f / sum;
 }
 
 // output = weights x values x inverse, for `count` of the lanes' queries. kWidth channels fill a vector.
-template <int64_t kWidth>
+template <int kWidth>
 VPF_ALWAYS_INLINE void average(const float* __restrict weights, const float* __restrict values, int64_t stride,
-                               const float* __restrict inverse, float* __restrict output, int64_t output_stride,
+                               const Queries& inverse, float* __restrict output, int64_t output_stride,
                                int64_t count, int64_t frames, int64_t size) {
   for (int64_t query = 0; query < count; query += kBlock) {
     for (int64_t channel = 0; channel < size; channel += kWidth) {
-      float s0[kWidth] = {}, s1[kWidth] = {}, s2[kWidth] = {}, s3[kWidth] = {};
+      Lanes<kWidth> sums[kBlock] = {};
       for (int64_t key = 0; key < frames; ++key) {
-        const float* w = weights + key * kLanes + query;
-        const float* v = values + key * stride + channel;
-#pragma omp simd
-        for (int64_t c = 0; c < kWidth; ++c) {
-          s0[c] += w[0] * v[c];
-          s1[c] += w[1] * v[c];
-          s2[c] += w[2] * v[c];
-          s3[c] += w[3] * v[c];
-        }
+        const Lanes<kWidth> value = load_lanes<kWidth>(values + key * stride + channel);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kBlock; ++i) sums[i] += value * weights[key * kLanes + query + i];
       }
-      const float* sums[kBlock] = {s0, s1, s2, s3};
-      for (int64_t i = 0; i < std::min(kBlock, count - query); ++i) {
-        float* row = output + (query + i) * output_stride + channel;
-        if (channel + kWidth <= size) {
-#pragma omp simd
-          for (int64_t c = 0; c < kWidth; ++c) row[c] = sums[i][c] * inverse[query + i];
-        } else {
-          for (int64_t c = 0; c < size - channel; ++c) row[c] = sums[i][c] * inverse[query + i];
-        }
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kBlock; ++i) {
+        if (query + i >= count) break;
+        store_lanes<kWidth>(output + (query + i) * output_stride + channel, sums[i] * inverse[query + i],
+                            size - channel);
       }
     }
   }
@@ -119,7 +100,6 @@ VPF_VECTOR_CLONES void attend(const float* qkv, int64_t qkv_stride, float* outpu
   float* __restrict rows = scratch.rows.data();
   float* __restrict queries = scratch.queries.data();
   float* weights = scratch.weights.data();
-  float inverse[kLanes];
   const int64_t part = scratch.heads * size, row_size = 3 * part;
   for (int64_t start = 0; start < heads; start += scratch.heads) {
     const int64_t here = std::min(scratch.heads, heads - start);
@@ -135,8 +115,8 @@ VPF_VECTOR_CLONES void attend(const float* qkv, int64_t qkv_stride, float* outpu
         for (int64_t c = 0; c < size; ++c) {
           for (int64_t lane = 0; lane < count; ++lane) queries[c * kLanes + lane] = scale * block[lane * row_size + c];
         }
-        score(queries, q + part, row_size, weights, frames, size);
-        weigh(weights, inverse, frames);
+        const Queries most = score(queries, q + part, row_size, weights, frames, size);
+        const Queries inverse = weigh(weights, most, frames);
         float* to = output + first * output_stride + (start + head) * size;
         if (size <= kLanes / 2) {
           average<kLanes / 2>(weights, q + 2 * part, row_size, inverse, to, output_stride, count, frames, size);
@@ -147,6 +127,52 @@ VPF_VECTOR_CLONES void attend(const float* qkv, int64_t qkv_stride, float* outpu
     }
   }
 }
+
+struct NormAttention {
+  const float *x, *norm_weight, *norm_bias, *position;
+  float* output;
+  const ActivationSizes& sizes;
+  const ActivationStrides& strides;
+  const Panels& panels;
+  int64_t channels, heads, pixels;  // pixels: so many are attended to together
+  float eps;
+
+  int64_t blocks() const { return (sizes.pixels + pixels - 1) / pixels; }
+};
+
+// A block of pixels in all their frames is normalised, multiplied and attended to while in a near cache.
+struct NormAttentionWork {
+  explicit NormAttentionWork(const NormAttention& op)
+      : op(op),
+        tokens(floats(op.sizes.frames * op.pixels * op.sizes.channels)),
+        qkv(floats(op.sizes.frames * op.pixels * 3 * op.channels)),
+        attention(op.sizes.frames, op.heads, op.channels / op.heads) {}
+
+  template <int kWidth>
+  VPF_ALWAYS_INLINE void run(int64_t i) {
+    const int64_t frames = op.sizes.frames, inputs = op.sizes.channels, outputs = 3 * op.channels;
+    const int64_t clip = i / op.blocks(), first = i % op.blocks() * op.pixels;
+    const int64_t here = std::min(op.pixels, op.sizes.pixels - first);
+    for (int64_t row = 0; row < frames * here; ++row) {
+      const int64_t frame = row / here, pixel = first + row % here;
+      float* token = tokens.data() + row * inputs;
+      layer_norm(op.x + clip * op.strides.clip + frame * op.strides.frame + pixel * op.strides.pixel, op.norm_weight,
+                 op.norm_bias, op.eps, inputs, token);
+      for (int64_t c = 0; op.position && c < inputs; ++c) token[c] += op.position[frame * inputs + c];
+    }
+    const WriteRows<kWidth> write = {nullptr, 0, qkv.data(), outputs};
+    multiply<kWidth>({{tokens.data(), nullptr, nullptr}, inputs, frames * here}, op.panels, write);
+    for (int64_t pixel = 0; pixel < here; ++pixel) {
+      attend(qkv.data() + pixel * outputs, here * outputs,
+             op.output + (clip * frames * op.sizes.pixels + first + pixel) * op.channels, op.sizes.pixels * op.channels,
+             frames, op.heads, op.channels / op.heads, attention);
+    }
+  }
+
+  const NormAttention& op;
+  std::vector<float> tokens, qkv;  // [frames, pixels, inputs], [frames, pixels, 3, channels]
+  Scratch attention;
+};
 
 }  // namespace
 
@@ -164,6 +190,24 @@ void temporal_attention_cpu(const float* qkv, float* output, const ActivationSiz
              output + clip * frames * frame_size + pixel * channels, frame_size, frames, heads, channels / heads,
              scratch);
     }
+  }
+}
+
+void norm_temporal_attention_cpu(const float* x, const float* norm_weight, const float* norm_bias, const float* weight,
+                                 const float* position, float* output, const ActivationSizes& sizes,
+                                 const ActivationStrides& strides, int64_t channels, int64_t heads, double eps,
+                                 int width, int threads) {
+  const int64_t rows = sizes.clips * sizes.frames * sizes.pixels;
+  threads = product_threads(threads, rows, 3 * channels, sizes.channels);
+  const Panels panels(weight, nullptr, 1, 3 * channels, sizes.channels, false, width, threads);
+  const int64_t pixels = std::clamp<int64_t>(kBlockRows / sizes.frames, 1, sizes.pixels);
+  const NormAttention op = {x,       norm_weight, norm_bias, position, output, sizes,
+                            strides, panels,      channels,  heads,    pixels, static_cast<float>(eps)};
+#pragma omp parallel num_threads(threads)
+  {
+    NormAttentionWork work(op);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < sizes.clips * op.blocks(); ++i) run(work, i, width);
   }
 }
 

@@ -38,27 +38,62 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
+// So many floats in one vector; the compiler splits it where the processor's are shorter.
+template <int kWidth>
+using Lanes __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float)), may_alias)) = float;
+
+template <int kWidth>
+VPF_ALWAYS_INLINE Lanes<kWidth> load_lanes(const float* from) {
+  return *reinterpret_cast<const Lanes<kWidth>*>(from);
+}
+
+// Reads or writes the first `count` lanes only, where there are fewer than all.
+template <int kWidth>
+VPF_ALWAYS_INLINE Lanes<kWidth> load_lanes(const float* from, int64_t count) {
+  if (count >= kWidth) return load_lanes<kWidth>(from);
+  Lanes<kWidth> lanes = {};
+  for (int64_t c = 0; c < count; ++c) lanes[c] = from[c];
+  return lanes;
+}
+
+template <int kWidth>
+VPF_ALWAYS_INLINE void store_lanes(float* to, const Lanes<kWidth>& lanes, int64_t count) {
+  if (count >= kWidth) {
+    *reinterpret_cast<Lanes<kWidth>*>(to) = lanes;
+  } else {
+    for (int64_t c = 0; c < count; ++c) to[c] = lanes[c];
+  }
+}
+
+// 2^n of a float whose lowest bits are n + 127; 0 for n = -127.
+VPF_ALWAYS_INLINE float power_of_two(float rounded) { return float_of(bits_of(rounded) << 23); }
+
+template <class Vector>
+VPF_ALWAYS_INLINE Vector power_of_two(const Vector& rounded) {
+  using Integers = decltype(rounded < rounded);
+  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(rounded) << 23);
+}
+
 // exp(-scale (high + low)) to 1 ulp for 0 <= scale high <= 88 and scale |low| < 0.05; 0 for scale high > 87.7.
 // scale is a constant, and a power of two.
-VPF_ALWAYS_INLINE float exp_of_negative(float scale, float high, float low) {
+template <class Float, class Low>
+VPF_ALWAYS_INLINE Float exp_of_negative(float scale, Float high, Low low) {
   constexpr float kInverseLog2 = 1.44269504f;
   // log(2) in two parts: a multiple of the first by up to 127 is exact.
   constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   // Adding it leaves the nearest integer and 127 in a float's lowest bits.
   constexpr float kRound = 12582912.f + 127.f;
-  const float rounded = kRound - high * (scale * kInverseLog2);
-  const float n = rounded - kRound;
-  const float r = high + n * (kLog2High / scale) + n * (kLog2Low / scale) + low;  // scale |r| < 0.4
+  const Float rounded = kRound - high * (scale * kInverseLog2);
+  const Float n = rounded - kRound;
+  const Float r = high + n * (kLog2High / scale) + n * (kLog2Low / scale) + low;  // scale |r| < 0.4
   // Minimax fit of (exp(x) - 1 - x) / x^2 for x = -scale r.
-  float p = 0.00137904705f * (scale * scale * scale * scale * scale * scale);
-  p = p * r - 0.00838041306f * (scale * scale * scale * scale * scale);
+  Float p = 0.00137904705f * (scale * scale * scale * scale * scale * scale) * r - 0.00838041306f * (scale * scale * scale * scale * scale);
   p = p * r + 0.0416697077f * (scale * scale * scale * scale);
   p = p * r - 0.166664079f * (scale * scale * scale);
   p = p * r + 0.499999851f * (scale * scale);
   p = p * r - scale;
   p = p * r + 1.f;
-  // 2^n by its exponent bits: for n = -127 they are those of 0.
-  return float_of(bits_of(rounded) << 23) * p;
+  return power_of_two(rounded) * p;
 }
 
 // Unlike 0 it changes no value it is added to, and a compiler leaves the sum out.

@@ -247,13 +247,36 @@ def test_composites_leave_their_inputs_alone():
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
-def test_linear_geglu_in_blocks(monkeypatch):
-    """A last block that is not full, and rows longer than a block."""
-    x, weight, bias = normal(5, 7, 12), normal(20, 12, seed=1), normal(20, seed=2)
-    for values in (1, 60, 200):
-        monkeypatch.setattr(native, "_CACHED_VALUES", values)
-        check("cpu", "cpu", "linear_geglu", x, weight, bias)
-        check("cpu", "cpu", "linear_geglu", x.mT.contiguous().mT, weight, None)
+# Vectors of each processor that this one can play.
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("size", [1, 7, 16, 33, 80])
+def test_products_by_vectors_of_other_processors(monkeypatch, width, size):
+    if width > native.vector_width():
+        pytest.skip("this processor's vectors are shorter")
+    monkeypatch.setattr(native, "vector_width", lambda: width)
+    # More rows than a block, and a last tile of each kind.
+    x, frames = normal(151, 24), normal(1, 3, 5, 31, 24)
+    weight, bias = normal(size, 24, seed=1, scale=0.2), normal(size, seed=2)
+    check("cpu", "cpu", "linear_residual", x, weight, bias, normal(151, size, seed=3))
+    check("cpu", "cpu", "linear_geglu", x, normal(2 * size, 24, scale=0.2), normal(2 * size))
+    norm = normal(24, seed=4), normal(24, seed=5)
+    taps, residual = normal(3, size, 24, seed=6, scale=0.1), normal(1, 3, 5, 31, size, seed=7)
+    check("cpu", "cpu", "temporal_conv", frames, *norm, taps, bias, residual, groups=6, eps=1e-5)
+    weight = normal(3 * size, 24, scale=0.2)
+    check("cpu", "cpu", "norm_temporal_attention", frames, *norm, weight, None, heads=1, eps=1e-5)
+
+
+def test_threads_do_not_change_a_bit_of_products():
+    rows, frames, vector = normal(700, 40), normal(2, 3, 9, 21, 40), normal(40)
+    same_bits(native.linear_residual, rows, normal(56, 40), normal(56), normal(700, 56))
+    same_bits(native.linear_geglu, rows, normal(112, 40), normal(112))
+    same_bits(native.temporal_conv, frames, vector, vector, normal(3, 40, 40), vector, frames, 8, 1e-5)
+    same_bits(native.norm_temporal_attention, frames, vector, vector, normal(120, 40), None, 5, 1e-5)
+
+
+def test_products_survive_a_large_mean():
+    frames, weight, vector = normal(1, 4, 3, 5, 48, mean=100.0), normal(144, 48, scale=0.1), normal(48, seed=1)
+    check("cpu", "cpu", "norm_temporal_attention", frames, vector, vector, weight, None, heads=4, eps=1e-5)
 
 
 def test_autocast_changes_nothing():

@@ -44,6 +44,10 @@ SHAPES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "linear_residual": ({"x": (2, 3, 5), "weight": (4, 5), "bias": (4,), "residual": (2, 3, 4)}, {}),
     "geglu": ({"x": (2, 3, 8)}, {}),
     "linear_geglu": ({"x": (2, 3, 5), "weight": (8, 5), "bias": (8,)}, {}),
+    "feed_forward": (
+        {"x": (2, 3, 8), **NORM, "weight": (12, 8), "bias": (12,), "out_weight": (8, 6), "out_bias": (8,)},
+        {"eps": 1e-5},
+    ),
     "group_norm_silu": (
         {"x": (2, 3, 2, 1, 8), "weight": (8,), "bias": (8,), "embedding": (2, 8)},
         {"groups": 2, "eps": 1e-5, "over_frames": True, "silu": True},
@@ -248,6 +252,12 @@ MISFITS = [
     ("linear_geglu", {"weight": FLOATS(0, 5)}, "weight must have a row for each output"),
     ("linear_geglu", {"weight": FLOATS(8, 4)}, r"weight must be \(8, 5\)"),
     ("linear_geglu", {"bias": FLOATS(4)}, r"bias must be \(8,\)"),
+    ("feed_forward", {"bias": FLOATS(11)}, "bias must have an even number of values, got 11"),
+    ("feed_forward", {"weight": FLOATS(10, 8)}, r"weight must be \(12, 8\)"),
+    ("feed_forward", {"norm_weight": FLOATS(7)}, r"norm_weight must be \(8,\)"),
+    ("feed_forward", {"out_weight": FLOATS(8, 12)}, r"out_weight must be \(8, 6\) beside x of \(2, 3, 8\)"),
+    ("feed_forward", {"out_bias": FLOATS(6)}, r"out_bias must be \(8,\)"),
+    ("feed_forward", {"eps": -1.0}, "eps must be finite and not negative"),
     ("group_norm_silu", {"x": FLOATS(2, 3, 8)}, r"x must be \(B, F, H, W, channels\)"),
     ("group_norm_silu", {"weight": FLOATS(4)}, r"weight must be \(8,\)"),
     ("group_norm_silu", {"bias": FLOATS(8).half()}, "bias must be of x's dtype"),
@@ -489,6 +499,8 @@ def test_flops_are_torchs():
         "linear_residual": flops(nn.Linear(5, 4, device="meta"), META(2, 3, 5)),
         "geglu": 0,
         "linear_geglu": flops(nn.Linear(5, 8, device="meta"), META(2, 3, 5)),
+        "feed_forward": flops(nn.Linear(8, 12, device="meta"), META(2, 3, 8))
+        + flops(nn.Linear(6, 8, device="meta"), META(2, 3, 6)),
         "group_norm_silu": 0,
         "temporal_conv": flops(
             nn.Conv3d(features, outputs, (3, 1, 1), padding=(1, 0, 0), device="meta"), META(2, features, 3, 2, 1)

@@ -40,6 +40,7 @@ FORMS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear_residual": _ACTIVATION_OP,
     "geglu": _ACTIVATION_OP,
     "linear_geglu": _ACTIVATION_OP,
+    "feed_forward": _ACTIVATION_OP,
     "group_norm_silu": _ACTIVATION_OP,
     "temporal_conv": _ACTIVATION_OP,
 }

@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backend
+from . import backend, ops
 from .layers import Attend, Unsupported
+from .replay import Recording
 from .schedule import Transition
 from .unet import Constants, FastMotionUNet, FastUNet, PlainUNet
 from .vae import FastVAE, PlainVAE
 
 _MOST_WALKS = 16
 _MOST_GRAPHS = 4  # each keeps the activations of its shape
+# Values of the UNet's first activation: beyond, its operations take so long that their calls do not matter.
+_MOST_REPLAYED = 2**19
 
 
 class Walk(NamedTuple):
@@ -51,13 +54,15 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made again when needed: a captured graph cannot be copied."""
-        return {**self.__dict__, "_seen": (), "_forms": None, "_walks": OrderedDict(), "_graphs": OrderedDict()}
+        empty = {name: OrderedDict() for name in ("_walks", "_graphs", "_met")}
+        return {**self.__dict__, "_seen": (), "_forms": None, **empty}
 
     def _forget(self) -> None:
         self._seen: tuple[Any, ...] = ()
         self._forms: tuple[Any, Any] | None = None
         self._walks: OrderedDict[Any, Walk] = OrderedDict()
-        self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()
+        self._graphs: OrderedDict[Any, _Graph | Recording | None] = OrderedDict()
+        self._met: OrderedDict[Any, bool] = OrderedDict()  # what may come again, and is then captured
 
     def refresh(self) -> None:
         """Drop everything that was made of weights which have changed since. Called before each purification."""
@@ -78,6 +83,8 @@ class Engine:
         if self._forms is None:
             unet, vae = self._modules
             fast_unet = FastMotionUNet if type(unet).__name__ == "UNetMotionModel" else FastUNet
+            # glibc keeps what is freed from now on instead of handing it back, once a block of this size has been.
+            torch.empty(31 * 2**20, dtype=torch.uint8)
             with torch.inference_mode(False):  # what is made in it would shut autograd out of every later call
                 self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
         return self._forms
@@ -106,26 +113,37 @@ class Engine:
         return self._walks[key]
 
     def captured(self, key: Any, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
-        """function(x), on a CUDA GPU as one captured graph for each key and shape. x needs no gradient.
+        """function(x), captured for each key and shape: on a CUDA GPU as one graph, on the CPU as a replay.
 
         The function must be the same for the same key, and neither read a tensor on the host nor draw random numbers.
+        x needs no gradient. On the CPU a small model's second call is captured, since that takes longer than a call.
         Where it cannot be captured it runs as it is, after one warning.
         """
-        if not x.is_cuda:
+        if not x.is_cuda and not self._replays(x):
             return function(x)
-        key = (key, backend.in_use(), tuple(x.shape), x.dtype, x.device)
+        key = (key, backend.in_use(), torch.get_num_threads(), tuple(x.shape), x.dtype, x.device)
+        if not x.is_cuda and key not in self._met:
+            _remember(self._met, key, True, _MOST_WALKS)
+            return function(x)
         if key not in self._graphs:
             try:
-                graph = _Graph(function, x)
-                graph.tables = tuple(self._walks.values())  # the graph reads their memory, whatever is forgotten here
+                graph = _Graph(function, x) if x.is_cuda else Recording(function, x)
+                graph.tables = tuple(self._walks.values())  # it reads their memory, whatever is forgotten here
             except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong will raise below again
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                warnings.warn(f"no CUDA graph, slower: {reason}", stacklevel=2)
+                warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=2)
                 graph = None
             _remember(self._graphs, key, graph, _MOST_GRAPHS)
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         return function(x) if graph is None else graph(x)
+
+    def _replays(self, latents: Tensor) -> bool:
+        """Whether a replay on the CPU pays: a small model's, whose operations are the extension's or torch's."""
+        width = self._modules[0].config.block_out_channels[0]
+        small = latents[:, 0].numel() * width <= _MOST_REPLAYED
+        known = isinstance(self.unet, FastUNet) and set(backend.in_use()) <= {"cpu", "reference"}
+        return small and known and not ops.watched()
 
 
 def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:

@@ -45,7 +45,7 @@ class Weights:
     """A model's weights in the layouts of this evaluation: copies, or the weights themselves where they fit.
 
     Convolutions over images are channels last, those over frames (3, N, C); the queries', keys' and values' weights of
-    a self-attention are one (3D, C).
+    a self-attention are one (3D, C); on a CPU an upsampler's are those of its transposed convolution, (C, N, 4, 4).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,8 +54,15 @@ class Weights:
     def __getitem__(self, module: nn.Module) -> Tensor:
         return self._relaid[module]
 
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._relaid
+
 
 def _relay(module: nn.Module) -> Tensor | None:
+    if type(module).__name__ == "Upsample2D":
+        # 1.6 times as fast on a CPU. On a GPU nobody has measured it.
+        fits = module.conv.kernel_size == (3, 3) and module.conv.weight.device.type == "cpu"
+        return _upsampling_weight(module.conv.weight.detach()) if fits else None
     if isinstance(module, nn.Conv3d):
         return module.weight.detach().flatten(2).permute(2, 0, 1).contiguous()
     if isinstance(module, nn.Conv2d):
@@ -63,6 +70,15 @@ def _relay(module: nn.Module) -> Tensor | None:
     if type(module).__name__ == "Attention" and not module.is_cross_attention:
         return torch.cat([layer.weight.detach() for layer in (module.to_q, module.to_k, module.to_v)])
     return None
+
+
+def _upsampling_weight(weight: Tensor) -> Tensor:
+    """(N, C, 3, 3) -> (C, N, 4, 4), summed in float64 and rounded once."""
+    summed = weight.new_zeros(*weight.shape[:2], 4, 4, dtype=torch.float64)
+    for row in range(2):
+        for column in range(2):
+            summed[..., row : row + 3, column : column + 3] += weight
+    return summed.flip(2, 3).transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def conv(weights: Weights, layer: nn.Conv2d, x: Tensor, *, bias: bool = True) -> Tensor:
@@ -76,8 +92,16 @@ def downsample(weights: Weights, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def upsample(weights: Weights, layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest neighbours to `size`, then the layer's convolution."""
-    images = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), size=size, mode="nearest")
+    """Nearest neighbours to `size`, then the layer's convolution.
+
+    Doubling and a 3x3 convolution are one transposed convolution of stride 2, with 4 products in place of 9: each
+    pixel of the result sees 2x2 pixels of x, and the weights that meet the same one are added up beforehand.
+    """
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)
+    if layer in weights and size == (2 * x.shape[2], 2 * x.shape[3]):
+        y = F.conv_transpose2d(images, weights[layer], layer.conv.bias, stride=2, padding=1)
+        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]).contiguous()
+    images = F.interpolate(images, size=size, mode="nearest")
     return conv(weights, layer.conv, images.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]))
 
 
@@ -108,11 +132,16 @@ def resnet(weights: Weights, block: nn.Module, x: Tensor, embedding: Tensor | No
 
 def self_attention(weights: Weights, attention: nn.Module, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
     """Over the pixels of each frame; x has been normalised."""
-    layers = (attention.to_q, attention.to_k, attention.to_v)
+    layers, heads = (attention.to_q, attention.to_k, attention.to_v), attention.heads
     bias = torch.cat([layer.bias for layer in layers]) if attention.use_bias else None
     qkv = F.linear(x, weights[attention], bias).flatten(0, 1).flatten(1, 2)
-    q, k, v = qkv.unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
-    return project(attention.to_out[0], merge_heads(attend(q, k, v), x), residual)
+    small = x.device.type == "cpu" and layers[0].out_features <= 8 * heads
+    if small and attend is F.scaled_dot_product_attention:
+        # torch's own takes half as long again for heads so small. The pixels stand where frames do elsewhere.
+        attended = ops.temporal_attention(qkv[:, :, None, None], heads=heads).view(*x.shape[:-1], -1)
+    else:
+        attended = merge_heads(attend(*qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)), x)
+    return project(attention.to_out[0], attended, residual)
 
 
 def temporal_transformer(weights: Weights, model: nn.Module, x: Tensor, *, first_frame: bool = False) -> Tensor:
@@ -134,8 +163,9 @@ def temporal_transformer(weights: Weights, model: nn.Module, x: Tensor, *, first
 
 
 def feed_forward(block: nn.Module, h: Tensor) -> Tensor:
-    first, last = block.ff.net[0].proj, block.ff.net[2]
-    return project(last, ops.linear_geglu(layer_norm(block.norm3, h), first.weight, first.bias), h)
+    norm, first, last = block.norm3, block.ff.net[0].proj, block.ff.net[2]
+    weights = (norm.weight, norm.bias, first.weight, first.bias, last.weight, last.bias)
+    return ops.feed_forward(h, *weights, eps=norm.eps)
 
 
 def merge_heads(attended: Tensor, like: Tensor) -> Tensor:

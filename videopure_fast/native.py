@@ -5,12 +5,14 @@ Each function takes and returns what reference.py's of the same name does; ops.p
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Of the CUDA kernels of the ops on latents; noise of another dtype is cast to float32.
@@ -27,6 +29,30 @@ def load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+_calls: ContextVar[list[Callable[[], None]] | None] = ContextVar("videopure_fast_calls", default=None)
+
+
+@contextmanager
+def recorded_to(calls: list[Callable[[], None]]) -> Iterator[None]:
+    """Within this block of this thread every call of the extension is also noted down, to be made again."""
+    token = _calls.set(calls)
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+
+
+def is_recording() -> bool:
+    return _calls.get() is not None
+
+
+def _call(name: str, *arguments: Any, **settings: Any) -> None:
+    function = getattr(load()[0], name)
+    function(*arguments, **settings)
+    if (calls := _calls.get()) is not None:
+        calls.append(partial(function, *arguments, **settings))
+
+
 def guided_update(
     latents: Tensor,
     noise: Tensor,
@@ -36,14 +62,14 @@ def guided_update(
     spatial_weight: float,
     temporal_weight: float,
 ) -> Tensor:
-    output = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
+    output = latents.new_empty(latents.shape)
     weights = {"spatial_weight": spatial_weight, "temporal_weight": temporal_weight}
     _run("guided_update", latents, noise, [target, flow.transpose(1, 2), _steps(coefficients), output], **weights)
     return output
 
 
 def ddim_step(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool = False) -> Tensor:
-    output = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
+    output = latents.new_empty(latents.shape)
     return _ddim_step(latents, noise, coefficients, first_frame_noise, output)
 
 
@@ -65,7 +91,6 @@ def _steps(coefficients: Tensor) -> Tensor:
 
 def _run(op: str, latents: Tensor, noise: Tensor, others: list[Tensor], **settings: Any) -> None:
     """Run an op on latents with the extension: where they are, on their device's current stream."""
-    extension = load()[0]
     if noise.dtype not in (_NOISE_DTYPES if latents.is_cuda else (torch.float32,)):
         noise = noise.float()
     if latents.is_cuda:
@@ -76,13 +101,14 @@ def _run(op: str, latents: Tensor, noise: Tensor, others: list[Tensor], **settin
         settings["threads"] = torch.get_num_threads()
     sizes = (1,) * (6 - latents.ndim) + tuple(latents.shape)
     tensors = [(tensor.data_ptr(), (0,) * (6 - tensor.ndim) + tensor.stride()) for tensor in (latents, noise, *others)]
-    getattr(extension, f"{op}_{latents.device.type}")(*tensors, sizes=sizes, **settings)
+    _call(f"{op}_{latents.device.type}", *tensors, sizes=sizes, **settings)
 
 
 def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     output = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     qkv = _merge_pixels(qkv)
-    load()[0].temporal_attention_cpu(
+    _call(
+        "temporal_attention_cpu",
         qkv.data_ptr(),
         output.data_ptr(),
         sizes=(*qkv.shape[:3], output.shape[-1]),
@@ -96,29 +122,110 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
 def norm_temporal_attention(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, position: Tensor | None, heads: int, eps: float
 ) -> Tensor:
-    tokens = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    if position is not None:
-        tokens += position[:, None, None]
-    return temporal_attention(_linear(tokens, weight), heads)
+    channels = weight.shape[0] // 3
+    output = x.new_empty(*x.shape[:-1], channels)
+    x = _merge_pixels(x)
+    constants = [_contiguous(tensor) for tensor in (norm_weight, norm_bias, weight, position)]
+    _call(
+        "norm_temporal_attention_cpu",
+        x.data_ptr(),
+        *map(_address, constants),
+        output.data_ptr(),
+        sizes=x.shape,
+        strides=x.stride()[:3],
+        channels=channels,
+        heads=heads,
+        eps=eps,
+        width=vector_width(),
+        threads=torch.get_num_threads(),
+    )
+    return output
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return _linear(x, weight, bias, residual)
+    outputs, inputs = weight.shape
+    output = x.new_empty(residual.shape)
+    rows, residual = _adjacent(x.reshape(-1, inputs)), _adjacent(residual.reshape(-1, outputs))
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    _call(
+        "linear_residual_cpu",
+        rows.data_ptr(),
+        weight.data_ptr(),
+        _address(bias),
+        residual.data_ptr(),
+        output.data_ptr(),
+        rows=rows.shape[0],
+        inputs=inputs,
+        outputs=outputs,
+        row_stride=rows.stride(0),
+        residual_stride=residual.stride(0),
+        width=vector_width(),
+        threads=torch.get_num_threads(),
+    )
+    return output
 
 
 def geglu(x: Tensor) -> Tensor:
     output = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    _geglu(_adjacent(x.reshape(-1, x.shape[-1])), output)
+    rows = _adjacent(x.reshape(-1, x.shape[-1]))
+    _call(
+        "geglu_cpu",
+        rows.data_ptr(),
+        output.data_ptr(),
+        rows=rows.shape[0],
+        channels=output.shape[-1],
+        row_stride=rows.stride(0),
+        threads=torch.get_num_threads(),
+    )
     return output
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    outputs = weight.shape[0]
-    output = x.new_empty(*x.shape[:-1], outputs // 2)
-    rows = max(1, _CACHED_VALUES // outputs)
-    blocks = x.reshape(-1, x.shape[-1]).split(rows), output.view(-1, outputs // 2).split(rows)
-    for source, target in zip(*blocks, strict=True):
-        _geglu(_linear(source, weight, bias), target)
+    output = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+    rows = _adjacent(x.reshape(-1, x.shape[-1]))
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    _call(
+        "linear_geglu_cpu",
+        rows.data_ptr(),
+        weight.data_ptr(),
+        _address(bias),
+        output.data_ptr(),
+        rows=rows.shape[0],
+        inputs=rows.shape[1],
+        channels=output.shape[-1],
+        row_stride=rows.stride(0),
+        width=vector_width(),
+        threads=torch.get_num_threads(),
+    )
+    return output
+
+
+def feed_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    output = x.new_empty(x.shape)
+    rows = _adjacent(x.reshape(-1, x.shape[-1]))
+    constants = [_contiguous(tensor) for tensor in (norm_weight, norm_bias, weight, bias, out_weight, out_bias)]
+    _call(
+        "feed_forward_cpu",
+        rows.data_ptr(),
+        *map(_address, constants),
+        output.data_ptr(),
+        rows=rows.shape[0],
+        channels=rows.shape[1],
+        hidden=out_weight.shape[1],
+        row_stride=rows.stride(0),
+        eps=eps,
+        width=vector_width(),
+        threads=torch.get_num_threads(),
+    )
     return output
 
 
@@ -132,14 +239,13 @@ def group_norm_silu(
     over_frames: bool,
     silu: bool,
 ) -> Tensor:
-    output = torch.empty(x.shape, dtype=x.dtype)
-    x, weight, bias = _merge_pixels(x), weight.contiguous(), bias.contiguous()
-    embedding = None if embedding is None else embedding.contiguous()
-    load()[0].group_norm_silu_cpu(
+    output = x.new_empty(x.shape)
+    x = _merge_pixels(x)
+    constants = [_contiguous(tensor) for tensor in (weight, bias, embedding)]
+    _call(
+        "group_norm_silu_cpu",
         x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        0 if embedding is None else embedding.data_ptr(),
+        *map(_address, constants),
         output.data_ptr(),
         sizes=x.shape,
         strides=x.stride()[:3],
@@ -162,44 +268,38 @@ def temporal_conv(
     groups: int,
     eps: float,
 ) -> Tensor:
-    y = group_norm_silu(x, norm_weight, norm_bias, None, groups, eps, True, True)
-    before, at, after = weight
-    output = _linear(y, at, bias, residual)
-    for source, target in zip(y.flatten(2, 3), output.flatten(2, 3), strict=True):  # [F, HW, C], [F, HW, N]
-        target[1:].flatten(0, 1).addmm_(source[:-1].flatten(0, 1), before.t())
-        target[:-1].flatten(0, 1).addmm_(source[1:].flatten(0, 1), after.t())
-    return output
-
-
-# The output of a linear layer that is made and used up at once: 4 MiB.
-_CACHED_VALUES = 2**20
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """residual + bias + x weight^T. Under autocast too: it leaves products into a given output alone."""
-    output = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows, products = x.reshape(-1, x.shape[-1]), output.view(-1, weight.shape[0])
-    if bias is None and residual is None:
-        torch.mm(rows, weight.t(), out=products)
-        return output
-    if bias is not None and residual is not None:
-        torch.add(residual, bias, out=output)
-    else:
-        output.copy_(bias if residual is None else residual)
-    products.addmm_(rows, weight.t())
-    return output
-
-
-def _geglu(rows: Tensor, output: Tensor) -> None:
-    """`geglu` of (N, 2D), each row's values side by side, into contiguous memory."""
-    load()[0].geglu_cpu(
-        rows.data_ptr(),
+    normed = group_norm_silu(x, norm_weight, norm_bias, None, groups, eps, True, True).flatten(2, 3)
+    output = x.new_empty(*x.shape[:-1], len(bias))
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    residual = None if residual is None else _merge_pixels(residual)
+    _call(
+        "temporal_conv_cpu",
+        normed.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        _address(residual),
         output.data_ptr(),
-        rows=rows.shape[0],
-        channels=rows.shape[1] // 2,
-        row_stride=rows.stride(0),
+        sizes=normed.shape,
+        residual_strides=(0, 0, 0) if residual is None else residual.stride()[:3],
+        outputs=len(bias),
+        width=vector_width(),
         threads=torch.get_num_threads(),
     )
+    return output
+
+
+@cache
+def vector_width() -> int:
+    """How many floats the widest vector of this processor holds."""
+    return load()[0].vector_width
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _merge_pixels(x: Tensor) -> Tensor:

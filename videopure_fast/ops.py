@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef, custom_op, infer_schema
+from torch.library import custom_op, infer_schema
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import native, reference
 from .backend import choose
 
 
@@ -170,6 +172,41 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"weight must have an even number of rows, got {tuple(weight.shape)}")
     _check(x, "x", weight=(weight, (outputs, x.shape[-1])), bias=(bias, (outputs,)))
     return _linear_geglu(x, weight, bias)
+
+
+def feed_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A transformer's feed-forward block: x + out_bias + `linear_geglu` of LayerNorm(x) out_weight^T.
+
+    x: (..., C). norm_weight, norm_bias, out_bias: (C,). weight: (2D, C), bias: (2D,), out_weight: (C, D).
+
+    Returns (..., C). ValueError for tensors that do not fit together.
+    """
+    _check_tokens(x)
+    channels, gated = x.shape[-1], _length("bias", bias)
+    if gated % 2:
+        raise ValueError(f"bias must have an even number of values, got {gated}")
+    _check(
+        x,
+        "x",
+        norm_weight=(norm_weight, (channels,)),
+        norm_bias=(norm_bias, (channels,)),
+        weight=(weight, (gated, channels)),
+        bias=(bias, (gated,)),
+        out_weight=(out_weight, (channels, gated // 2)),
+        out_bias=(out_bias, (channels,)),
+    )
+    _check_eps(eps)
+    return _feed_forward(x, norm_weight, norm_bias, weight, bias, out_weight, out_bias, eps)
 
 
 def group_norm_silu(
@@ -352,8 +389,8 @@ def _register(
     *,
     shape: Callable[..., Sequence[int]] = lambda x, *_: x.shape,
     flops: Callable[..., int] = lambda *_: 0,
-) -> CustomOpDef:
-    """A torch operator with the arguments of `truth`, a function of reference.py; its first is a tensor.
+) -> Callable[..., Tensor]:
+    """A call of a torch operator with the arguments of `truth`, a function of reference.py; its first is a tensor.
 
     shape: the result's, from the same arguments; its dtype is the first tensor's. flops: of the matrix products, from
     the same arguments with shapes in place of tensors.
@@ -389,7 +426,31 @@ def _register(
     op.register_fake(lambda *arguments: arguments[0].new_empty(shape(*arguments)))
     op.register_autograd(backward, setup_context=keep)
     register_flop_formula(getattr(torch.ops.videopure_fast, name))(lambda *shapes, out_shape, **_: flops(*shapes))
-    return op
+    return lambda *arguments: op(*arguments) if _watched(arguments) else run(*arguments)
+
+
+def _watched(arguments: Sequence[Any]) -> bool:
+    """Whether anyone wants to see the operator and not its result alone. Going through torch costs 20 us and more."""
+    if torch.compiler.is_compiling():
+        return True
+    if native.is_recording():
+        return False
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    return (
+        watched()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_meta for tensor in tensors)
+    )
+
+
+def watched() -> bool:
+    """Whether a compiler, a profiler or a mode that counts or changes operators looks on."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -429,6 +490,10 @@ _linear_residual = _register(
 _geglu = _register(reference.geglu, shape=lambda x: (*x.shape[:-1], x.shape[-1] // 2))
 _linear_geglu = _register(
     reference.linear_geglu, shape=lambda x, weight, _: (*x.shape[:-1], weight.shape[0] // 2), flops=_linear_flops
+)
+_feed_forward = _register(
+    reference.feed_forward,
+    flops=lambda x, _nw, _nb, weight, _b, out_weight, *_: 6 * math.prod(x) * out_weight[1],
 )
 _group_norm_silu = _register(reference.group_norm_silu)
 _temporal_conv = _register(

@@ -143,6 +143,21 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return geglu(F.linear(x, weight, bias))
 
 
+def feed_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """x + out_bias + `linear_geglu` of LayerNorm(x) out_weight^T. x: (..., C), weight: (2D, C), out_weight: (C, D)."""
+    tokens = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    return x + F.linear(linear_geglu(tokens, weight, bias), out_weight, out_bias)
+
+
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,

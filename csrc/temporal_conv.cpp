@@ -1,0 +1,50 @@
+#include "temporal_conv.h"
+
+#include "matrix_product.h"
+
+namespace vpf {
+namespace {
+
+// A block of pixels of one frame is multiplied by the three taps' weights, of the frame before, itself and the next.
+struct TemporalConv {
+  template <int kWidth>
+  VPF_ALWAYS_INLINE void run(int64_t i) const {
+    const int64_t image = i / blocks.count, block = i % blocks.count;
+    const int64_t clip = image / sizes.frames, frame = image % sizes.frames, pixel = blocks.first(block);
+    const int64_t channels = sizes.channels, frame_size = sizes.pixels * channels;
+    const float* at = x + image * frame_size + pixel * channels;
+    const RowBlock rows = {
+        {frame > 0 ? at - frame_size : nullptr, at, frame + 1 < sizes.frames ? at + frame_size : nullptr},
+        channels,
+        blocks.length(block)};
+    const ActivationStrides& s = residual_strides;
+    const WriteRows<kWidth> write = {
+        residual ? residual + clip * s.clip + frame * s.frame + pixel * s.pixel : nullptr, s.pixel,
+        output + (image * sizes.pixels + pixel) * outputs, outputs};
+    multiply<kWidth>(rows, panels, write);
+  }
+
+  const Blocks& blocks;  // of the pixels of a frame
+  const Panels& panels;
+  const ActivationSizes& sizes;
+  const float *x, *residual;
+  const ActivationStrides& residual_strides;
+  float* output;
+  int64_t outputs;
+};
+
+}  // namespace
+
+void temporal_conv_cpu(const float* x, const float* weight, const float* bias, const float* residual,
+                       const ActivationStrides& residual_strides, float* output, const ActivationSizes& sizes,
+                       int64_t outputs, int width, int threads) {
+  const int64_t images = sizes.clips * sizes.frames;
+  threads = product_threads(threads, images * sizes.pixels, outputs, 3 * sizes.channels);
+  const Blocks blocks(sizes.pixels, static_cast<int>((threads + images - 1) / images));
+  const Panels panels(weight, bias, 3, outputs, sizes.channels, false, width, threads);
+  const TemporalConv work = {blocks, panels, sizes, x, residual, residual_strides, output, outputs};
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < images * blocks.count; ++i) run(work, i, width);
+}
+
+}  // namespace vpf
