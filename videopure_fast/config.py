@@ -24,10 +24,12 @@ class PurifyConfig:
             Both weights enter the gradient as they stand; `rescaled` converts them to another latent size.
         update_scale: factor on (log variance) x (gradient) in the guided update. The log variance is negative,
             so a negative factor moves away from the attacked latents and towards temporal consistency.
+        sign_temperature: 0, or a temperature tau for tanh(residual / tau) in the place of the temporal distance's
+            sign: another method, through which a gradient passes. For attackers' surrogates.
         cfg_inversion, cfg_denoise: classifier-free guidance scales; used only where the negative prompt differs.
         window_overlap: frames that neighbouring windows of a long clip share; fewer than the windows' length.
         decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result. 0 leaves the
-            choice to the purifier: on a CUDA GPU as many as fit into its free memory, elsewhere 16.
+            choice to the purifier: on a CUDA GPU as many as fit into its free memory, elsewhere into caches.
         num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the
             first timestep visited. A scheduler configuration given to the Purifier is read into them.
     """
@@ -38,6 +40,7 @@ class PurifyConfig:
     spatial_weight: float = 800.0
     temporal_weight: float = 5.0
     update_scale: float = -4.0
+    sign_temperature: float = 0.0
     cfg_inversion: float = 7.5
     cfg_denoise: float = 9.0
     window_overlap: int = 4
@@ -74,6 +77,8 @@ class PurifyConfig:
             raise ValueError(
                 f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
             )
+        if self.sign_temperature < 0:
+            raise ValueError(f"sign_temperature must be 0 or more, got {self.sign_temperature}")
         if self.window_overlap < 0:
             raise ValueError(f"window_overlap must be 0 or more, got {self.window_overlap}")
         if self.decode_chunk < 0:

@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .purifier import Denoised, Generators, Purifier
+
+Gradient = Literal["exact", "bpda", "surrogate"]
 
 
 class DefendedClassifier(nn.Module):
     """Clips (B, 3, F, H, W), floats in [0, 1] -> mean logits over the purifier's votes (B, K).
 
-    `classifier` takes clips of that layout and range and returns logits (B, K). Attack the mean logits: the majority
-    of `predict` has no gradient. `.train()` reaches the classifier alone.
+    `classifier` takes clips of that layout and range and returns logits (B, K). Attack the mean logits, or those of
+    each vote: the majority of `predict` has no gradient. `.train()` reaches the classifier alone.
 
-    early_stop: let `predict` decode and classify votes only until the majority of every clip is settled; the labels
-    are the same.
+    Args:
+        early_stop: let `predict` decode and classify votes only until the majority of every clip is settled; the
+            labels are the same.
+        gradient: what a backward pass takes the purifier for; the logits are the same for all. "exact": itself, from
+            encoding to decoding, in memory that does not grow with its steps. "bpda": the identity (backward pass
+            differentiable approximation, Athalye et al., arXiv 1802.00420). "surrogate": a purifier of fewer steps
+            with a softened sign, whose votes stand in for the nearest of its own.
+        surrogate: the settings of that purifier, fields of PurifyConfig; by default 1 step and a temperature of 0.1.
     """
 
-    def __init__(self, classifier: nn.Module, purifier: Purifier, *, early_stop: bool = False) -> None:
+    def __init__(
+        self,
+        classifier: nn.Module,
+        purifier: Purifier,
+        *,
+        early_stop: bool = False,
+        gradient: Gradient = "exact",
+        surrogate: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        if gradient not in get_args(Gradient):
+            raise ValueError(f"unknown gradient {gradient!r}; accepted: {', '.join(get_args(Gradient))}")
+        if surrogate is not None and gradient != "surrogate":
+            raise ValueError(f"surrogate settings need gradient='surrogate', got {gradient!r}")
         self.classifier = classifier
         self.purifier = purifier
         self.early_stop = early_stop
+        self.gradient = gradient
+        self._surrogate = {"inversion_steps": 1, "sign_temperature": 0.1} if surrogate is None else dict(surrogate)
+        if gradient == "surrogate":
+            purifier.variant(**self._surrogate)  # its settings are checked now
 
     def forward(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
-        return self._logits(self._denoise(clips, generator)).mean(1)
+        return self.vote_logits(clips, generator=generator).mean(1)
+
+    def vote_logits(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
+        """The logits of each vote: (B, V, K), differentiable."""
+        _check_clips(clips)
+        differentiable = torch.is_grad_enabled() and clips.requires_grad
+        if self.gradient == "exact" or not differentiable:
+            return self._logits(self.purifier.denoise(clips, generator=generator))
+        with torch.no_grad():
+            votes = self.purifier(clips, return_votes=True, generator=generator)
+        if self.gradient == "bpda":
+            path = clips[:, None]
+        else:
+            path = self.purifier.variant(**self._surrogate)(clips, return_votes=True, generator=generator)
+        return self._classify(_with_gradient_of(path, votes))
 
     def votes(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The label of each vote: (B, V), int64."""
         with torch.no_grad():
-            return self._logits(self._denoise(clips, generator)).argmax(-1)
+            return self.vote_logits(clips, generator=generator).argmax(-1)
 
     @torch.no_grad()
     def predict(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The most frequent label over the votes, the smallest of equals: (B,), int64."""
-        denoised = self._denoise(clips, generator)
+        _check_clips(clips)
+        denoised = self.purifier.denoise(clips, generator=generator)
         total = denoised.votes
         counts, done = 0, 0
         # No majority is settled before more than half of the votes; from then on each one may settle it.
@@ -48,21 +92,42 @@ class DefendedClassifier(nn.Module):
                 break
         return counts.argmax(-1)
 
-    def _denoise(self, clips: Tensor, generator: Generators) -> Denoised:
-        if not isinstance(clips, Tensor) or clips.ndim != 5 or not clips.is_floating_point():
-            seen = f"{clips.dtype} {tuple(clips.shape)}" if isinstance(clips, Tensor) else type(clips).__name__
-            raise TypeError(f"clips must be a float tensor (B, 3, F, H, W) in [0, 1], got {seen}")
-        return self.purifier.denoise(clips, generator=generator)
-
     def _logits(self, denoised: Denoised, votes: slice = slice(None)) -> Tensor:
-        """(B, V, K)."""
-        clips = self.purifier.decode_votes(denoised, votes)
-        logits = [self.classifier(vote.contiguous()) for vote in clips.unbind(1)]
+        return self._classify(self.purifier.decode_votes(denoised, votes))
+
+    def _classify(self, votes: Tensor) -> Tensor:
+        """Votes (B, V, 3, F, H, W) -> logits (B, V, K)."""
+        classify = self.classifier
+        if torch.is_grad_enabled() and votes.requires_grad and not classify.training:
+            classify = partial(checkpoint, classify, use_reentrant=False)  # one vote's activations at a time
+        logits = [classify(vote.contiguous()) for vote in votes.unbind(1)]
         if not isinstance(logits[0], Tensor):
             raise TypeError(f"the classifier must return a tensor of logits, got {type(logits[0]).__name__}")
-        if logits[0].ndim != 2 or len(logits[0]) != len(clips):
-            raise ValueError(f"the classifier must return ({len(clips)}, K) logits, got {tuple(logits[0].shape)}")
+        if logits[0].ndim != 2 or len(logits[0]) != len(votes):
+            raise ValueError(f"the classifier must return ({len(votes)}, K) logits, got {tuple(logits[0].shape)}")
         return torch.stack(logits, 1)
+
+
+def _check_clips(clips: Tensor) -> None:
+    if not isinstance(clips, Tensor) or clips.ndim != 5 or not clips.is_floating_point():
+        seen = f"{clips.dtype} {tuple(clips.shape)}" if isinstance(clips, Tensor) else type(clips).__name__
+        raise TypeError(f"clips must be a float tensor (B, 3, F, H, W) in [0, 1], got {seen}")
+
+
+class _ValuesOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, path: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _with_gradient_of(path: Tensor, votes: Tensor) -> Tensor:
+    """The votes (B, V, ...), whose gradients go to those of `path` (B, W, ...) that stand nearest to them."""
+    nearest = torch.linspace(0, path.shape[1] - 1, votes.shape[1]).round().long()
+    return _ValuesOf.apply(path[:, nearest.to(path.device)], votes)
 
 
 def settled(counts: Tensor, remaining: int) -> Tensor:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from . import ops
+from . import ops, reference
 from .backend import full_float32
 from .config import PurifyConfig
 from .engine import Engine, SideStream, Walk
@@ -184,6 +185,22 @@ class Purifier(nn.Module):
         self._config = config
 
     @property
+    def properties(self) -> dict[str, bool]:
+        """What an evaluation has to know of this defence.
+
+        randomised: equal clips may be purified unequally, so that an attack needs the expectation over its randomness
+            (EOT). dynamic: it optimises at test time; the guided update does, by a closed form in which no check that
+            looks for autograd in a forward pass can see it.
+        """
+        return {"randomised": self.config.method in ("ddim", "ddpm"), "dynamic": self.config.method == "videopure"}
+
+    def variant(self, **overrides: Any) -> Purifier:
+        """A purifier over the same modules with other settings: fields of PurifyConfig. TypeError for unknown ones."""
+        twin = copy.copy(self)
+        twin.config = _override(self.config, overrides)
+        return twin
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -303,6 +320,17 @@ class Purifier(nn.Module):
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self.unet.device):
             yield
 
+    def _without_keeping(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """function(*inputs). For a gradient it keeps its inputs alone, and is computed again in the backward pass."""
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+
+        def run(*inputs: Any) -> Tensor:
+            with full_float32(self.unet.device):  # the backward pass runs under the caller's settings
+                return function(*inputs)
+
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
     def _blend(self, windows: list[tuple[int, Tensor]]) -> Tensor:
         """Windows (..., F, H, W) of one length and their first frames -> the clip, cross-faded where they overlap."""
         last, clips = windows[-1]
@@ -318,7 +346,8 @@ class Purifier(nn.Module):
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w)."""
         frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
-        means = [self._engine.vae.encode(chunk) for chunk in frames.split(self._frames_at_once(*clips.shape[-2:]))]
+        chunks = frames.split(self._frames_at_once(*clips.shape[-2:]))
+        means = [self._without_keeping(self._engine.vae.encode, chunk) for chunk in chunks]
         latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
         return latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
 
@@ -331,7 +360,8 @@ class Purifier(nn.Module):
         frames = (latents / scale).transpose(-4, -3)
         flat = frames.flatten(0, -4).to(self.vae.dtype)
         sides = (side * self.vae_factor for side in latents.shape[-2:])
-        decoded = torch.cat([decode(chunk) for chunk in flat.split(self._frames_at_once(*sides))])
+        chunks = flat.split(self._frames_at_once(*sides))
+        decoded = torch.cat([self._without_keeping(decode, chunk) for chunk in chunks])
         clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
         return clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
 
@@ -370,7 +400,8 @@ class Purifier(nn.Module):
         """
         walk = self._engine.prepare(transitions, self._prompts, latents)
         for i, step in enumerate(walk.transitions):
-            noise = self._predict(latents, walk, i, guidance_scale, first_frame_noise).expand_as(latents)
+            noise = self._without_keeping(self._predict, latents, walk, i, guidance_scale, first_frame_noise)
+            noise = noise.expand_as(latents)
             each = walk.coefficients[i].expand(len(latents), 2)
             latents = ops.ddim_step(latents, noise, each, first_frame_noise=first_frame_noise)
             if step.sigma:
@@ -399,16 +430,14 @@ class Purifier(nn.Module):
         prediction at each but the final state, which shares the last one. target: the encoded clips. flow:
         (B, F-1, 2, h, w) in latent pixels.
         """
-        coefficients = target.new_tensor(self._schedule.votes()[-votes:])
-        return ops.guided_update(
-            states[-votes:],
-            torch.cat([noises, noises[-1:]])[-votes:],
-            target,
-            flow,
-            coefficients[:, None].expand(-1, len(target), -1),
-            spatial_weight=self.config.spatial_weight,
-            temporal_weight=self.config.temporal_weight,
-        )
+        coefficients = target.new_tensor(self._schedule.votes()[-votes:])[:, None].expand(-1, len(target), -1)
+        noises = torch.cat([noises, noises[-1:]])[-votes:]
+        weights = {"spatial_weight": self.config.spatial_weight, "temporal_weight": self.config.temporal_weight}
+        if self.config.sign_temperature:
+            update, weights["sign_temperature"] = reference.soft_guided_update, self.config.sign_temperature
+        else:
+            update = ops.guided_update
+        return update(states[-votes:], noises, target, flow, coefficients, **weights)
 
     @torch.no_grad()
     def latent_flow(self, clips: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Activations of the models are (B, F, H, W, C), channels last; weights are those 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -66,17 +67,48 @@ def guided_update(
     coefficients: (V, B, 4), a schedule.VoteCoefficients for each vote of each clip; predicts_x0 is 0 or 1.
     Returns the votes (V, B, C, F, h, w), in the latents' dtype.
     """
+    # A sign has no derivative to hand on.
+    return _guided_update(
+        latents, noise, target, flow, coefficients, spatial_weight, temporal_weight, lambda m: m.detach().sign()
+    )
+
+
+def soft_guided_update(
+    latents: Tensor,
+    noise: Tensor,
+    target: Tensor,
+    flow: Tensor,
+    coefficients: Tensor,
+    spatial_weight: float,
+    temporal_weight: float,
+    sign_temperature: float,
+) -> Tensor:
+    """`guided_update` with tanh(residual / sign_temperature) for the sign, so that a gradient passes through it."""
+    return _guided_update(
+        *(latents, noise, target, flow, coefficients, spatial_weight, temporal_weight),
+        lambda m: torch.tanh(m / sign_temperature),
+    )
+
+
+def _guided_update(
+    latents: Tensor,
+    noise: Tensor,
+    target: Tensor,
+    flow: Tensor,
+    coefficients: Tensor,
+    spatial_weight: float,
+    temporal_weight: float,
+    sign: Callable[[Tensor], Tensor],
+) -> Tensor:
     votes = []
     for z, e, steps in zip(latents, noise.to(latents.dtype), coefficients, strict=True):
         sqrt_alpha, sqrt_beta, update, predicts_x0 = steps[:, :, None, None, None, None].unbind(1)
         p = (z - sqrt_beta * e) / sqrt_alpha
         gradient = spatial_weight * 2 * (p - target) / p[0].numel()
         # The warped frame is a constant: the pull reaches frames 0 .. F-2, each by the sign of its own residual.
-        # A sign has no derivative to hand on.
-        fixed = p.detach()
-        following = fixed[:, :, 1:].transpose(1, 2).flatten(0, 1)
+        following = p[:, :, 1:].transpose(1, 2).flatten(0, 1)
         warped = warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
-        pull = temporal_weight * torch.sign(warped - fixed[:, :, :-1]) / p[0, :, 0].numel()
+        pull = temporal_weight * sign(warped - p[:, :, :-1]) / p[0, :, 0].numel()
         gradient = gradient + F.pad(pull, (0, 0, 0, 0, 0, 1))
         optimised = z + update * gradient
         votes.append(torch.where(predicts_x0 != 0, (optimised - sqrt_beta * e) / sqrt_alpha, optimised))
