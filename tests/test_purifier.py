@@ -125,6 +125,29 @@ def test_purifier_equals_the_slow_reference():
     torch.testing.assert_close(purifier(clip, return_votes=True), slow, rtol=0, atol=1e-9)
 
 
+def test_feedback_lets_the_optimised_latents_go_on():
+    purifier = build_purifier(dtype=torch.float64, inversion_steps=2, feedback=True)
+    clip = clips(1, 3, 5, 16, 18, dtype=torch.float64)
+    config, schedule, (inversion, denoising) = purifier.config, purifier._schedule, purifier._plan()
+    with torch.no_grad():
+        flow, target = purifier.latent_flow(clip), purifier.encode(clip)
+        *_, (_, latents) = purifier.sample(target, inversion, 1.0, first_frame_noise=True)
+        votes = []
+        for i, vote in enumerate(schedule.votes()):
+            if i < len(denoising):
+                ((noise, _),) = purifier.sample(latents, denoising[i : i + 1], 1.0)
+            latents = reference.guidance_by_autograd(latents, noise, target, flow, vote, config)
+            clean = (latents - vote.sqrt_beta * noise) / vote.sqrt_alpha
+            votes.append(purifier.decode(clean if vote.predicts_x0 else latents))
+            if i < len(denoising):
+                latents = denoising[i].scale * latents + denoising[i].noise_scale * noise
+    expected = torch.stack(votes, 1)
+    torch.testing.assert_close(purifier(clip, return_votes=True), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(purifier(clip), expected[:, -1], rtol=0, atol=1e-9)
+    plain = purifier.variant(feedback=False)(clip, return_votes=True)
+    assert torch.allclose(plain[:, 0], expected[:, 0]) and not torch.allclose(plain[:, 1], expected[:, 1], atol=1e-6)
+
+
 def test_equal_prompts_run_no_second_half(purifier):
     same = Purifier(
         purifier.unet,

@@ -26,6 +26,8 @@ class PurifyConfig:
             so a negative factor moves away from the attacked latents and towards temporal consistency.
         sign_temperature: 0, or a temperature tau for tanh(residual / tau) in the place of the temporal distance's
             sign: another method, through which a gradient passes. For attackers' surrogates.
+        feedback: let each transition of denoising start from the optimised latents, as the paper's abstract can be
+            read; its authors' code optimises votes alone.
         cfg_inversion, cfg_denoise: classifier-free guidance scales; used only where the negative prompt differs.
         window_overlap: frames that neighbouring windows of a long clip share; fewer than the windows' length.
         decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result. 0 leaves the
@@ -41,6 +43,7 @@ class PurifyConfig:
     temporal_weight: float = 5.0
     update_scale: float = -4.0
     sign_temperature: float = 0.0
+    feedback: bool = False
     cfg_inversion: float = 7.5
     cfg_denoise: float = 9.0
     window_overlap: int = 4
@@ -57,6 +60,8 @@ class PurifyConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"{field.name} must be an int, got {value!r}")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be a bool, got {value!r}")
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise TypeError(f"{field.name} must be a number, got {value!r}")
@@ -77,6 +82,8 @@ class PurifyConfig:
             raise ValueError(
                 f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
             )
+        if self.feedback and self.method != "videopure":
+            raise ValueError(f"feedback is of method 'videopure' alone, got {self.method!r}")
         if self.sign_temperature < 0:
             raise ValueError(f"sign_temperature must be 0 or more, got {self.sign_temperature}")
         if self.window_overlap < 0:

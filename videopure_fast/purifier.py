@@ -24,7 +24,7 @@ from .engine import Engine, SideStream, Walk
 from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
 from .layers import attention_function
 from .prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
-from .schedule import Schedule, Transition, read_scheduler
+from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
 
 if TYPE_CHECKING:
     from .profiling import Profile
@@ -387,6 +387,7 @@ class Purifier(nn.Module):
         *,
         first_frame_noise: bool = False,
         draw: Callable[[], Tensor] | None = None,
+        steer: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         report: Callable[[int, int, Tensor], None] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk latents (B, 4, F, h, w) through `transitions`: the one loop of all methods.
@@ -394,6 +395,7 @@ class Purifier(nn.Module):
         guidance_scale: of classifier-free guidance, which runs only where the prompts differ.
         first_frame_noise: frame 0's noise serves every frame (temporal DDIM inversion), and it alone is predicted.
         draw: fresh noise of the latents' shape for every transition that has a sigma.
+        steer: called as (step, latents, noise) before each transition, which starts from what it returns.
         report: called as (step, timestep, latents) after each transition.
 
         Yields for each transition the noise prediction, in the UNet's dtype, and the latents it leads to.
@@ -402,6 +404,8 @@ class Purifier(nn.Module):
         for i, step in enumerate(walk.transitions):
             noise = self._without_keeping(self._predict, latents, walk, i, guidance_scale, first_frame_noise)
             noise = noise.expand_as(latents)
+            if steer is not None:
+                latents = steer(i, latents, noise)
             each = walk.coefficients[i].expand(len(latents), 2)
             latents = ops.ddim_step(latents, noise, each, first_frame_noise=first_frame_noise)
             if step.sigma:
@@ -430,14 +434,18 @@ class Purifier(nn.Module):
         prediction at each but the final state, which shares the last one. target: the encoded clips. flow:
         (B, F-1, 2, h, w) in latent pixels.
         """
-        coefficients = target.new_tensor(self._schedule.votes()[-votes:])[:, None].expand(-1, len(target), -1)
         noises = torch.cat([noises, noises[-1:]])[-votes:]
+        return self._guide(states[-votes:], noises, target, flow, self._schedule.votes()[-votes:])
+
+    def _guide(
+        self, states: Tensor, noises: Tensor, target: Tensor, flow: Tensor, coefficients: Sequence[VoteCoefficients]
+    ) -> Tensor:
+        table = target.new_tensor(coefficients)[:, None].expand(-1, len(target), -1)
         weights = {"spatial_weight": self.config.spatial_weight, "temporal_weight": self.config.temporal_weight}
         if self.config.sign_temperature:
-            update, weights["sign_temperature"] = reference.soft_guided_update, self.config.sign_temperature
-        else:
-            update = ops.guided_update
-        return update(states[-votes:], noises, target, flow, coefficients, **weights)
+            weights["sign_temperature"] = self.config.sign_temperature
+            return reference.soft_guided_update(states, noises, target, flow, table, **weights)
+        return ops.guided_update(states, noises, target, flow, table, **weights)
 
     @torch.no_grad()
     def latent_flow(self, clips: Tensor) -> Tensor:
@@ -469,6 +477,8 @@ class Purifier(nn.Module):
         draw = functools.partial(_normal, target, generators)
         if self.config.method != "videopure":
             return self._denoise(target, draw, report)[0]
+        if self.config.feedback:
+            return self._steered_votes(target, self.latent_flow(clips), report)[-1 if last else 0 :]
         beside = SideStream(clips.device)
         if report is None and not target.requires_grad:
             prompts = tuple((prompt.data_ptr(), prompt._version) for prompt in self._prompts)
@@ -479,8 +489,28 @@ class Purifier(nn.Module):
             flow = self.latent_flow(clips)
         return self.vote(states, noises, target, flow, votes=1 if last else len(states))
 
+    def _steered_votes(self, target: Tensor, flow: Tensor, report: Callback | None) -> Tensor:
+        """All votes where each transition of denoising starts from the optimised latents."""
+        optimised = []
+
+        def steer(step: int, latents: Tensor, noise: Tensor) -> Tensor:
+            coefficients = self._schedule.votes()[step]._replace(predicts_x0=False)
+            optimised.append(self._guide(latents[None], noise[None], target, flow, [coefficients])[0])
+            return optimised[-1]
+
+        states, noises = self._denoise(target, None, report, steer)
+        # What was optimised already is only taken to its clean prediction; the final state has its turn now.
+        *steps, final = self._schedule.votes()
+        coefficients = [*(step._replace(update=0.0) for step in steps), final]
+        states = torch.stack([*optimised, states[-1]])
+        return self._guide(states, torch.cat([noises, noises[-1:]]), target, flow, coefficients)
+
     def _denoise(
-        self, target: Tensor, draw: Callable[[], Tensor] | None = None, report: Callback | None = None
+        self,
+        target: Tensor,
+        draw: Callable[[], Tensor] | None = None,
+        report: Callback | None = None,
+        steer: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The states of denoising, (steps, B, 4, F, h, w), and the noise predicted at each but the last of them.
 
@@ -500,7 +530,7 @@ class Purifier(nn.Module):
             signal, deviation = self._schedule.diffusion()
             latents = signal * target + deviation * draw()
         states, noises = [latents], []
-        options = {"draw": draw, "report": reporter("denoising")}
+        options = {"draw": draw, "steer": steer, "report": reporter("denoising")}
         for noise, state in self.sample(latents, denoising, self.config.cfg_denoise, **options):
             states = [*states, state] if guided else [state]
             noises = [*noises, noise] if guided else [noise]
