@@ -20,8 +20,9 @@ PACKAGE = ROOT / "videopure_fast"
 # Imports go one way: a module may import those before it. The package's own __init__ stands at the end.
 ORDER = (
     *("config", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
-    *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier", "video"),
-    *("defense", "streaming", "scale", "attacks", "evaluation", "plot", "benchmark", "cli", "__main__", "__init__"),
+    *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
+    *("video", "datasets", "defense", "adapters", "streaming", "scale", "attacks", "evaluation", "plot"),
+    *("benchmark", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"
