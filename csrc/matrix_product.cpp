@@ -41,7 +41,7 @@ Panels::Panels(const float* weight, const float* bias, int64_t taps, int64_t out
       const float* from = weight + (tap * outputs + output) * inputs;
       float* to = weights.data() + panel * inputs * 2 * width + lane;
       for (int64_t k = 0; k < inputs; ++k) to[k * 2 * width] = from[k];
-      if (bias) biases[static_cast<std::size_t>(panel % count * 2 * width + lane)] = bias[output];
+      if (bias && tap == 0) biases[static_cast<std::size_t>(panel * 2 * width + lane)] = bias[output];
     }
   }
 }

@@ -87,7 +87,8 @@ VPF_ALWAYS_INLINE Float exp_of_negative(float scale, Float high, Low low) {
   const Float n = rounded - kRound;
   const Float r = high + n * (kLog2High / scale) + n * (kLog2Low / scale) + low;  // scale |r| < 0.4
   // Minimax fit of (exp(x) - 1 - x) / x^2 for x = -scale r.
-  Float p = 0.00137904705f * (scale * scale * scale * scale * scale * scale) * r - 0.00838041306f * (scale * scale * scale * scale * scale);
+  Float p = 0.00137904705f * (scale * scale * scale * scale * scale * scale) * r;
+  p = p - 0.00838041306f * (scale * scale * scale * scale * scale);
   p = p * r + 0.0416697077f * (scale * scale * scale * scale);
   p = p * r - 0.166664079f * (scale * scale * scale);
   p = p * r + 0.499999851f * (scale * scale);

@@ -264,12 +264,16 @@ def test_products_by_vectors_of_other_processors(monkeypatch, width, size):
     check("cpu", "cpu", "temporal_conv", frames, *norm, taps, bias, residual, groups=6, eps=1e-5)
     weight = normal(3 * size, 24, scale=0.2)
     check("cpu", "cpu", "norm_temporal_attention", frames, *norm, weight, None, heads=1, eps=1e-5)
+    layers = normal(2 * size, 24, scale=0.2), normal(2 * size), normal(24, size, scale=size**-0.5), normal(24)
+    check("cpu", "cpu", "feed_forward", x, *norm, *layers, scale=4, eps=1e-5)
 
 
 def test_threads_do_not_change_a_bit_of_products():
     rows, frames, vector = normal(700, 40), normal(2, 3, 9, 21, 40), normal(40)
     same_bits(native.linear_residual, rows, normal(56, 40), normal(56), normal(700, 56))
     same_bits(native.linear_geglu, rows, normal(112, 40), normal(112))
+    layers = normal(112, 40), normal(112), normal(40, 56), vector
+    same_bits(native.feed_forward, rows, vector, vector, *layers, 1e-5)
     same_bits(native.temporal_conv, frames, vector, vector, normal(3, 40, 40), vector, frames, 8, 1e-5)
     same_bits(native.norm_temporal_attention, frames, vector, vector, normal(120, 40), None, 5, 1e-5)
 

@@ -536,6 +536,23 @@ def test_a_captured_op_reads_new_values(op, names):
         torch.testing.assert_close(result, call(op, static, settings), rtol=0, atol=0)
 
 
+# Tensors that only torch's dispatcher understands
+
+
+def test_negated_views_count_as_what_they_stand_for():
+    x = normal(3, 8)
+    assert torch.equal(ops.geglu(torch._neg_view(x)), ops.geglu(-x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_functions_reach_the_ops():
+    x = normal(3, 8)
+    assert torch.equal(torch.vmap(ops.geglu)(x), ops.geglu(x))
+    assert torch.equal(torch.func.functionalize(ops.geglu)(x), ops.geglu(x))
+    gradient = torch.func.grad(lambda t: t.sum() * ops.geglu(t.detach()).sum())(x)
+    torch.testing.assert_close(gradient, ops.geglu(x).sum().expand(x.shape))
+
+
 # The interpreter
 
 

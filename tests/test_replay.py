@@ -32,6 +32,10 @@ STEPS = {
     "geglu": lambda a, b: ops.geglu(torch.cat([a, b], -1)),
     "group_norm_silu": lambda a, b: ops.group_norm_silu(a[None, :, None], BIAS, BIAS, groups=4)[0, :, 0],
     "norm": lambda a, b: F.layer_norm(a, (12,), BIAS, BIAS),
+    "sum": lambda a, b: a - b.sum(1, keepdim=True),
+    "clamp": lambda a, b: a.clamp(torch.zeros_like(b), b.abs().round(decimals=1)),
+    "index": lambda a, b: a[:, torch.arange(4, -1, -1)],
+    "empty": lambda a, b: torch.cat([a, b[:0] + 1]),
 }
 
 
@@ -80,7 +84,7 @@ def test_results_are_the_callers():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: (x * x.sum().item(),), "item.* reads a value on the host"),
+        (lambda x: (x * x.sum().item(),), "(item|scalar).* reads a value on the host"),
         (lambda x: (x if torch.equal(x, x) else -x,), "equal.* reads a value on the host"),
         (lambda x: (x.new_empty(2**27),), "needs more than 256 MiB at once"),
     ],
@@ -98,10 +102,16 @@ def captured(purifier) -> list[Recording | None]:
     return list(purifier._engine._graphs.values())
 
 
-@pytest.mark.parametrize("settings", [{}, {"cfg_denoise": 2.0, "cfg_inversion": 1.5}])
-def test_a_purifier_replays_from_the_second_call_on(settings):
-    purifier = build_purifier(**settings)
-    video, other = clips(2, 3, 5, 18, 16), clips(2, 3, 5, 18, 16, seed=1)
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        *(({}, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+        ({"prompts": 2, "cfg_denoise": 2.0, "cfg_inversion": 1.5}, torch.float32),
+    ],
+)
+def test_a_purifier_replays_from_the_second_call_on(settings, dtype):
+    purifier = build_purifier(dtype=dtype, **settings)
+    video, other = clips(2, 3, 5, 18, 16, dtype=dtype), clips(2, 3, 5, 18, 16, seed=1, dtype=dtype)
     eager = [purifier(v, return_votes=True, callback=lambda *_: None) for v in (video, other)]
     assert torch.equal(purifier(video, return_votes=True), eager[0])
     assert not captured(purifier)
@@ -120,6 +130,51 @@ def test_changed_weights_are_recorded_anew(purifier):
     after = [purifier(video) for _ in range(3)]
     assert not torch.equal(before, after[0])
     assert torch.equal(after[0], after[1]) and torch.equal(after[1], after[2])
+
+
+def test_replaced_weights_are_seen(purifier):
+    video = clips(3, 4, 16, 16)
+    for _ in range(3):
+        before = purifier(video)
+    layer = purifier.unet.transformer_in.proj_in
+    layer.weight = torch.nn.Parameter(2 * layer.weight, requires_grad=False)
+    after = purifier(video)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, purifier(video, callback=lambda *_: None))
+
+
+def test_a_sweep_of_settings_makes_nothing_in_a_recordings_memory(purifier):
+    """More walks than are kept: those of a setting are forgotten before its second call."""
+    video = clips(3, 4, 16, 16)
+    expected = {}
+    for _ in range(3):
+        for steps in range(1, 10):
+            result = purifier.variant(inversion_steps=steps)(video)
+            assert torch.equal(result, expected.setdefault(steps, result))
+
+
+def test_shapes_in_turn_are_not_recorded_over_and_over(purifier, monkeypatch):
+    made = []
+
+    def record(function, x):
+        made.append(tuple(x.shape))
+        return Recording(function, x)
+
+    monkeypatch.setattr("videopure_fast.engine.Recording", record)
+    for _ in range(5):
+        for frames in range(2, 8):  # more than are kept
+            purifier(clips(3, frames, 16, 16))
+    assert len(made) == len(set(made)) == 6
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_default_device_changes_nothing(purifier, device):
+    video = clips(3, 4, 16, 16)
+    expected = [purifier(video) for _ in range(3)][-1]
+    twin = build_purifier()
+    with torch.device(device):
+        for _ in range(3):
+            assert torch.equal(twin(video), expected)
 
 
 def test_who_looks_on_sees_the_operators(purifier):

@@ -93,6 +93,11 @@ def choose(op: str, x: Tensor) -> Callable[..., Tensor]:
     raise RuntimeError(what)
 
 
+def serves(name: str, op: str, x: Tensor) -> bool:
+    """Whether this backend is among those in use and can serve an op whose first tensor is x."""
+    return name in (in_use() or _AUTO.get(x.device.type, ())) and _obstacle(op, name, x) is None
+
+
 @cache
 def implementation(op: str, name: str) -> Callable[..., Tensor]:
     if name == "reference":

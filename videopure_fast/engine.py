@@ -20,6 +20,8 @@ from .vae import FastVAE, PlainVAE
 
 _MOST_WALKS = 16
 _MOST_GRAPHS = 4  # each keeps the activations of its shape
+# On the CPU: calls of a shape before it is captured, and before it is captured once more after it was pushed out.
+_CALLS_BEFORE, _CALLS_BEFORE_ANOTHER, _MOST_WAITING = 1, 16, 64
 # Values of the UNet's first activation: beyond, its operations take so long that their calls do not matter.
 _MOST_REPLAYED = 2**19
 
@@ -47,14 +49,13 @@ class Engine:
         self, unet: nn.Module, vae: nn.Module, *, fast: bool = True, attend: Attend = F.scaled_dot_product_attention
     ) -> None:
         self._modules = unet, vae
-        self._parameters = [parameter for module in self._modules for parameter in module.parameters()]
         self._fast = fast
         self._attend = attend
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made again when needed: a captured graph cannot be copied."""
-        empty = {name: OrderedDict() for name in ("_walks", "_graphs", "_met")}
+        empty = {name: OrderedDict() for name in ("_walks", "_graphs", "_waiting")}
         return {**self.__dict__, "_seen": (), "_forms": None, **empty}
 
     def _forget(self) -> None:
@@ -62,11 +63,12 @@ class Engine:
         self._forms: tuple[Any, Any] | None = None
         self._walks: OrderedDict[Any, Walk] = OrderedDict()
         self._graphs: OrderedDict[Any, _Graph | Recording | None] = OrderedDict()
-        self._met: OrderedDict[Any, bool] = OrderedDict()  # what may come again, and is then captured
+        self._waiting: OrderedDict[Any, int] = OrderedDict()  # calls that are still to come before a capture
 
     def refresh(self) -> None:
         """Drop everything that was made of weights which have changed since. Called before each purification."""
-        seen = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self._parameters)
+        parameters = (parameter for module in self._modules for parameter in module.parameters())
+        seen = tuple((id(p), p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
         if seen != self._seen:
             self._forget()
             self._seen = seen
@@ -83,8 +85,10 @@ class Engine:
         if self._forms is None:
             unet, vae = self._modules
             fast_unet = FastMotionUNet if type(unet).__name__ == "UNetMotionModel" else FastUNet
-            # glibc keeps what is freed from now on instead of handing it back, once a block of this size has been.
-            torch.empty(31 * 2**20, dtype=torch.uint8)
+            if unet.device.type == "cpu":
+                # A block of this size, once freed, makes glibc keep what the process frees later: giving memory back
+                # and faulting it in again takes a tenth of a small clip's time.
+                torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
             with torch.inference_mode(False):  # what is made in it would shut autograd out of every later call
                 self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
         return self._forms
@@ -115,35 +119,39 @@ class Engine:
     def captured(self, key: Any, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
         """function(x), captured for each key and shape: on a CUDA GPU as one graph, on the CPU as a replay.
 
-        The function must be the same for the same key, and neither read a tensor on the host nor draw random numbers.
-        x needs no gradient. On the CPU a small model's second call is captured, since that takes longer than a call.
-        Where it cannot be captured it runs as it is, after one warning.
+        The function must be the same for the same key, and neither read a tensor on the host nor draw random numbers,
+        and its walks have been prepared. x needs no gradient. A capture on the CPU takes longer than a call, so only
+        a call that comes again is captured. Where it cannot be captured it runs as it is, after one warning.
         """
         if not x.is_cuda and not self._replays(x):
             return function(x)
         key = (key, backend.in_use(), torch.get_num_threads(), tuple(x.shape), x.dtype, x.device)
-        if not x.is_cuda and key not in self._met:
-            _remember(self._met, key, True, _MOST_WALKS)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            graph = self._graphs[key]
+            return function(x) if graph is None else graph(x)
+        if not x.is_cuda and (calls := self._waiting.get(key, _CALLS_BEFORE)):
+            _remember(self._waiting, key, calls - 1, _MOST_WAITING)
             return function(x)
-        if key not in self._graphs:
-            try:
-                graph = _Graph(function, x) if x.is_cuda else Recording(function, x)
-                graph.tables = tuple(self._walks.values())  # it reads their memory, whatever is forgotten here
-            except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong will raise below again
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=2)
-                graph = None
-            _remember(self._graphs, key, graph, _MOST_GRAPHS)
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        return function(x) if graph is None else graph(x)
+        try:
+            graph = _Graph(function, x) if x.is_cuda else Recording(function, x)
+            graph.tables = tuple(self._walks.values())  # it reads their memory, whatever is forgotten here
+        except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong will raise below again
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=2)
+            graph = None
+        _remember(self._graphs, key, graph, _MOST_GRAPHS)
+        _remember(self._waiting, key, _CALLS_BEFORE_ANOTHER, _MOST_WAITING)
+        if graph is None:
+            return function(x)
+        return graph(x) if x.is_cuda else graph.results()
 
     def _replays(self, latents: Tensor) -> bool:
-        """Whether a replay on the CPU pays: a small model's, whose operations are the extension's or torch's."""
+        """Whether a replay pays: a small model's on the CPU, whose operations are the extension's or torch's."""
+        if latents.device.type != "cpu" or not isinstance(self.unet, FastUNet) or ops.watched():
+            return False
         width = self._modules[0].config.block_out_channels[0]
-        small = latents[:, 0].numel() * width <= _MOST_REPLAYED
-        known = isinstance(self.unet, FastUNet) and set(backend.in_use()) <= {"cpu", "reference"}
-        return small and known and not ops.watched()
+        return latents[:, 0].numel() * width <= _MOST_REPLAYED and set(backend.in_use()) <= {"cpu", "reference"}
 
 
 def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .backend import serves
 
 # Of queries, keys and values (N, heads, tokens, head size), with scale 1/sqrt(head size).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -135,8 +136,9 @@ def self_attention(weights: Weights, attention: nn.Module, x: Tensor, residual: 
     layers, heads = (attention.to_q, attention.to_k, attention.to_v), attention.heads
     bias = torch.cat([layer.bias for layer in layers]) if attention.use_bias else None
     qkv = F.linear(x, weights[attention], bias).flatten(0, 1).flatten(1, 2)
-    small = x.device.type == "cpu" and layers[0].out_features <= 8 * heads
-    if small and attend is F.scaled_dot_product_attention:
+    small = layers[0].out_features <= 8 * heads and attend is F.scaled_dot_product_attention
+    wanted = torch.is_grad_enabled() and qkv.requires_grad
+    if small and not wanted and serves("cpu", "temporal_attention", qkv):
         # torch's own takes half as long again for heads so small. The pixels stand where frames do elsewhere.
         attended = ops.temporal_attention(qkv[:, :, None, None], heads=heads).view(*x.shape[:-1], -1)
     else:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import custom_op, infer_schema
-from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -185,7 +185,7 @@ def feed_forward(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """A transformer's feed-forward block: x + out_bias + `linear_geglu` of LayerNorm(x) out_weight^T.
+    """A transformer's feed-forward block: x + out_bias + (`linear_geglu` of LayerNorm(x)) out_weight^T.
 
     x: (..., C). norm_weight, norm_bias, out_bias: (C,). weight: (2D, C), bias: (2D,), out_weight: (C, D).
 
@@ -439,8 +439,23 @@ def _watched(arguments: Sequence[Any]) -> bool:
     return (
         watched()
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_meta for tensor in tensors)
+        or any(tensor.is_meta or _keys(tensor) not in _plain_keys(tensor.device) for tensor in tensors)
     )
+
+
+def _keys(tensor: Tensor) -> int:
+    """What torch's dispatcher has to look at: subclasses, negated views and functorch's wrappers each have a key."""
+    return torch._C._dispatch_keys(tensor).raw_repr()
+
+
+@cache
+def _plain_keys(device: torch.device) -> set[int]:
+    """Those of an ordinary tensor, made in inference mode or not."""
+    keys = set()
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            keys.add(_keys(torch.empty(0, device=device)))
+    return keys
 
 
 def watched() -> bool:

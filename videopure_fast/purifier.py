@@ -481,6 +481,8 @@ class Purifier(nn.Module):
             return self._steered_votes(target, self.latent_flow(clips), report)[-1 if last else 0 :]
         beside = SideStream(clips.device)
         if report is None and not target.requires_grad:
+            for walk in self._plan():  # before a capture, which must not make what outlives it
+                self._engine.prepare(walk, self._prompts, target)
             prompts = tuple((prompt.data_ptr(), prompt._version) for prompt in self._prompts)
             states, noises = self._engine.captured((self.config, prompts), self._denoise, target)
         else:

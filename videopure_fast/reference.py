@@ -185,7 +185,7 @@ def feed_forward(
     out_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """x + out_bias + `linear_geglu` of LayerNorm(x) out_weight^T. x: (..., C), weight: (2D, C), out_weight: (C, D)."""
+    """x + out_bias + (`linear_geglu` of LayerNorm(x)) out_weight^T, for (..., C), (2D, C) and (C, D)."""
     tokens = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     return x + F.linear(linear_geglu(tokens, weight, bias), out_weight, out_bias)
 
