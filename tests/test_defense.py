@@ -8,7 +8,7 @@ from torch import nn
 from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.attacks import pgd
 from videopure_fast.defense import majority, settled
-from videopure_fast.evaluation import temporal_mean, wilson_interval
+from videopure_fast.evaluation import wilson_interval
 
 
 class Linear(nn.Module):
@@ -98,7 +98,7 @@ def test_bad_input(defended):
         flat(clips(1, 3, 4, 16, 16))
 
 
-# The attack and the cheap filter of the comparison
+# The attack and the interval of the comparison
 
 
 def test_pgd_stays_in_the_ball_and_raises_the_loss():
@@ -115,11 +115,6 @@ def test_pgd_stays_in_the_ball_and_raises_the_loss():
     runs = [pgd(model, video, labels, eps=0.1, step_size=0.001, steps=1, generator=g) for g in seeds]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     assert torch.equal(pgd(model, video, labels, eps=0.1, step_size=0.1, steps=0, random_start=False), video)
-
-
-def test_temporal_mean():
-    ramp = torch.arange(6.0).view(1, 1, 6, 1, 1)
-    assert temporal_mean(ramp, 5).flatten().tolist() == pytest.approx([0.6, 1.2, 2.0, 3.0, 3.8, 4.4])
 
 
 def test_wilson_interval():

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .attacks import pgd
 from .defense import majority
+from .filters import reconstruct, temporal_mean
 from .purifier import Purifier
 
 _BATCH = 16  # clips in memory at once
@@ -93,17 +93,6 @@ def compare(
         attacked_labels=last_labels["none"],
         purified_labels=last_labels[purifier.config.method],
     )
-
-
-def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
-    """The VAE alone: encode and decode, no diffusion. Sides must be multiples of the VAE's factor."""
-    return purifier.decode(purifier.encode(clips.to(purifier.vae.device))).to(clips)
-
-
-def temporal_mean(clips: Tensor, width: int) -> Tensor:
-    """Each frame of (B, 3, F, H, W) becomes the mean of the `width` frames around it; ends are repeated."""
-    padded = F.pad(clips, (0, 0, 0, 0, width // 2, width // 2), mode="replicate")
-    return padded.unfold(2, width, 1).mean(-1)
 
 
 def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,0 +1,251 @@
+"""The cheap defences that a purifier has to beat: clips (B, 3, F, H, W), floats in [0, 1] -> the same shape and dtype.
+
+Results are contiguous, in [0, 1] and on the clips' device. Clips of a batch never mix. Every function raises TypeError
+or ValueError for anything else than clips: another layout or dtype, an empty axis, values outside [0, 1] or NaN.
+No axis has a least size. Gradients flow through all but the two codecs, `jpeg` and `h264`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from av import Packet
+
+    from .purifier import Purifier
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_RATE = 25  # frames per second told to H.264, whose rate control depends on it
+# One thread is not enough to be deterministic: with x264's macroblock tree (core 165), 22 of 108 small clips came out
+# with differing bits among eight runs, as memory happened to be; without the tree, or without SIMD code, none did.
+_H264_OPTIONS = {"preset": "medium", "mbtree": "0"}
+_SHUFFLE_SEED = 1  # of FILTERS' shuffling; 0 leaves two frames in their order
+
+
+def temporal_mean(clips: Tensor, width: int) -> Tensor:
+    """Each frame becomes the mean of the `width` frames around it; the first and the last frame are repeated.
+
+    width: odd, 1 or more; it may exceed the frames.
+    """
+    _check(clips)
+    return _neighbours(clips, width).mean(-1).contiguous()
+
+
+def temporal_median(clips: Tensor, width: int) -> Tensor:
+    """Each value becomes the median of the `width` frames around it; the first and the last frame are repeated.
+
+    Feature squeezing's median smoothing (arXiv 1704.01155), along time. width: odd, 1 or more; it may exceed the
+    frames. The gradient goes to the frame that the median is from, the middle one of equals.
+    """
+    _check(clips)
+    # Not Tensor.median: which of equal frames it takes, and so its gradient, differs by device.
+    ordered = _neighbours(clips, width).sort(dim=-1, stable=True).values
+    return ordered[..., width // 2].contiguous()
+
+
+def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | None = None) -> Tensor:
+    """The frames of each clip in a random order of its own.
+
+    Randomising the order of frames as a defence is from Hwang et al., arXiv 2112.07921; this is the plainest form, one
+    uniform permutation, and not a reproduction of their procedure.
+
+    generator: on the CPU, so that orders do not depend on the clips' device. Clips draw from it one after the other.
+    block: frames move only within consecutive blocks of this many frames (the last may be shorter), so that motion
+        survives on a coarser scale. None: within the whole clip.
+    """
+    _check(clips)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}; accepted: a generator on the CPU")
+    frames = clips.shape[2]
+    if block is None:
+        block = frames
+    _check_int("block", block, 1)
+    orders = [_order(frames, block, generator).to(clips.device) for _ in clips]
+    return torch.stack([clip.index_select(1, order) for clip, order in zip(clips, orders, strict=True)])
+
+
+def jpeg(clips: Tensor, quality: int = 75) -> Tensor:
+    """Every frame through JPEG and back (a defence since arXiv 1608.00853), by Pillow with its 4:2:0 chroma.
+
+    quality: 1 to 95, Pillow's scale. Values are rounded to 8 bits first. JPEG is not differentiable: RuntimeError where
+    a gradient would be lost in silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the
+    same.
+    """
+    _check(clips)
+    _check_int("quality", quality, 1, 95)
+    _refuse_gradient(clips, "jpeg")
+    pictures = _to_bytes(clips)
+    for clip in pictures:
+        for frame in clip:
+            frame[:] = _jpeg_frame(frame, quality)
+    return _from_bytes(pictures, clips)
+
+
+def h264(clips: Tensor, crf: int = 23) -> Tensor:
+    """Every clip through H.264 (libx264, yuv420p, 25 frames per second) and back, in memory.
+
+    x264's preset is medium, on one thread and without the macroblock tree, so that equal clips give equal results.
+    crf: its constant rate factor, 0 (finest) to 51 (coarsest). Values are rounded to 8 bits first; odd sides are padded
+    by replication and cropped back. H.264 is not differentiable: RuntimeError where a gradient would be lost in
+    silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the same. RuntimeError also where
+    PyAV was built without libx264.
+    """
+    _check(clips)
+    _check_int("crf", crf, 0, 51)
+    _refuse_gradient(clips, "h264")
+    pictures = _to_bytes(_pad_sides(clips, 2))  # chroma has half the resolution
+    for clip in pictures:
+        clip[:] = _h264_decode(_h264_encode(clip, crf), len(clip))
+    return _from_bytes(pictures[..., : clips.shape[3], : clips.shape[4], :], clips)
+
+
+def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
+    """The VAE alone: encode and decode, no diffusion. Sides are padded to the VAE's factor and cropped back."""
+    _check(clips)
+    padded = _pad_sides(clips.to(purifier.vae.device), purifier.vae_factor)
+    decoded = purifier.decode(purifier.encode(padded))
+    return decoded[..., : clips.shape[3], : clips.shape[4]].to(clips).contiguous()
+
+
+def _shuffle_alike(clips: Tensor) -> Tensor:
+    """Every clip in the order of one seed: a known, fixed order, the same alone and in any batch."""
+    _check(clips)
+    shuffled = [
+        temporal_shuffle(clip, generator=torch.Generator().manual_seed(_SHUFFLE_SEED)) for clip in clips.split(1)
+    ]
+    return torch.cat(shuffled)
+
+
+# Those that need no purifier, with the settings that are compared: clips -> clips, deterministic.
+FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean of 3 frames": partial(temporal_mean, width=3),
+    "mean of 5 frames": partial(temporal_mean, width=5),
+    "median of 3 frames": partial(temporal_median, width=3),
+    "median of 5 frames": partial(temporal_median, width=5),
+    "JPEG 75": partial(jpeg, quality=75),
+    "H.264 crf 23": partial(h264, crf=23),
+    "temporal shuffling": _shuffle_alike,
+}
+
+
+def _neighbours(clips: Tensor, width: int) -> Tensor:
+    """(B, 3, F, H, W) -> (B, 3, F, H, W, width): the frames around each, in order."""
+    _check_int("width", width, 1)
+    if width % 2 == 0:
+        raise ValueError(f"width is {width}; accepted: odd widths, which have a frame in the middle")
+    beyond = (-1, -1, width // 2, -1, -1)
+    # Not F.pad: on CUDA its gradient is not deterministic.
+    padded = torch.cat([clips[:, :, :1].expand(beyond), clips, clips[:, :, -1:].expand(beyond)], 2)
+    return padded.unfold(2, width, 1)
+
+
+def _order(frames: int, block: int, generator: torch.Generator) -> Tensor:
+    """(frames,) int64: a permutation that keeps every frame in its block."""
+    starts = range(0, frames, block)
+    return torch.cat([s + torch.randperm(min(block, frames - s), generator=generator, device="cpu") for s in starts])
+
+
+def _jpeg_frame(frame: np.ndarray, quality: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W, 3) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def _h264_encode(frames: np.ndarray, crf: int) -> list[Packet]:
+    """Frames (F, H, W, 3) uint8 of even sides -> packets, in the order in which they are decoded."""
+    import av
+
+    try:
+        encoder = av.CodecContext.create("libx264", "w")
+    except av.codec.codec.UnknownCodecError as error:
+        raise RuntimeError("h264 needs libx264, and PyAV was built without it; `pip install av` has it") from error
+    encoder.height, encoder.width = frames.shape[1:3]
+    encoder.pix_fmt = "yuv420p"
+    encoder.framerate, encoder.time_base = Fraction(_RATE), Fraction(1, _RATE)
+    encoder.thread_count = 1
+    encoder.options = {"crf": str(crf), **_H264_OPTIONS}
+    packets = []
+    for i, frame in enumerate(frames):
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+        picture.pts, picture.time_base = i, encoder.time_base
+        packets += encoder.encode(picture)
+    return packets + encoder.encode(None)
+
+
+def _h264_decode(packets: list[Packet], count: int) -> np.ndarray:
+    """Packets -> frames (count, H, W, 3) uint8 in the order in which they are shown."""
+    import av
+    import numpy as np
+
+    decoder = av.CodecContext.create("h264", "r")
+    decoder.thread_count = 1
+    pictures = [picture for packet in [*packets, None] for picture in decoder.decode(packet)]
+    if [picture.pts for picture in pictures] != list(range(count)):
+        raise RuntimeError(f"H.264 gave back frames {[picture.pts for picture in pictures]} of {count}")
+    return np.stack([picture.to_ndarray(format="rgb24") for picture in pictures])
+
+
+def _to_bytes(clips: Tensor) -> np.ndarray:
+    """(B, 3, F, H, W) in [0, 1] -> (B, F, H, W, 3) uint8, contiguous and the caller's to overwrite."""
+    levels = (clips.detach().cpu().float() * 255).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 4, 1).contiguous().numpy()
+
+
+def _from_bytes(pictures: np.ndarray, like: Tensor) -> Tensor:
+    """The inverse of `_to_bytes`, with like's dtype and device."""
+    levels = torch.from_numpy(pictures).permute(0, 4, 1, 2, 3)
+    return (levels.float() / 255).to(like).contiguous()
+
+
+def _pad_sides(clips: Tensor, multiple: int) -> Tensor:
+    """Replicate the last row and column until both sides are multiples."""
+    bottom, right = (-side % multiple for side in clips.shape[-2:])
+    if not bottom and not right:
+        return clips
+    return F.pad(clips.flatten(0, 1), (0, right, 0, bottom), mode="replicate").unflatten(0, clips.shape[:2])
+
+
+def _refuse_gradient(clips: Tensor, name: str) -> None:
+    if torch.is_grad_enabled() and clips.requires_grad:
+        raise RuntimeError(
+            f"{name} has no gradient, and the clips require one; use attacks.bpda(filters.{name}, model) to attack "
+            "through it, or torch.no_grad()"
+        )
+
+
+def _check(clips: Tensor) -> None:
+    accepted = "accepted: dense float tensors (B, 3, F, H, W) in [0, 1], no axis empty"
+    if not isinstance(clips, Tensor):
+        raise TypeError(f"clips must be a torch.Tensor, got {type(clips).__name__}; {accepted}")
+    if clips.layout != torch.strided or clips.is_nested or clips.is_meta or clips.dtype not in _DTYPES:
+        raise TypeError(f"clips are {clips.dtype}, {clips.layout} on {clips.device}; {accepted}")
+    if clips.ndim != 5 or clips.shape[1] != 3 or not clips.numel():
+        raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}")
+    low, high = (bound.item() for bound in torch.aminmax(clips.detach()))
+    if math.isnan(low) or low < 0 or high > 1:
+        seen = "NaN" if math.isnan(low) else f"values from {low} to {high}"
+        raise ValueError(f"clips have {seen}; {accepted}")
+
+
+def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
+    accepted = f"accepted: ints from {low}" + (f" to {high}" if high is not None else "")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; {accepted}")
