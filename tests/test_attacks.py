@@ -1,6 +1,7 @@
 """Attacks on a small random classifier, in which every frame and pixel counts."""
 
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def old_pgd(model, video, labels, *, eps, step_size, steps, random_start=True, g
 # Balls
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     name=st.sampled_from(sorted(set(ATTACKS) - {"pgd"})),
     norm=st.sampled_from(["linf", "l2"]),
@@ -190,6 +191,57 @@ def test_apgd_is_at_least_as_strong_as_pgd(norm, eps):
         ours.append(losses(model, strong, labels).mean())
         theirs.append(losses(model, plain, labels).mean())
     assert sum(ours) >= sum(theirs)
+
+
+def slow_apgd(model, video, labels, eps, steps, loss_of):
+    """Algorithm 1 of arXiv 2003.01690 for one clip in l_inf, from whole histories: the clips it looks at."""
+    low, high = (video - eps).clamp(min=0), (video + eps).clamp(max=1)
+    points, values, signs = [], [], []
+
+    def look(x):
+        point = x.clone().requires_grad_()
+        loss = loss_of(model(point), labels).sum()
+        signs.append(torch.autograd.grad(loss, point)[0].sign())
+        points.append(x), values.append(loss.item())
+
+    look(video)
+    step, last, best_then, halved = 2 * eps, 0, values[0], True
+    width = int(0.22 * steps)
+    x, sign, before = video, signs[0], None
+    for k in range(1, steps + 1):
+        moved = (x + step * sign).clamp(low, high)
+        if before is not None:
+            moved = (x + 0.75 * (moved - x) + 0.25 * (x - before)).clamp(low, high)
+        look(moved)
+        before, x, sign = x, moved, signs[-1]
+        if k == last + width:
+            rises = sum(values[j] > values[j - 1] for j in range(last + 1, k + 1))
+            halved = rises <= 0.75 * width or (not halved and max(values) <= best_then)
+            if halved:
+                peak = values.index(max(values))
+                step, x, sign = step / 2, points[peak], signs[peak]
+            last, best_then, width = k, max(values), max(width - int(0.03 * steps), int(0.06 * steps))
+    return torch.cat(points)
+
+
+def rising_below_its_start():
+    """A loss that falls at its second call and rises from there without reaching its start again."""
+    count = itertools.count()
+    return lambda z, y: attacks.cross_entropy(z, y) + (next(count) or 1e6)
+
+
+@pytest.mark.parametrize("make_loss", [lambda: attacks.cross_entropy, rising_below_its_start])
+@pytest.mark.parametrize(("eps", "steps"), [(0.2, 60), (0.03, 40)])
+def test_apgd_is_its_algorithm(eps, steps, make_loss):
+    model, video, labels = case(4, dtype=torch.float64)
+    slow = [slow_apgd(model, video[i : i + 1], labels[i : i + 1], eps, steps, make_loss()) for i in range(4)]
+    seen = []
+    given = {"eps": eps, "steps": steps, "random_start": False, "loss": make_loss()}
+    found = apgd(lambda x: seen.append(x.detach()) or model(x), video, labels, **given)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(slow, 1), rtol=0, atol=1e-9)
+    if make_loss is not rising_below_its_start:
+        raised = torch.stack([losses(model, x, labels) for x in seen])
+        torch.testing.assert_close(losses(model, found, labels), raised.amax(0))
 
 
 def test_apgd_keeps_its_best_clip():
@@ -369,13 +421,15 @@ def test_squares_are_squares(whole_clip):
     square(
         model, video, torch.zeros(1, dtype=torch.int64), eps=0.1, queries=30, whole_clip=whole_clip, generator=seeded()
     )
-    stretches = set()
+    stretches, rising = set(), set()
     for proposal in shown[2:]:
         touched = (proposal != 0.5)[0]
         frames, rows, columns = (touched.any(0).any(d).any(e) for d, e in ((2, 1), (2, 0), (1, 0)))
         assert touched.sum() == 3 * frames.sum() * rows.sum() * columns.sum() and rows.sum() == columns.sum()
         assert all(channel[channel != 0.5].unique().numel() == 1 for channel in proposal[0])
         stretches.add(int(frames.sum()))
+        rising.add(tuple((proposal[0] > 0.5).flatten(1).any(1).tolist()))
+    assert len(rising) == 8  # each channel has a sign of its own
     assert stretches == {6} if whole_clip else len(stretches) > 3
     assert (shown[1] - 0.5).abs().min() > 0.09 and (shown[1] == shown[1][..., :1, :]).all()  # stripes
     assert (shown[1] == shown[1][:, :, :1]).all() == whole_clip
@@ -395,7 +449,8 @@ def test_temporal_translation_averages_shifted_gradients():
     still = attacks.temporal_translation(model, video, labels, **given, max_shift=0)
     plain = pgd(model, video, labels, **given, step_size=0.01 / 3, random_start=False)
     torch.testing.assert_close(still, plain, rtol=0, atol=1e-12)
-    assert sum(attacks._shift_weights("gaussian", 7).values()) == pytest.approx(1)
+    bell = attacks._shift_weights("gaussian", 7)  # 7 frames are 3 sigma
+    assert sum(bell.values()) == pytest.approx(1) and bell[-7] / bell[0] == pytest.approx(np.exp(-4.5))
 
 
 def test_flicker_is_one_smooth_offset_a_frame():
@@ -406,6 +461,9 @@ def test_flicker_is_one_smooth_offset_a_frame():
     for delta in (rough, smooth):
         assert delta.std((3, 4)).max() < 1e-6 and delta.abs().max() > 0.01
     assert rough.mean((3, 4)).diff(dim=2).square().mean() > 4 * smooth.mean((3, 4)).diff(dim=2).square().mean()
+    u = torch.tensor([0.0, 1.0, 0.0, 0.0]).view(1, 1, 4, 1, 1)
+    # Thickness 1; first differences 1, -1; second differences 1, -2, 1: means over 4 frames.
+    assert attacks._flicker_price(u, 1.0, 10.0).item() == pytest.approx((1 + 10 * (2 + 6)) / 4)
     thin = flicker(model, video, labels, eps=0.1, steps=30, thickness=100.0) - video
     assert thin.abs().mean() < 0.5 * rough.abs().mean()
 
@@ -416,6 +474,8 @@ def test_one_frame_changes_one_frame(norm):
     given = {"eps": 0.3, "norm": norm, "restarts": 2, "generator": seeded()}
     changed = (one_frame(model, video, labels, **given, frame=2) != video).any(4).any(3).any(1)
     assert torch.equal(changed, torch.tensor([[False, False, True, False]]).expand(6, 4))
+    step = one_frame(model, video, labels, eps=0.1, norm="l2", steps=1, step_size=0.1, frame=2) - video
+    assert step.flatten(1).norm(dim=1).tolist() == pytest.approx([0.1] * 6, rel=1e-3)  # no length lost to other frames
     point = video.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(attacks.cross_entropy(model(point), labels).sum(), point)
     largest = gradient.transpose(1, 2).flatten(2).norm(dim=2).argmax(1)
