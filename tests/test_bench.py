@@ -174,3 +174,16 @@ def test_nothing_measured_is_said(tmp_path):
     assert speed(tmp_path) == (
         "On a CPU. Not measured yet: no CPU results file.\n\nOn a GPU. Not measured yet: no GPU results file."
     )
+
+
+def test_the_studys_plans_name_defences_that_exist(purifier):
+    from study import plans, shrunk
+
+    from videopure_fast.evaluation import defences
+
+    available = defences(purifier, depths=(2,))
+    for plan in plans().values():
+        assert set(plan.defences) <= set(available)
+        assert all(threat.clips == 1 for threat in shrunk(plan, 0.001).threats)
+        assert plan.hash != shrunk(plan, 0.5).hash
+    assert len({plan.hash for plan in plans().values()}) == len(plans())

@@ -1,19 +1,31 @@
-"""Accuracy of defences under attack, side by side."""
+"""Accuracy of defences under attack, threat model by threat model, in a record that survives an interruption.
+
+A `Plan` says what is measured; `evaluate` works through it in units of one batch of clips under one threat at one eps
+for one seed against one defence, and writes each unit down when it is done; `table` makes rows of the record. What a
+unit draws depends on its own name alone, so that a resumed evaluation ends with the table of an unbroken one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attacks import pgd
-from .defense import majority
-from .filters import reconstruct, temporal_mean
+from .attacks import ATTACKS, bpda, pgd, vote
+from .defense import DefendedClassifier, majority
+from .filters import FILTERS, reconstruct, temporal_mean
+from .profiling import PeakMemory, replacing, synchronize
 from .purifier import Purifier
 
 _BATCH = 16  # clips in memory at once
@@ -100,3 +112,330 @@ def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, fl
     centre = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# Plans, records and tables
+
+Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
+ADAPTIVE: tuple[Access, ...] = ("query", "bpda", "exact")  # the attacker asks the defence itself
+_MOST_RECORD = 2**28  # bytes
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker has, and does with it.
+
+    access: "none": clean clips. "transfer": the gradients of another classifier. "gray-box": those of the defended
+        classifier, without knowledge of the defence. "query": the defence's logits. "bpda": the classifier's gradients
+        at the defence's votes, the defence taken for the identity. "exact": the defence's own gradients.
+    attack: a name of attacks.ATTACKS, and its settings but for eps. clips: how many of each seed's are attacked.
+    """
+
+    access: Access
+    attack: str = "pgd"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    clips: int = 100
+
+    def __post_init__(self) -> None:
+        if self.access not in get_args(Access):
+            raise ValueError(f"unknown access {self.access!r}; accepted: {', '.join(get_args(Access))}")
+        if self.attack not in ATTACKS:
+            raise ValueError(f"unknown attack {self.attack!r}; accepted: {', '.join(ATTACKS)}")
+        if isinstance(self.clips, bool) or not isinstance(self.clips, int) or self.clips < 1:
+            raise ValueError(f"clips must be an int of 1 or more, got {self.clips!r}")
+
+    @property
+    def name(self) -> str:
+        if self.access == "none":
+            return "clean"
+        settings = (
+            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in self.settings.items()
+        )
+        return ", ".join([f"{self.access} {self.attack}", *settings])
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A way to treat clips before they are classified.
+
+    votes: clips (B, 3, F, H, W) and a generator -> (B, V, 3, F, H, W). logits: of a classifier, the access "bpda" or
+    "exact" and a generator, a differentiable callable from clips to (B, K) or (B, V, K); None where an access does not
+    exist.
+    """
+
+    votes: Callable[[Tensor, torch.Generator], Tensor]
+    logits: Callable[[nn.Module, Access, torch.Generator], Callable[[Tensor], Tensor] | None]
+    randomised: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. source: where the clips come from, in words: part of the record's identity.
+
+    repeats: predictions of each clip by a randomised defence, for its mean and its worst accuracy.
+    """
+
+    source: str
+    threats: tuple[Threat, ...]
+    defences: tuple[str, ...]
+    eps: tuple[float, ...] = (4 / 255,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch: int = 16
+    repeats: int = 10
+
+    def __post_init__(self) -> None:
+        named = {"threats": [threat.name for threat in self.threats], "defences": self.defences}
+        for name, values in {**named, "eps": self.eps, "seeds": self.seeds}.items():
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must be some, and none twice, got {values}")
+        if not all(0 < eps <= 1 for eps in self.eps):
+            raise ValueError(f"every eps must be more than 0 and at most 1, in the clips' units, got {self.eps}")
+        for name in ("batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def units(self) -> Iterator[Unit]:
+        for threat in self.threats:
+            for eps in self.eps if threat.access != "none" else (0.0,):
+                for seed in self.seeds:
+                    for start in range(0, threat.clips, self.batch):
+                        yield Unit(threat, eps, seed, start, min(self.batch, threat.clips - start))
+
+
+class Unit(NamedTuple):
+    """A batch of clips under one threat."""
+
+    threat: Threat
+    eps: float
+    seed: int
+    start: int
+    clips: int
+
+    def name(self, defence: str = "") -> str:
+        return f"{self.threat.name} | {255 * self.eps:g}/255 | seed {self.seed} | {self.start} | {defence}"
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Draws that depend on nothing but this unit and what they are for."""
+        digest = hashlib.sha256(f"{self.name()} | {purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Accuracy(NamedTuple):
+    """A row of the table. accuracy is the mean over `n` clips, of randomised defences over repeats too, and `low` to
+    `high` its 95 % interval (Wilson); worst counts a clip as right only if every repeat was."""
+
+    threat: str
+    eps: float
+    defence: str
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    worst: float
+    seconds_per_clip: float
+    peak_bytes: int | None
+
+
+def defences(purifier: Purifier, depths: tuple[int, ...] = ()) -> dict[str, Defence]:
+    """Every defence that is compared, by name; those that diffuse also at other depths, as "ddim, T=2"."""
+    found = {"none": _filter(lambda clips: clips)}
+    found |= {
+        name: _filter(run, differentiable=not name.startswith(("JPEG", "H.264"))) for name, run in FILTERS.items()
+    }
+    found["VAE round trip"] = _filter(partial(reconstruct, purifier))
+    for depth in (None, *depths):
+        config = replace(purifier.config, **({} if depth is None else {"inversion_steps": depth}))
+        suffix = "" if depth is None else f", T={depth}"
+        for method in ("ddpm", "ddim", "ddim_inversion", "videopure"):
+            found[method + suffix] = _purification(purifier, replace(config, method=method))
+        videopure = replace(config, method="videopure")
+        found["videopure without guidance" + suffix] = _purification(purifier, replace(videopure, update_scale=0.0))
+        found["videopure without voting" + suffix] = _purification(purifier, videopure, voting=False)
+        found["videopure with feedback" + suffix] = _purification(purifier, replace(videopure, feedback=True))
+    return found
+
+
+def _filter(run: Callable[[Tensor], Tensor], *, differentiable: bool = True) -> Defence:
+    def logits(classifier: nn.Module, access: Access, _: torch.Generator) -> Callable[[Tensor], Tensor] | None:
+        if access == "bpda":
+            return bpda(run, classifier)
+        return (lambda clips: classifier(run(clips))) if differentiable else None
+
+    return Defence(lambda clips, _: run(clips)[:, None], logits)
+
+
+def _purification(purifier: Purifier, config: Any, *, voting: bool = True) -> Defence:
+    ours = purifier.variant(**asdict(config))
+
+    def votes(clips: Tensor, generator: torch.Generator) -> Tensor:
+        purified = ours(clips, return_votes=True, generator=generator)
+        return purified if voting else purified[:, -1:]
+
+    def logits(classifier: nn.Module, access: Access, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        of_votes = partial(DefendedClassifier(classifier, ours, gradient=access).vote_logits, generator=generator)
+        return of_votes if voting else (lambda clips: of_votes(clips)[:, -1:])
+
+    return Defence(votes, logits, ours.properties["randomised"])
+
+
+class Record:
+    """The units that are done, in a JSON file that is replaced whole, never edited in place.
+
+    ValueError for a file that is no record, or one of another plan.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], plan: Plan) -> None:
+        self._path, self.plan = Path(path), plan
+        self.units: dict[str, dict[str, Any]] = {}
+        if not self._path.exists():
+            return
+        if self._path.stat().st_size > _MOST_RECORD:
+            raise ValueError(f"{self._path} is larger than a record can be, {_MOST_RECORD >> 20} MiB")
+        try:
+            saved = json.loads(self._path.read_text())
+            known, self.units = saved["hash"], dict(saved["units"])
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self._path} is no record of an evaluation ({error})") from error
+        if known != plan.hash:
+            raise ValueError(
+                f"{self._path} is the record of another plan ({known}, not {plan.hash}); name another file"
+            )
+
+    def add(self, name: str, unit: dict[str, Any]) -> None:
+        self.units[name] = unit
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"hash": self.plan.hash, "plan": asdict(self.plan), "units": self.units}
+        with replacing(self._path) as file:
+            file.write_text(json.dumps(content, indent=1))
+
+
+def evaluate(
+    plan: Plan,
+    classifier: nn.Module,
+    available: Mapping[str, Defence],
+    draw: Callable[[int, int, int], tuple[Tensor, Tensor]],
+    path: str | os.PathLike[str],
+    *,
+    other: nn.Module | None = None,
+    progress: bool = False,
+) -> Record:
+    """Do what is left of a plan.
+
+    available: the plan's defences by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in [0, 1] and labels
+    (count,), the same for the same numbers. path: the record; it is continued where it is there. other: the attacker's
+    own classifier, for the access "transfer".
+    """
+    if unknown := [name for name in plan.defences if name not in available]:
+        raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(available)}")
+    if other is None and any(threat.access == "transfer" for threat in plan.threats):
+        raise ValueError("the access 'transfer' needs another classifier to attack, got none")
+    record = Record(path, plan)
+    units = list(plan.units())
+    with tqdm(total=len(units) * len(plan.defences), desc="evaluate", unit="batch", disable=not progress) as bar:
+        for unit in units:
+            left = [name for name in plan.defences if unit.name(name) not in record.units]
+            bar.update(len(plan.defences) - len(left))
+            if not left:
+                continue
+            clips, labels = draw(unit.seed, unit.start, unit.clips)
+            adaptive = unit.threat.access in ADAPTIVE
+            victim = other if unit.threat.access == "transfer" else classifier
+            attacked = None if adaptive else _attack(unit, victim, clips, labels)
+            for name in left:
+                bar.set_postfix_str(f"{unit.threat.name}, {name}")
+                defence = available[name]
+                if adaptive:
+                    attacked = _attack(unit, _target(unit, classifier, defence, name), clips, labels, name)
+                record.add(unit.name(name), _judge(unit, classifier, defence, attacked, labels, name, plan.repeats))
+                bar.update()
+    return record
+
+
+def _target(unit: Unit, classifier: nn.Module, defence: Defence, name: str) -> Callable[[Tensor], Tensor] | None:
+    """What an attacker of the defence itself attacks; None where the defence has no such access."""
+    access = "bpda" if unit.threat.access == "query" else unit.threat.access  # the logits are the same for both
+    return defence.logits(classifier, access, unit.generator(f"noise {name}"))
+
+
+def _attack(
+    unit: Unit, model: Callable[[Tensor], Tensor] | None, clips: Tensor, labels: Tensor, defence: str = ""
+) -> Tensor | None:
+    if unit.threat.access == "none":
+        return clips
+    if model is None:
+        return None
+    generator = unit.generator(f"attack {defence}")
+    run = ATTACKS[unit.threat.attack].run
+    return run(model, clips, labels, eps=unit.eps, generator=generator, **unit.threat.settings)
+
+
+def _judge(
+    unit: Unit,
+    classifier: nn.Module,
+    defence: Defence,
+    attacked: Tensor | None,
+    labels: Tensor,
+    name: str,
+    repeats: int,
+) -> dict[str, Any]:
+    """The unit's entry: for each clip how many of the repeats were right, and what they cost."""
+    if attacked is None:
+        return {"right": None}
+    repeats = repeats if defence.randomised else 1
+    generator, right = unit.generator(f"defend {name}"), torch.zeros_like(labels)
+    memory, start = PeakMemory(attacked.device), time.perf_counter()
+    for _ in range(repeats):
+        with torch.no_grad():
+            votes = defence.votes(attacked, generator)
+            logits = torch.stack([classifier(one.contiguous()) for one in votes.unbind(1)], 1)
+        right += (vote(logits) == labels).to(right)
+    synchronize(attacked.device)
+    seconds = (time.perf_counter() - start) / repeats
+    return {"right": right.tolist(), "repeats": repeats, "seconds": seconds, "peak_bytes": memory.read()}
+
+
+def table(record: Record) -> list[Accuracy]:
+    """A row for each threat, eps and defence that is done in full; then, for each eps and defence under more than one
+    adaptive threat, the minimum over them, clip by clip (of the clips that all of them attacked)."""
+    rows, plan = [], record.plan
+    for threat in plan.threats:
+        for eps in plan.eps if threat.access != "none" else (0.0,):
+            for name in plan.defences:
+                rows += _row(threat.name, eps, name, [_entries(record, threat, eps, name)])
+    for eps in plan.eps:
+        for name in plan.defences:
+            adaptive = [_entries(record, t, eps, name) for t in plan.threats if t.access in ADAPTIVE]
+            adaptive = [entries for entries in adaptive if entries]
+            if len(adaptive) > 1:
+                rows += _row("adaptive, minimum", eps, name, adaptive)
+    return rows
+
+
+def _entries(record: Record, threat: Threat, eps: float, defence: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Entries of a cell of the table by seed and first clip; none if one is missing, or the access does not exist."""
+    units = [u for u in record.plan.units() if (u.threat, u.eps) == (threat, eps)]
+    entries = {(u.seed, u.start): record.units.get(u.name(defence)) for u in units}
+    return {} if any(entry is None or entry["right"] is None for entry in entries.values()) else entries  # type: ignore
+
+
+def _row(threat: str, eps: float, defence: str, attacks: list[dict[tuple[int, int], dict[str, Any]]]) -> list[Accuracy]:
+    common = set.intersection(*(set(entries) for entries in attacks))
+    shares: list[float] = []
+    always = 0
+    for unit in sorted(common):
+        entries = [entries[unit] for entries in attacks]
+        for right in zip(*(entry["right"] for entry in entries), strict=False):
+            shares.append(min(n / entry["repeats"] for n, entry in zip(right, entries, strict=True)))
+            always += shares[-1] == 1
+    if not shares:
+        return []
+    n, accuracy = len(shares), sum(shares) / len(shares)
+    done = [entries[unit] for unit in common for entries in attacks]
+    seconds = sum(entry["seconds"] for entry in done) / sum(len(entry["right"]) for entry in done)
+    peak = max((entry["peak_bytes"] for entry in done if entry["peak_bytes"] is not None), default=None)
+    return [Accuracy(threat, eps, defence, n, accuracy, *wilson_interval(accuracy, n), always / n, seconds, peak)]

@@ -1,0 +1,204 @@
+"""Evaluations: what is drawn, written down, resumed and counted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build_purifier, clips
+from torch import Tensor, nn
+
+from videopure_fast.attacks import pgd, vote
+from videopure_fast.evaluation import (
+    Plan,
+    Record,
+    Threat,
+    defences,
+    evaluate,
+    table,
+    wilson_interval,
+)
+
+STEPS = {"steps": 2, "step_size": 2 / 255}
+CLEAN, GRAY, EXACT = Threat("none", clips=5), Threat("gray-box", "pgd", STEPS, 5), Threat("exact", "pgd", STEPS, 3)
+BPDA, QUERY = Threat("bpda", "pgd", STEPS, 5), Threat("query", "square", {"queries": 3}, 3)
+TRANSFER = Threat("transfer", "pgd", STEPS, 5)
+
+
+class Classifier(nn.Module):
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.features, self.head = nn.Conv3d(3, 6, 3, stride=2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
+
+
+CLASSIFIER = Classifier().eval().requires_grad_(False)
+
+
+def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Labelled as the classifier sees them."""
+    drawn = torch.stack([clips(3, 4, 16, 16, seed=1000 * seed + start + i) for i in range(count)])
+    return drawn, CLASSIFIER(drawn).argmax(-1)
+
+
+def plan(*threats: Threat, names: tuple[str, ...] = ("none", "mean of 3 frames", "ddim", "videopure")) -> Plan:
+    return Plan("test", threats, names, eps=(8 / 255,), seeds=(0, 1), batch=3, repeats=2)
+
+
+def counts(record: Record) -> dict[str, list[int] | None]:
+    return {name: unit["right"] for name, unit in record.units.items()}
+
+
+@pytest.fixture(scope="module")
+def available():
+    return defences(build_purifier(), depths=(2,))
+
+
+@pytest.fixture(scope="module")
+def whole(available, tmp_path_factory):
+    """An evaluation with nothing in its way."""
+    path = tmp_path_factory.mktemp("whole") / "record.json"
+    threats = (CLEAN, GRAY, TRANSFER, BPDA, EXACT, QUERY)
+    return evaluate(plan(*threats), CLASSIFIER, available, draw, path, other=Classifier(2).eval())
+
+
+def test_every_defence_of_the_comparison_is_there(available):
+    assert {"none", "VAE round trip", "JPEG 75", "H.264 crf 23", "mean of 5 frames", "median of 3 frames"} <= set(
+        available
+    )
+    for suffix in ("", ", T=2"):
+        names = ("ddpm", "ddim", "ddim_inversion", "videopure")
+        variants = ("videopure without guidance", "videopure without voting", "videopure with feedback")
+        assert {name + suffix for name in (*names, *variants)} <= set(available)
+    x = clips(2, 3, 4, 16, 16)
+    for name, defence in available.items():
+        if not name.startswith("ddpm"):
+            votes = defence.votes(x, torch.Generator().manual_seed(0))
+            assert votes.shape == (2, votes.shape[1], *x.shape[1:]), name
+            assert votes.shape[1] == {"videopure": 3, "videopure with feedback, T=2": 4}.get(name, votes.shape[1])
+    assert {name for name, defence in available.items() if defence.randomised} == {
+        "ddpm",
+        "ddim",
+        "ddpm, T=2",
+        "ddim, T=2",
+    }
+
+
+def test_a_unit_is_the_attack_and_the_vote(whole):
+    unit = next(unit for unit in whole.plan.units() if unit.threat == GRAY and unit.seed == 1 and unit.start == 3)
+    assert unit.clips == 2
+    x, labels = draw(1, 3, 2)
+    attacked = pgd(CLASSIFIER, x, labels, eps=8 / 255, generator=unit.generator("attack "), **STEPS)
+    expected = (vote(CLASSIFIER(attacked)) == labels).long().tolist()
+    assert whole.units[unit.name("none")]["right"] == expected
+
+
+def test_clean_clips_are_right_without_a_defence(whole):
+    row = next(row for row in table(whole) if (row.threat, row.defence) == ("clean", "none"))
+    assert (row.n, row.accuracy, row.worst, row.eps) == (10, 1, 1, 0)
+    assert (row.low, row.high) == wilson_interval(1.0, 10)
+    assert row.seconds_per_clip > 0
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 20])
+def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, available, tmp_path):
+    path, calls = tmp_path / "sub" / "record.json", []
+
+    def cut(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    for give in (cut, draw):
+        try:
+            resumed = evaluate(whole.plan, CLASSIFIER, available, give, path, other=Classifier(2).eval())
+        except KeyboardInterrupt:
+            continue
+    assert counts(resumed) == counts(whole) == counts(Record(path, whole.plan))
+    same = [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(resumed)]
+    assert same == [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(whole)]
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+def test_what_a_defence_meets_does_not_depend_on_the_others(whole, available, tmp_path):
+    alone = evaluate(plan(GRAY, BPDA, names=("ddim",)), CLASSIFIER, available, draw, tmp_path / "record.json")
+    assert counts(alone).items() <= counts(whole).items()
+
+
+def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path):
+    record = Record(tmp_path / "record.json", plan(BPDA, EXACT, names=("videopure", "ddim")))
+    for unit in record.plan.units():
+        cost = {"seconds": 1.0, "peak_bytes": 5}
+        right = [1, 0, 1][: unit.clips] if unit.threat == BPDA else [0, 0, 1][: unit.clips]
+        record.add(unit.name("videopure"), {"right": right, "repeats": 1, **cost})
+        record.add(unit.name("ddim"), {"right": [4, 2, 0][: unit.clips], "repeats": 4, **cost})
+    rows = {(row.threat, row.defence): row for row in table(record)}
+    bpda, exact = (rows[threat.name, "videopure"] for threat in (BPDA, EXACT))
+    assert (bpda.n, bpda.accuracy, exact.n, exact.accuracy) == (10, 0.6, 6, 1 / 3)
+    worst = rows["adaptive, minimum", "videopure"]
+    assert (worst.n, worst.accuracy) == (6, 1 / 3)
+    ddim = rows[EXACT.name, "ddim"]
+    assert (ddim.accuracy, ddim.worst, ddim.peak_bytes) == (0.5, 1 / 3, 5)
+    assert ddim.seconds_per_clip == pytest.approx(1 / 3)
+
+
+def test_a_cell_that_is_not_done_has_no_row(whole, tmp_path):
+    record = Record(tmp_path / "record.json", whole.plan)
+    for name, unit in list(whole.units.items())[:-1]:
+        record.units[name] = unit
+    assert len(table(record)) == len(table(whole)) - 1
+
+
+def test_codecs_have_no_exact_gradient(available, tmp_path):
+    small = replace(EXACT, clips=1)
+    names = ("JPEG 75", "none")
+    record = evaluate(plan(small, names=names), CLASSIFIER, available, draw, tmp_path / "record.json")
+    assert [row.defence for row in table(record)] == ["none"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "units": 3}'])
+def test_what_is_no_record_is_refused_and_kept(content, available, tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is no record of an evaluation"):
+        evaluate(plan(CLEAN), CLASSIFIER, available, draw, path)
+    assert path.read_text() == content
+
+
+def test_the_record_of_another_plan_is_refused(available, tmp_path):
+    path, mine = tmp_path / "record.json", plan(CLEAN, names=("none",))
+    evaluate(mine, CLASSIFIER, available, draw, path)
+    with pytest.raises(ValueError, match="is the record of another plan"):
+        Record(path, replace(mine, seeds=(0, 2)))
+    assert json.loads(path.read_text())["plan"]["source"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Threat("white-box"), "unknown access 'white-box'; accepted: none, transfer, gray-box"),
+        (lambda: Threat("exact", "pdg"), "unknown attack 'pdg'; accepted: fgsm, pgd"),
+        (lambda: Threat("exact", clips=0), "clips must be an int of 1 or more, got 0"),
+        (lambda: plan(), "threats must be some, and none twice"),
+        (lambda: plan(GRAY, GRAY), "threats must be some, and none twice"),
+        (lambda: replace(plan(GRAY), eps=(4.0,)), "every eps must be more than 0 and at most 1"),
+        (lambda: replace(plan(GRAY), repeats=0), "repeats must be 1 or more, got 0"),
+        (lambda: evaluate(plan(GRAY, names=("nothing",)), CLASSIFIER, {}, draw, "x"), "unknown defences nothing"),
+        (lambda: evaluate(plan(TRANSFER, names=()), CLASSIFIER, {}, draw, "x"), "defences must be some"),
+    ],
+)
+def test_bad_plans_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_transfer_needs_another_classifier(available, tmp_path):
+    with pytest.raises(ValueError, match="'transfer' needs another classifier"):
+        evaluate(plan(TRANSFER), CLASSIFIER, available, draw, tmp_path / "record.json")
