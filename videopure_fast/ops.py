@@ -459,11 +459,12 @@ def _plain_keys(device: torch.device) -> set[int]:
 
 
 def watched() -> bool:
-    """Whether a compiler, a profiler or a mode that counts or changes operators looks on."""
+    """Whether a compiler, a profiler, a function transform or a mode that counts or changes operators looks on."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or is_in_torch_dispatch_mode()
     )
 
