@@ -34,7 +34,7 @@ FILTERS = (
     *("temporal shuffling", "JPEG 75", "H.264 crf 23", "VAE round trip"),
 )
 VARIANTS = ("videopure without guidance", "videopure without voting", "videopure with feedback")
-SHALLOW = ("ddim, T=2", "videopure, T=2")
+DEPTHS = (2, 10)  # beside the prior's own 5
 PGD10 = {"steps": 10, "step_size": 2 / 255}
 PGD20 = {"steps": 20, "step_size": 1 / 255}
 
@@ -52,15 +52,22 @@ def plans() -> dict[str, Plan]:
         return Plan(source, threats, names, eps, tuple(range(seeds)), repeats=repeats)
 
     diffusing = ("ddim_inversion", "ddim", "videopure")
-    gray = (Threat("none", clips=256), threat("gray-box", 256))
-    transfer = threat("transfer", 128, "temporal_translation", steps=10, step_size=2 / 255, max_shift=2)
     strong = ("ddim", "videopure")
+    few = ("none", "mean of 5 frames", "VAE round trip", *strong)
+    clean, gray = Threat("none", clips=256), threat("gray-box", 256)
+    transfer = threat("transfer", 128, "temporal_translation", steps=10, step_size=2 / 255, max_shift=2)
+    deep = tuple(f"{name}, T={depth}" for depth in DEPTHS for name in strong)
+    depths = (replace(clean, clips=128), replace(gray, clips=128))
+    curve = [threat(access, 32, "apgd", steps=10) for access in ("gray-box", "bpda")]
     return {
-        "gray-box": plan((*FILTERS, *diffusing, *VARIANTS, *SHALLOW), *gray, seeds=3),
+        "gray-box": plan((*FILTERS, *diffusing, *VARIANTS), clean, gray, seeds=3, repeats=1),
         "transfer": plan((*FILTERS, *diffusing), transfer),
-        "bpda": plan((*FILTERS, *diffusing), threat("bpda", 64, **PGD20), eps=EPS[:1]),
+        "bpda": plan((*FILTERS, *diffusing), threat("gray-box", 64, **PGD20), threat("bpda", 64, **PGD20), eps=EPS[:1]),
         "exact": plan((*strong, "VAE round trip", "mean of 5 frames"), threat("exact", 32, **PGD20), eps=EPS[:1]),
-        "gray-box ddpm": plan(("ddpm",), *gray, repeats=1),
+        "depths": plan(deep, *depths, eps=EPS[:1], repeats=1),
+        "chance": plan(("ddim",), threat("gray-box", 64), eps=EPS[:1], repeats=10),
+        "curve": plan(few, *curve, eps=tuple(2**k / 255 for k in range(7)), repeats=1),
+        "gray-box ddpm": plan(("ddpm",), clean, gray, repeats=1),
         "query": plan(("none", "mean of 5 frames", *strong), threat("query", 32, "square", queries=200), eps=EPS[:1]),
     }
 
@@ -98,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--share must be more than 0 and at most 1, got {options.share}")
     work = options.work if options.share == 1 else options.work / f"share-{options.share:g}"
     purifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32)
-    available = defences(purifier, depths=(2,))
+    available = defences(purifier, depths=DEPTHS)
     other = other_classifier(options.work / "other-classifier.safetensors")
     parts = {}
     for name, plan in plans().items():

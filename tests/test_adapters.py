@@ -8,7 +8,13 @@ from conftest import clips
 from torch import nn
 
 from videopure_fast import DefendedClassifier
-from videopure_fast.adapters import VideoClassifier, art_preprocessor, autoattack_model, foolbox_model
+from videopure_fast.adapters import (
+    VideoClassifier,
+    art_preprocessor,
+    autoattack_model,
+    foolbox_model,
+    load_classifier,
+)
 
 EPS = 4 / 255
 HEADS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 5}
@@ -389,3 +395,28 @@ def test_missing_libraries_are_named(monkeypatch, purifier):
         art_preprocessor(purifier)
     with pytest.raises(ImportError, match=r"pip install 'videopure-fast\[foolbox\]'"):
         foolbox_model(Small())
+
+
+# Classifiers by name
+
+
+def test_classifiers_are_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "some_models.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(2, 2)\ndef wrong():\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = load_classifier("some_models:make")
+    assert isinstance(made, nn.Linear) and not made.training and not made.weight.requires_grad
+    assert load_classifier("tiny")(clips(1, 3, 16, 32, 32)).shape == (1, 8)
+    with pytest.raises(TypeError, match="'some_models:wrong' is a int; accepted: a torch.nn.Module"):
+        load_classifier("some_models:wrong")
+    for name in ("some_models:missing", "no_such_models:make"):
+        with pytest.raises(ValueError, match=f"classifier '{name}' cannot be imported"):
+            load_classifier(name)
+
+
+def test_a_transformers_folder_is_a_classifier(tmp_path):
+    model = build_huggingface("VideoMAE")
+    model.save_pretrained(tmp_path)
+    found, x = load_classifier(str(tmp_path), mean=MEAN, std=STD), clips(1, 3, 8, 32, 32)
+    torch.testing.assert_close(found(x), VideoClassifier.huggingface(model, mean=MEAN, std=STD)(x))

@@ -177,11 +177,11 @@ def test_nothing_measured_is_said(tmp_path):
 
 
 def test_the_studys_plans_name_defences_that_exist(purifier):
-    from study import plans, shrunk
+    from study import DEPTHS, plans, shrunk
 
     from videopure_fast.evaluation import defences
 
-    available = defences(purifier, depths=(2,))
+    available = defences(purifier, depths=DEPTHS)
     for plan in plans().values():
         assert set(plan.defences) <= set(available)
         assert all(threat.clips == 1 for threat in shrunk(plan, 0.001).threats)

@@ -1,6 +1,8 @@
+import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,7 @@ import torch
 from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
-from videopure_fast import cli, evaluation, purifier, tiny
-from videopure_fast.evaluation import Comparison, Row
+from videopure_fast import cli, cli_evaluate, purifier
 from videopure_fast.video import VideoWriter, probe
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"
@@ -52,8 +53,9 @@ def short_clip(tmp_path):
 @pytest.mark.parametrize(
     "command, words",
     [
-        ((), ["demo", "purify", "bench", "info"]),
+        ((), ["demo", "evaluate", "purify", "bench", "info"]),
         (("demo",), ["--clips", "--eps", "--json", "videopure-fast demo"]),
+        (("evaluate",), ["--classifier", "--dataset", "--threat", "--defence", "--checks", "videopure-fast evaluate"]),
         (("purify",), ["--output", "--size", "--method", "--steps", "--flow", "videopure-fast purify clip.mp4 -o"]),
         (
             ("bench",),
@@ -190,53 +192,157 @@ def test_running_out_of_memory_names_the_size(tmp_path, monkeypatch, capsys, sma
     assert code == 1 and "try a smaller --size" in stderr and stderr.count("\n") == 1
 
 
-def comparison(clean, labels):
-    """As of an attack that fools the classifier on each clip, and a purifier that puts every second one right."""
-    wrong = (labels + 1) % len(tiny.CLASSES)
-    purified = torch.where(torch.arange(len(labels)) % 2 == 1, labels, wrong)
-    attacked = (clean + 4 / 255 * torch.randn_like(clean).sign()).clamp(0, 1)
-    rows = [Row("none", 1.0, 0.0, 0.01), Row("videopure", 1.0, 0.5, 2.5)]
-    return Comparison(rows, clean, attacked, clean * 0.9, labels, wrong, purified)
-
-
-def test_demo(tmp_path, monkeypatch, small_model):
-    settings = {}
-
-    def compare(drawn, labels, classifier, model, **given):
-        settings.update(given)
-        return comparison(drawn, labels)
-
-    monkeypatch.setattr(evaluation, "compare", compare)
-    monkeypatch.setattr(tiny, "load_classifier", lambda: None)
+def test_demo(tmp_path, small_model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     folder, numbers = tmp_path / "demo", tmp_path / "demo.json"
-    result = run("demo", "--clips", 4, "--eps", 8, "--steps", 3, "--out", folder, "--json", numbers)
+    result = run("demo", "--clips", 3, "--eps", 8, "--steps", 1, "--out", folder, "--json", numbers)
     assert result.exit_code == 0, result.output
-    assert settings == {"eps": 8 / 255, "step_size": 4 / 255, "steps": 3, "progress": True}
-    assert "Accuracy on 4 clips" in result.output and "0.50 (2/4)" in result.output
+    assert "gray-box pgd, steps=1, step_size=0.0157, eps 8/255" in result.output and "interval" in result.output
     report = json.loads(numbers.read_text())
-    assert report["rows"][1] == {"defence": "videopure", "clean": 1.0, "attacked": 0.5, "seconds_per_clip": 2.5}
-    assert report["settings"] == {"clips": 4, "seed": 0, "eps": 8 / 255, "step_size": 4 / 255, "steps": 3}
+    assert [(row["access"], row["defence"]) for row in report["rows"]] == [
+        (access, name)
+        for access in ("none", "gray-box")
+        for name in ("none", "VAE round trip", "mean of 5 frames", "videopure")
+    ]
+    assert report["plan"]["eps"] == [8 / 255] and all(row["n"] == 3 for row in report["rows"])
     assert set(report["versions"]) == {"videopure-fast", "torch", "diffusers"} and "cpu" in report["device"]
-    found = probe(folder / "demo.mp4")
-    assert (found.frames, found.width) == (4 * 16, 3 * 32 * cli._VIDEO_SCALE)
-    from PIL import Image
-
-    with Image.open(folder / "strip.png") as strip:
-        assert strip.size == (8 * 32 * 4, 4 * (32 * 4 + cli._CAPTION))
+    assert probe(folder / "demo.mp4").frames == 3 * 16
+    assert sorted(file.name for file in folder.iterdir()) == ["demo.mp4", "strip.png"]
 
 
-def test_the_strip_shows_a_rescued_clip():
-    drawn, labels = tiny.sample_clips(4, 0)
-    found = comparison(drawn, labels)
-    assert cli._rescued_first(found) == [1, 3, 0, 2]
-    true = tiny.CLASSES[labels[1]]
-    assert cli._captions(found, 1)[0] == f"clean: {true}" and cli._captions(found, 1)[2].endswith(f"seen as {true}")
+EVALUATE = ("evaluate", "--clips", 3, "--batch", 2, "--steps", 1, "--eps", "4,8", "--repeats", 2)
+
+
+def test_evaluate(tmp_path, small_model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    names = ("none", "mean of 5 frames", "videopure, T=0")
+    given = [part for name in names for part in ("--defence", name)] + ["--depth", 0]
+    given += [
+        "--threat",
+        "gray-box",
+        "--threat",
+        "query",
+        "--threat",
+        "bpda",
+        "--queries",
+        2,
+        "--eot",
+        2,
+        "--no-checks",
+    ]
+    result = run(*EVALUATE, *given, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "gray-box pgd, steps=1, step_size=0.00784, eot=2, eps 4/255" in result.output
+    assert "none, 4/255: bpda is at least as strong as query" in " ".join(result.output.split())
+    files = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert files == ["accuracy.svg", "record.json", "report.json", "strip.png", "table.csv"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["rows"]) == len(names) * (1 + 3 * 2 + 2) and report["skipped"] == {}
+    assert report["hash"] == json.loads((tmp_path / "out" / "record.json").read_text())["hash"]
+    assert json.loads(report["plan"]["source"])["config"]["inversion_steps"] == 1
+    with (tmp_path / "out" / "table.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in report["rows"]]
+    assert {row["defence"] for row in rows} == set(names)
+
+
+def test_evaluates_checks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 3 * 16 * 16, 4))
+    given = (build_purifier(), classifier, clips(2, 3, 3, 16, 16), torch.tensor([0, 1]), 8 / 255)
+    checks = cli_evaluate._sanity_checks(*given)
+    assert [check.name for check in checks] == [
+        "the exact gradient agrees with finite differences",
+        "the loss rises with the attack's steps",
+        "accuracy goes to zero as eps grows",
+    ]
+    table = cli_evaluate._check_table([*checks, checks[0]._replace(passed=False)])
+    assert [cell for cell in table.columns[1].cells][-1] == "FAIL"
+
+
+def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_model, monkeypatch):
+    videos, splits = tmp_path / "videos", tmp_path / "splits"
+    for name in ("a", "b", "c"):
+        (videos / name).mkdir(parents=True)
+        with VideoWriter(videos / name / "v.avi", height=32, width=32, rate=10) as writer:
+            for frame in (clips(9, 3, 32, 32, seed=ord(name)) * 255).to(torch.uint8):
+                writer.write(frame)
+    (videos / "c" / "v.avi").write_bytes(b"no video")
+    splits.mkdir()
+    (splits / "classInd.txt").write_text("1 a\n2 b\n3 c\n")
+    (splits / "testlist01.txt").write_text("a/v.avi\nb/v.avi\nc/v.avi\n")
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "class Mean(torch.nn.Module):\n"
+        "    def forward(self, clips):\n"
+        "        return clips.mean((2, 3, 4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    source = ("--dataset", "ucf101", "--videos", videos, "--annotations", splits)
+    shape = ("--frames", 4, "--stride", 2, "--resize", 32, "--crop", 24, "--no-checks", "--defence", "none")
+    given = (*EVALUATE, *source, *shape, "--classifier", "my_models:Mean", "--out", tmp_path / "out")
+    with pytest.warns(UserWarning, match="skipped"):
+        result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert "1 videos could not be read" in result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["skipped"]) == [str(videos / "c" / "v.avi")] and {row["n"] for row in report["rows"]} == {2}
+    assert json.loads(report["plan"]["source"])["sampling"] == {"frames": 4, "stride": 2, "resize": 32, "crop": 24}
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
+    names = ("none", "median of 3 frames", "mean of 3 frames", "VAE round trip")
+    options = ["--clips", 6, "--batch", 1, "--steps", 3, "--no-checks", "--threat", "bpda"]
+    options += [part for name in names for part in ("--defence", name)]
+
+    def command(out):
+        return [sys.executable, "-m", "videopure_fast", "evaluate", *map(str, options), "--out", str(out)]
+
+    def table(out):
+        with (out / "table.csv").open(newline="") as stream:
+            return [{**row, "seconds_per_clip": 0, "peak_bytes": 0} for row in csv.DictReader(stream)]
+
+    record = tmp_path / "killed" / "record.json"
+    killed = subprocess.Popen(command(record.parent), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (record.exists() and len(json.loads(record.read_text())["units"]) >= 7):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    done = json.loads(record.read_text())["units"]
+    assert 7 <= len(done) < len(names) * 6 * 3 and not (tmp_path / "killed" / "table.csv").exists()
+    for out in (record.parent, tmp_path / "whole"):
+        subprocess.run(command(out), check=True, capture_output=True)
+    assert table(record.parent) == table(tmp_path / "whole")
+    assert done.items() <= json.loads(record.read_text())["units"].items()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--eps", "4,x"), "--eps must be numbers, such as 4,8; got '4,x'"),
+        (("--eps", "0"), "every eps must be more than 0 and at most 1"),
+        (("--threat", "transfer"), "--threat transfer and --other"),
+        (("--other", "tiny"), "--threat transfer and --other"),
+        (("--dataset", "kinetics400"), "--dataset kinetics400 needs --videos and --annotations"),
+        (("--dataset", "something-something-v2", "--videos", ".", "--annotations", "."), "needs --labels"),
+        (("--classifier", "no_such_module:make"), "classifier 'no_such_module:make' cannot be imported"),
+        (("--defence", "prayer"), "unknown defences prayer; accepted: none"),
+        (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
+    ],
+)
+def test_evaluate_refuses(arguments, message, tmp_path, small_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, stderr = run_main(monkeypatch, capsys, "evaluate", *arguments)
+    assert status == 1 and message in stderr and stderr.startswith("error: ")
+    assert not (tmp_path / "evaluation" / "record.json").exists()
 
 
 def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "_version", lambda name: None if name == "xformers" else "9.9.9")
+    monkeypatch.setattr(cli, "installed", lambda name: None if name == "xformers" else "9.9.9")
     monkeypatch.setattr("videopure_fast.video.torchcodec_decoder", lambda: None)
     monkeypatch.setattr("videopure_fast.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
     result = run("info")

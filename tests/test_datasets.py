@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from videopure_fast import datasets
-from videopure_fast.datasets import Batch, ClipSampling, VideoDataset, load
+from videopure_fast.datasets import Batch, ClipSampling, VideoDataset, draws, load
 from videopure_fast.video import VideoWriter
 
 SMALL = ClipSampling(frames=4, stride=2, resize=32, crop=24)
@@ -396,3 +396,25 @@ def test_links_of_ones_own_are_followed(ucf, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(next(load(VideoDataset.ucf101(videos, splits, sampling=SMALL), 2)).clips) == 2
+
+
+def test_seeds_draw_videos_of_their_own(tmp_path):
+    paths = [write(tmp_path / f"{i}.avi", level=20 * i) for i in range(7)]
+    dataset = VideoDataset([(path, i) for i, path in enumerate(paths)], "abcdefg", sampling=SMALL)
+    draw = draws(dataset, 3)
+    halves = [draw(0, 0, 2), draw(0, 2, 1), draw(1, 0, 3)]
+    labels = torch.cat([labels for _, labels in halves]).tolist()
+    assert len(set(labels)) == 6 and labels != sorted(labels)
+    for clips, of_clips in halves:
+        assert (clips.mean((1, 2, 3, 4)) * 255 / 20).round().tolist() == of_clips.tolist()
+    assert torch.equal(draw(0, 0, 3)[1], torch.cat([halves[0][1], halves[1][1]]))
+    with pytest.raises(ValueError, match="3 clips for each seed from 0 to 2 are more than the 7 videos"):
+        draw(2, 0, 3)
+
+
+def test_a_draw_of_unreadable_videos_is_empty(tmp_path):
+    dataset = VideoDataset([(tmp_path / "missing.avi", 0)], "a", sampling=SMALL)
+    with pytest.warns(UserWarning, match="skipped"):
+        clips, labels = draws(dataset, 1)(0, 0, 1)
+    assert clips.shape == (0, 3, 4, 24, 24) and labels.shape == (0,) and labels.dtype == torch.int64
+    assert list(dataset.skipped) == [tmp_path / "missing.avi"]

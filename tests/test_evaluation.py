@@ -17,6 +17,8 @@ from videopure_fast.evaluation import (
     Threat,
     defences,
     evaluate,
+    examples,
+    rescued,
     table,
     wilson_interval,
 )
@@ -147,6 +149,52 @@ def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path
     ddim = rows[EXACT.name, "ddim"]
     assert (ddim.accuracy, ddim.worst, ddim.peak_bytes) == (0.5, 1 / 3, 5)
     assert ddim.seconds_per_clip == pytest.approx(1 / 3)
+
+
+def test_records_of_several_plans_share_a_minimum(tmp_path):
+    records = [
+        Record(tmp_path / f"{i}.json", plan(threat, names=("videopure",))) for i, threat in enumerate((BPDA, EXACT))
+    ]
+    for record, right in zip(records, ([1, 0, 1], [0, 1, 1]), strict=True):
+        for unit in record.plan.units():
+            given = {"right": right[: unit.clips], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
+            record.add(unit.name("videopure"), given)
+    *rows, worst = table(*records)
+    assert [(row.access, row.n, row.accuracy) for row in rows] == [("bpda", 10, 0.6), ("exact", 6, 2 / 3)]
+    assert (worst.access, worst.threat, worst.n, worst.accuracy) == ("adaptive", "adaptive, minimum", 6, 1 / 3)
+
+
+def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
+    def some(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """The first of each batch is missing, and of seed 1's second batch all."""
+        drawn, labels = draw(seed, start, count)
+        skipped = count if (seed, start) == (1, 3) else 1
+        return drawn[skipped:], labels[skipped:]
+
+    mine = plan(CLEAN, GRAY, BPDA, names=("none", "mean of 3 frames"))
+    rows = table(evaluate(mine, CLASSIFIER, available, some, tmp_path / "record.json"))
+    assert [(row.access, row.n) for row in rows] == [
+        (access, 5) for access in ("none", "gray-box", "bpda") for _ in "ab"
+    ]
+
+
+def test_examples_are_the_clips_that_the_defence_keeps_right(tmp_path, available):
+    record = Record(tmp_path / "record.json", plan(GRAY, names=("none", "videopure")))
+    for unit in record.plan.units():
+        for name, right in (("none", [0, 1, 0]), ("videopure", [0, 1, 1])):
+            entry = {"right": right[: unit.clips], "repeats": 1, "seconds": 1.0, "peak_bytes": 5}
+            record.add(unit.name(name), entry)
+    assert rescued(record, GRAY, 8 / 255, "videopure")[:2] == [(0, 2), (1, 2)]
+    assert len(rescued(record, GRAY, 8 / 255, "videopure")) == 10
+    x, labels = draw(0, 2, 1)
+    for threat in (CLEAN, GRAY, BPDA, EXACT, QUERY):
+        found = examples(threat, 8 / 255, x, labels, CLASSIFIER, available["videopure"])
+        assert torch.equal(found.clean, x) and found.purified.shape == x.shape
+        assert (found.attacked - x).abs().max() <= 8 / 255 + 1e-7
+        assert torch.equal(found.attacked_labels, CLASSIFIER(found.attacked).argmax(-1))
+        assert found.purified_labels.shape == labels.shape
+    with pytest.raises(ValueError, match="has no access 'exact'"):
+        examples(EXACT, 8 / 255, x, labels, CLASSIFIER, available["JPEG 75"])
 
 
 def test_a_cell_that_is_not_done_has_no_row(whole, tmp_path):

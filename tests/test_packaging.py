@@ -22,7 +22,7 @@ ORDER = (
     *("config", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
     *("video", "datasets", "defense", "adapters", "streaming", "scale", "attacks", "filters", "evaluation"),
-    *("plot", "benchmark", "cli", "__main__", "__init__"),
+    *("checks", "plot", "pictures", "benchmark", "cli_evaluate", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"

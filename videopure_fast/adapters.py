@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import tiny
 from .purifier import Purifier
 
 if TYPE_CHECKING:
@@ -134,6 +135,37 @@ class VideoClassifier(nn.Module):
         if clips.shape[2] < self.alpha:
             raise ValueError(f"clips have {clips.shape[2]} frames; accepted with alpha {self.alpha}: as many or more")
         return [_spread(clips, clips.shape[2] // self.alpha), clips.contiguous()]
+
+
+def load_classifier(
+    name: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    scale: float = 1.0,
+) -> nn.Module:
+    """A classifier of clips (B, 3, F, H, W) in [0, 1] by name, on the CPU, frozen, in eval mode.
+
+    name: "tiny", the packaged one; "package.module:function", which is imported, so that its code runs, and returns a
+        module when it is called without arguments; or a folder or Hugging Face repository with a transformers model
+        for video classification, read from safetensors alone.
+    mean, std, scale: of the transformers model, as for `VideoClassifier.huggingface`.
+    """
+    if name == "tiny":
+        return tiny.load_classifier()
+    if ":" in name:
+        home, _, attribute = name.partition(":")
+        try:
+            model = getattr(importlib.import_module(home), attribute)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"classifier {name!r} cannot be imported: {error}") from error
+    else:
+        automatic = _library("transformers", "pretrained").AutoModelForVideoClassification
+        model = automatic.from_pretrained(name, use_safetensors=True)
+        model = VideoClassifier.huggingface(model, mean=mean, std=std, scale=scale)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"classifier {name!r} is a {type(model).__name__}; accepted: a torch.nn.Module")
+    return model.eval().requires_grad_(False)
 
 
 class _Identity(torch.autograd.Function):

@@ -1,32 +1,29 @@
-"""The command line `videopure-fast`: demo, purify, bench, info.
+"""The command line `videopure-fast`: demo, evaluate, purify, bench, info.
 
 Commands import what they need when they run.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from . import cli_evaluate
+from .cli_evaluate import Dtype, console, installed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .benchmark import Pair
-    from .evaluation import Comparison
     from .purifier import Purifier
     from .video import VideoInfo
 
@@ -39,12 +36,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Brackets in file names are no markup.
-_out = Console(markup=False, highlight=False, soft_wrap=True)
-
-_STRIP_SCALE, _STRIP_COLUMNS, _AMPLIFICATION = 4, 8, 16
-_VIDEO_SCALE, _VIDEO_CLIPS, _VIDEO_RATE = 6, 4, 8
-_CAPTION = 20  # pixels of height
+for _command in (cli_evaluate.demo, cli_evaluate.evaluate):
+    app.command()(_command)
 
 
 class Method(str, Enum):
@@ -52,12 +45,6 @@ class Method(str, Enum):
     ddim_inversion = "ddim_inversion"
     ddim = "ddim"
     ddpm = "ddpm"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class Decoder(str, Enum):
@@ -73,63 +60,6 @@ class FlowName(str, Enum):
     dis = "dis"
     raft = "raft"
     none = "none"
-
-
-@app.command()
-def demo(
-    clips: Annotated[int, typer.Option(min=1, help="Clips to draw.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Which clips to draw.")] = 0,
-    eps: Annotated[float, typer.Option(min=0, max=255, help="Attack's l_inf bound, in 1/255.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Attack's PGD steps, each of eps/2.")] = 10,
-    out: Annotated[Path, typer.Option(help="Folder for strip.png and demo.mp4; made if absent.")] = Path("demo"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write settings and results here.")] = None,
-) -> None:
-    """Attack packaged clips, purify them, and show how a classifier fares.
-
-    Needs no download. The clips show drawn sprites; their class is the sprite's motion. 16 clips take less than
-    a minute on two CPU cores.
-
-    Examples:
-
-    ```
-      videopure-fast demo
-      videopure-fast demo --clips 64 --eps 8 --json demo.json
-    ```
-    """
-    from . import tiny
-    from .evaluation import compare
-    from .purifier import Purifier
-
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"cannot write {json_file}: there is no folder {json_file.parent}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"cannot write to {out}: it is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    purifier = Purifier.from_pretrained("tiny", device="cpu")
-    drawn, labels = tiny.sample_clips(clips, seed)
-    found = compare(
-        drawn,
-        labels,
-        tiny.load_classifier(),
-        purifier,
-        eps=eps / 255,
-        step_size=eps / 2 / 255,
-        steps=steps,
-        progress=True,
-    )
-    _out.print(_accuracy_table(found, eps, steps))
-    _write_strip(found, out / "strip.png")
-    _write_side_by_side(found, out / "demo.mp4")
-    _out.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
-    if json_file is not None:
-        report = {
-            "settings": {"clips": clips, "seed": seed, "eps": eps / 255, "step_size": eps / 2 / 255, "steps": steps},
-            "versions": {name: _version(name) for name in ("videopure-fast", "torch", "diffusers")},
-            "device": f"cpu ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)",
-            "rows": [row._asdict() for row in found.rows],
-        }
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
-        _out.print(f"Numbers: {json_file}")
 
 
 @app.command()
@@ -198,9 +128,9 @@ def purify(
         flow=None if flow is None else flow.value,
         **overrides,
     )
-    _out.print(_facts(video, height, width))
+    console.print(_facts(video, height, width))
     if model == "tiny":
-        _out.print(
+        console.print(
             "The tiny prior was trained on drawn sprites: on real videos it is a demonstration, and it blurs them."
         )
     started = time.perf_counter()
@@ -217,7 +147,7 @@ def purify(
             raise ValueError(
                 f"{width}x{height} does not fit in the accelerator's memory; try a smaller --size"
             ) from error
-    _out.print(f"Wrote {output} in {_clock(time.perf_counter() - started)}.")
+    console.print(f"Wrote {output} in {_clock(time.perf_counter() - started)}.")
 
 
 @app.command()
@@ -297,7 +227,7 @@ def bench(
 
     if compare is not None:
         a, b = map(benchmark.load, compare)
-        _out.print(_comparison_table(benchmark.compare(a, b, anyway=anyway)))
+        console.print(_comparison_table(benchmark.compare(a, b, anyway=anyway)))
         return
     for path, check in ((json_file, check_writable), (plot_file, check_picture)):
         if path is not None:
@@ -330,16 +260,16 @@ def bench(
         run["rows"].append(row)
         if json_file is not None:
             benchmark.save(run, json_file)
-    _out.print(_bench_table(run))
+    console.print(_bench_table(run))
     if any(row.get("profile") for row in run["rows"]):
-        _out.print(_stage_table(run))
+        console.print(_stage_table(run))
     if not any("calls" in row for row in run["rows"]):
         raise ValueError("nothing was measured: the table says why")
     if json_file is not None:
-        _out.print(f"Numbers: {json_file}")
+        console.print(f"Numbers: {json_file}")
     if plot_file is not None:
         benchmark.plot(run, plot_file)
-        _out.print(f"Picture: {plot_file}")
+        console.print(f"Picture: {plot_file}")
 
 
 @app.command()
@@ -358,15 +288,17 @@ def info() -> None:
     from .video import torchcodec_decoder
 
     table = Table("what", "state", box=None, pad_edge=False)
-    table.add_row("videopure-fast", _version("videopure-fast") or "not installed; running from its source")
+    table.add_row("videopure-fast", installed("videopure-fast") or "not installed; running from its source")
     table.add_row("python", platform.python_version())
     for name in ("torch", "diffusers", "av"):
-        table.add_row(name, _version(name) or f"missing; pip install {name}")
-    table.add_row("opencv", _version("opencv-python-headless") or _version("opencv-python") or "missing: no flow 'dis'")
+        table.add_row(name, installed(name) or f"missing; pip install {name}")
+    table.add_row(
+        "opencv", installed("opencv-python-headless") or installed("opencv-python") or "missing: no flow 'dis'"
+    )
     for name, what in _OPTIONAL.items():
-        state = _version(name) or f"missing, {what}"
-        if name == "torchcodec" and _version(name) and torchcodec_decoder() is None:
-            state = f"{_version(name)}, but its libraries do not load here; PyAV decodes instead"
+        state = installed(name) or f"missing, {what}"
+        if name == "torchcodec" and installed(name) and torchcodec_decoder() is None:
+            state = f"{installed(name)}, but its libraries do not load here; PyAV decodes instead"
         table.add_row(name, state)
     table.add_section()
     table.add_row("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
@@ -375,7 +307,7 @@ def info() -> None:
     table.add_section()
     for name, state in backends().items():
         table.add_row(f"backend {name}", state)
-    _out.print(table)
+    console.print(table)
 
 
 _OPTIONAL = {
@@ -415,7 +347,7 @@ class _Pace:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=_out,
+            console=console,
         )
         self._task = self._bar.add_task("UNet evaluations", total=self._windows * self._evaluations)
 
@@ -456,13 +388,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _accelerators() -> list[str]:
     import torch
 
@@ -471,18 +396,6 @@ def _accelerators() -> list[str]:
         return []
     name = getattr(torch.get_device_module(accelerator), "get_device_name", lambda index: "")
     return [f"{accelerator.type}:{i} {name(i)}".strip() for i in range(torch.accelerator.device_count())]
-
-
-def _accuracy_table(found: Comparison, eps: float, steps: int) -> Table:
-    n = len(found.labels)
-    table = Table(title=f"Accuracy on {n} clips; attack PGD-{steps}, l_inf {eps:g}/255, on the bare classifier")
-    table.add_column("defence")
-    for column in ("clean", "attacked", "s per clip"):
-        table.add_column(column, justify="right")
-    for row in found.rows:
-        counts = (f"{share:.2f} ({round(share * n)}/{n})" for share in (row.clean, row.attacked))
-        table.add_row(row.defence, *counts, f"{row.seconds_per_clip:.2f}")
-    return table
 
 
 def _listed(text: str) -> list[str]:
@@ -582,79 +495,3 @@ def _comparison_table(pairs: list[Pair]) -> Table:
 
 def _ratio(a: float | None, b: float | None) -> str:
     return f"{b / a:.3g}" if a and b else "-"
-
-
-def _rescued_first(found: Comparison) -> list[int]:
-    """Clips in order, those first that the attack fooled and the purifier put right."""
-    rescued = (found.attacked_labels != found.labels) & (found.purified_labels == found.labels)
-    return sorted(range(len(found.labels)), key=lambda i: not rescued[i])
-
-
-def _captions(found: Comparison, i: int) -> list[str]:
-    from .tiny import CLASSES
-
-    true, attacked, purified = (
-        CLASSES[labels[i]] for labels in (found.labels, found.attacked_labels, found.purified_labels)
-    )
-    return [f"clean: {true}", f"attacked: seen as {attacked}", f"purified: seen as {purified}"]
-
-
-def _write_strip(found: Comparison, path: Path) -> None:
-    """Rows clean, attacked, purified and amplified perturbation of one clip; columns are frames."""
-    import torch
-    from PIL import Image
-
-    i = _rescued_first(found)[0]
-    clean, attacked, purified = (c[i] for c in (found.clean_clips, found.attacked_clips, found.purified_clips))
-    # Signed, around grey: the absolute value of an l_inf attack is nearly the same everywhere.
-    perturbation = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
-    captions = [*_captions(found, i), f"attacked - clean, x{_AMPLIFICATION}, around grey"]
-    frames = torch.linspace(0, clean.shape[1] - 1, min(_STRIP_COLUMNS, clean.shape[1])).long()
-    rows = []
-    for caption, clip in zip(captions, (clean, attacked, purified, perturbation), strict=True):
-        pixels = _enlarge(clip[:, frames], _STRIP_SCALE).transpose(0, 1)  # [F, 3, H, W]
-        row = torch.cat(list(pixels), -1)
-        rows += [_caption([caption], row.shape[-1]), row]
-    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).contiguous().numpy()).save(path)
-
-
-def _write_side_by_side(found: Comparison, path: Path) -> None:
-    from .video import VideoWriter
-
-    frames = list(_side_by_side(found))
-    height, width = frames[0].shape[1:]
-    with VideoWriter(path, height=height, width=width, rate=_VIDEO_RATE) as writer:
-        for frame in frames:
-            writer.write(frame)
-
-
-def _side_by_side(found: Comparison) -> Iterator[Tensor]:
-    """Frames (3, H, W) uint8 of clean | attacked | purified, one clip after another."""
-    import torch
-
-    for i in _rescued_first(found)[:_VIDEO_CLIPS]:
-        sides = [c[i] for c in (found.clean_clips, found.attacked_clips, found.purified_clips)]
-        pixels = _enlarge(torch.cat(sides, -1), _VIDEO_SCALE)
-        heading = _caption(_captions(found, i), pixels.shape[-1])
-        for frame in pixels.unbind(1):
-            yield torch.cat([heading, frame], 1)
-
-
-def _enlarge(clip: Tensor, scale: int) -> Tensor:
-    """(3, F, H, W) in [0, 1] -> (3, F, scale H, scale W) uint8, nearest neighbour."""
-    import torch
-
-    enlarged = clip.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    return (enlarged * 255).round().to(torch.uint8)
-
-
-def _caption(texts: list[str], width: int) -> Tensor:
-    """A bar (3, height, width) uint8 with the texts in equal columns."""
-    import torch
-    from PIL import Image, ImageDraw
-
-    bar = Image.new("RGB", (width, _CAPTION), "white")
-    draw = ImageDraw.Draw(bar)
-    for i, text in enumerate(texts):
-        draw.text((i * width // len(texts) + 4, 4), text, fill="black")
-    return torch.frombuffer(bytearray(bar.tobytes()), dtype=torch.uint8).view(_CAPTION, width, 3).permute(2, 0, 1)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -250,6 +250,26 @@ def load(
         places = torch.rand(len(indices), generator=generator, dtype=torch.float64).tolist()
     jobs = _Jobs(dataset, list(zip(indices, places, strict=True)))
     return _batches(dataset, DataLoader(jobs, batch_size=batch_size, num_workers=workers, collate_fn=list))
+
+
+def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
+    """What `evaluation.evaluate` draws from: (seed, start, count) -> clips (count, 3, F, H, W) and labels (count,).
+
+    The videos stand in one random order, of which each seed has the next `clips`: no video is of two seeds. Those that
+    cannot be read are missing, as for `load`. ValueError for a draw beyond the last video.
+    """
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        first = seed * clips + start
+        if first + count > len(order):
+            raise ValueError(f"{clips} clips for each seed from 0 to {seed} are more than the {len(order)} videos")
+        for batch in load(dataset, count, workers, indices=order[first : first + count]):
+            return batch.clips, batch.labels
+        side = dataset.sampling.crop
+        return torch.empty(0, 3, dataset.sampling.frames, side, side), torch.empty(0, dtype=torch.int64)
+
+    return draw
 
 
 class _Jobs(Dataset):

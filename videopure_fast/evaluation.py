@@ -22,99 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attacks import ATTACKS, bpda, pgd, vote
-from .defense import DefendedClassifier, majority
-from .filters import FILTERS, reconstruct, temporal_mean
+from .attacks import ATTACKS, bpda, vote
+from .defense import DefendedClassifier
+from .filters import FILTERS, reconstruct
 from .profiling import PeakMemory, replacing, synchronize
 from .purifier import Purifier
-
-_BATCH = 16  # clips in memory at once
-
-
-class Row(NamedTuple):
-    """One defence: accuracy on clean and on attacked clips, and the seconds that one clip takes."""
-
-    defence: str
-    clean: float
-    attacked: float
-    seconds_per_clip: float
-
-
-class Comparison(NamedTuple):
-    """What `compare` found. Clips are (n, 3, F, H, W), labels (n,); `purified` are the attacked clips' last votes."""
-
-    rows: list[Row]
-    clean_clips: Tensor
-    attacked_clips: Tensor
-    purified_clips: Tensor
-    labels: Tensor
-    attacked_labels: Tensor
-    purified_labels: Tensor
-
-
-def compare(
-    clips: Tensor,
-    labels: Tensor,
-    classifier: nn.Module,
-    purifier: Purifier,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    seed: int = 0,
-    progress: bool = False,
-) -> Comparison:
-    """Gray-box comparison: PGD on the bare classifier, whose attacked clips then meet each defence.
-
-    clips: (n, 3, F, H, W) in [0, 1]; labels: (n,); eps and step_size in the clips' units.
-    """
-    generator = torch.Generator().manual_seed(seed)  # of the attack's start, and of a random purifier
-    batches = list(zip(clips.split(_BATCH), labels.split(_BATCH), strict=True))
-    attacked = [
-        pgd(classifier, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
-        for x, y in tqdm(batches, desc="attack", disable=not progress)
-    ]
-    defences: dict[str, Callable[[Tensor], Tensor]] = {  # clips -> votes (B, V, 3, F, H, W)
-        "none": lambda x: x[:, None],
-        "VAE round trip": lambda x: reconstruct(purifier, x)[:, None],
-        "mean of 5 frames": lambda x: temporal_mean(x, 5)[:, None],
-        purifier.config.method: lambda x: purifier(x, return_votes=True, generator=generator),
-    }
-    rows, last_labels, last_clips = [], {}, []
-    for name, defend in defences.items():
-        predicted: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
-        last_clips, start = [], time.perf_counter()
-        for i, (x, _) in enumerate(tqdm(batches, desc=name, disable=not progress)):
-            for kind, given in (("clean", x), ("attacked", attacked[i])):
-                with torch.no_grad():
-                    votes = defend(given)
-                    ballot = torch.stack([classifier(vote.contiguous()).argmax(-1) for vote in votes.unbind(1)], 1)
-                    predicted[kind].append(majority(ballot))
-            last_clips.append(votes[:, -1])
-        seconds = (time.perf_counter() - start) / (2 * len(clips))
-        found = {kind: torch.cat(parts) for kind, parts in predicted.items()}
-        accuracy = {kind: (found[kind] == labels).float().mean().item() for kind in found}
-        rows.append(Row(name, accuracy["clean"], accuracy["attacked"], seconds))
-        last_labels[name] = found["attacked"]
-    return Comparison(
-        rows=rows,
-        clean_clips=clips,
-        attacked_clips=torch.cat(attacked),
-        purified_clips=torch.cat(last_clips),
-        labels=labels,
-        attacked_labels=last_labels["none"],
-        purified_labels=last_labels[purifier.config.method],
-    )
-
-
-def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of an accuracy observed on n clips (Wilson 1927)."""
-    centre = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-# Plans, records and tables
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
 ADAPTIVE: tuple[Access, ...] = ("query", "bpda", "exact")  # the attacker asks the defence itself
@@ -227,8 +139,10 @@ class Unit(NamedTuple):
 
 class Accuracy(NamedTuple):
     """A row of the table. accuracy is the mean over `n` clips, of randomised defences over repeats too, and `low` to
-    `high` its 95 % interval (Wilson); worst counts a clip as right only if every repeat was."""
+    `high` its 95 % interval (Wilson); worst counts a clip as right only if every repeat was. access is the threat's,
+    or "adaptive" for the minimum over adaptive threats."""
 
+    access: str
     threat: str
     eps: float
     defence: str
@@ -327,8 +241,8 @@ def evaluate(
     """Do what is left of a plan.
 
     available: the plan's defences by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in [0, 1] and labels
-    (count,), the same for the same numbers. path: the record; it is continued where it is there. other: the attacker's
-    own classifier, for the access "transfer".
+    (count,), the same for the same numbers, on the models' device; fewer where some cannot be read. path: the record;
+    it is continued where it is there. other: the attacker's own classifier, for the access "transfer".
     """
     if unknown := [name for name in plan.defences if name not in available]:
         raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(available)}")
@@ -365,7 +279,7 @@ def _target(unit: Unit, classifier: nn.Module, defence: Defence, name: str) -> C
 def _attack(
     unit: Unit, model: Callable[[Tensor], Tensor] | None, clips: Tensor, labels: Tensor, defence: str = ""
 ) -> Tensor | None:
-    if unit.threat.access == "none":
+    if unit.threat.access == "none" or not len(clips):
         return clips
     if model is None:
         return None
@@ -386,56 +300,128 @@ def _judge(
     """The unit's entry: for each clip how many of the repeats were right, and what they cost."""
     if attacked is None:
         return {"right": None}
+    if not len(labels):
+        return {"right": [], "repeats": 1, "seconds": 0.0, "peak_bytes": None}
     repeats = repeats if defence.randomised else 1
     generator, right = unit.generator(f"defend {name}"), torch.zeros_like(labels)
     memory, start = PeakMemory(attacked.device), time.perf_counter()
     for _ in range(repeats):
         with torch.no_grad():
-            votes = defence.votes(attacked, generator)
-            logits = torch.stack([classifier(one.contiguous()) for one in votes.unbind(1)], 1)
-        right += (vote(logits) == labels).to(right)
+            right += (vote(_logits(classifier, defence.votes(attacked, generator))) == labels).to(right)
     synchronize(attacked.device)
     seconds = (time.perf_counter() - start) / repeats
     return {"right": right.tolist(), "repeats": repeats, "seconds": seconds, "peak_bytes": memory.read()}
 
 
-def table(record: Record) -> list[Accuracy]:
+def _logits(classifier: nn.Module, votes: Tensor) -> Tensor:
+    """Votes (B, V, 3, F, H, W) -> logits (B, V, K)."""
+    return torch.stack([classifier(one.contiguous()) for one in votes.unbind(1)], 1)
+
+
+# Tables
+
+
+def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of an accuracy observed on n clips (Wilson 1927)."""
+    centre = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def table(*records: Record) -> list[Accuracy]:
     """A row for each threat, eps and defence that is done in full; then, for each eps and defence under more than one
-    adaptive threat, the minimum over them, clip by clip (of the clips that all of them attacked)."""
-    rows, plan = [], record.plan
-    for threat in plan.threats:
-        for eps in plan.eps if threat.access != "none" else (0.0,):
-            for name in plan.defences:
-                rows += _row(threat.name, eps, name, [_entries(record, threat, eps, name)])
-    for eps in plan.eps:
-        for name in plan.defences:
-            adaptive = [_entries(record, t, eps, name) for t in plan.threats if t.access in ADAPTIVE]
-            adaptive = [entries for entries in adaptive if entries]
-            if len(adaptive) > 1:
-                rows += _row("adaptive, minimum", eps, name, adaptive)
+    adaptive threat, the minimum over them, clip by clip (of the clips that all of them attacked).
+
+    Records of several plans must be of the same clips.
+    """
+    rows, adaptive = [], {}
+    for record in records:
+        for threat in record.plan.threats:
+            for eps in record.plan.eps if threat.access != "none" else (0.0,):
+                for name in record.plan.defences:
+                    outcome = _outcome(record, threat, eps, name)
+                    if not outcome.shares:
+                        continue
+                    rows.append(_row(threat.access, threat.name, eps, name, [outcome]))
+                    if threat.access in ADAPTIVE:
+                        adaptive.setdefault((eps, name), []).append(outcome)
+    for (eps, name), outcomes in adaptive.items():
+        if len(outcomes) > 1 and set.intersection(*(set(outcome.shares) for outcome in outcomes)):
+            rows.append(_row("adaptive", "adaptive, minimum", eps, name, outcomes))
     return rows
 
 
-def _entries(record: Record, threat: Threat, eps: float, defence: str) -> dict[tuple[int, int], dict[str, Any]]:
-    """Entries of a cell of the table by seed and first clip; none if one is missing, or the access does not exist."""
-    units = [u for u in record.plan.units() if (u.threat, u.eps) == (threat, eps)]
-    entries = {(u.seed, u.start): record.units.get(u.name(defence)) for u in units}
-    return {} if any(entry is None or entry["right"] is None for entry in entries.values()) else entries  # type: ignore
+class _Outcome(NamedTuple):
+    """Of each clip, by seed and place among the seed's, the share of repeats that were right; and what they cost."""
+
+    shares: dict[tuple[int, int], float]
+    seconds_per_clip: float
+    peak_bytes: int | None
 
 
-def _row(threat: str, eps: float, defence: str, attacks: list[dict[tuple[int, int], dict[str, Any]]]) -> list[Accuracy]:
-    common = set.intersection(*(set(entries) for entries in attacks))
-    shares: list[float] = []
-    always = 0
-    for unit in sorted(common):
-        entries = [entries[unit] for entries in attacks]
-        for right in zip(*(entry["right"] for entry in entries), strict=False):
-            shares.append(min(n / entry["repeats"] for n, entry in zip(right, entries, strict=True)))
-            always += shares[-1] == 1
-    if not shares:
-        return []
-    n, accuracy = len(shares), sum(shares) / len(shares)
-    done = [entries[unit] for unit in common for entries in attacks]
-    seconds = sum(entry["seconds"] for entry in done) / sum(len(entry["right"]) for entry in done)
-    peak = max((entry["peak_bytes"] for entry in done if entry["peak_bytes"] is not None), default=None)
-    return [Accuracy(threat, eps, defence, n, accuracy, *wilson_interval(accuracy, n), always / n, seconds, peak)]
+def _outcome(record: Record, threat: Threat, eps: float, defence: str) -> _Outcome:
+    """Empty where a unit is missing, or the access does not exist."""
+    units = [unit for unit in record.plan.units() if (unit.threat, unit.eps) == (threat, eps)]
+    entries = [record.units.get(unit.name(defence)) for unit in units]
+    if any(entry is None or entry["right"] is None for entry in entries):
+        return _Outcome({}, 0.0, None)
+    shares = {
+        (unit.seed, unit.start + i): right / entry["repeats"]
+        for unit, entry in zip(units, entries, strict=True)
+        for i, right in enumerate(entry["right"])
+    }
+    peaks = [entry["peak_bytes"] for entry in entries if entry["peak_bytes"] is not None]
+    seconds = sum(entry["seconds"] for entry in entries)
+    return _Outcome(shares, seconds / max(len(shares), 1), max(peaks, default=None))
+
+
+def _row(access: str, threat: str, eps: float, defence: str, outcomes: list[_Outcome]) -> Accuracy:
+    common = set.intersection(*(set(outcome.shares) for outcome in outcomes))
+    shares = [min(outcome.shares[clip] for outcome in outcomes) for clip in common]
+    n, accuracy = len(shares), math.fsum(shares) / len(shares)
+    worst = sum(share == 1 for share in shares) / n
+    seconds = sum(outcome.seconds_per_clip for outcome in outcomes) / len(outcomes)
+    peak = max((outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None), default=None)
+    return Accuracy(access, threat, eps, defence, n, accuracy, *wilson_interval(accuracy, n), worst, seconds, peak)
+
+
+# Examples, for pictures
+
+
+class Examples(NamedTuple):
+    """Clips (n, 3, F, H, W) and labels (n,). `purified` are the attacked clips' last votes, its labels all votes'."""
+
+    clean: Tensor
+    attacked: Tensor
+    purified: Tensor
+    labels: Tensor
+    attacked_labels: Tensor
+    purified_labels: Tensor
+
+
+def rescued(record: Record, threat: Threat, eps: float, defence: str) -> list[tuple[int, int]]:
+    """Seed and place of every clip of a cell of the table, those first that the defence alone keeps right."""
+    defended, bare = (_outcome(record, threat, eps, name).shares for name in (defence, "none"))
+    return sorted(defended, key=lambda clip: (bare.get(clip, 1.0) - defended[clip], clip))
+
+
+def examples(
+    threat: Threat,
+    eps: float,
+    clips: Tensor,
+    labels: Tensor,
+    classifier: nn.Module,
+    defence: Defence,
+    *,
+    other: nn.Module | None = None,
+) -> Examples:
+    """Attack a few clips (n, 3, F, H, W) anew, and what classifier and defence make of them."""
+    unit = Unit(threat, eps, 0, 0, len(clips))
+    adaptive, victim = threat.access in ADAPTIVE, other if threat.access == "transfer" else classifier
+    attacked = _attack(unit, _target(unit, classifier, defence, "") if adaptive else victim, clips, labels)
+    if attacked is None:
+        raise ValueError(f"this defence has no access {threat.access!r}")
+    with torch.no_grad():
+        votes = defence.votes(attacked, unit.generator("defend"))
+        seen = [vote(logits) for logits in (classifier(attacked), _logits(classifier, votes))]
+    return Examples(clips, attacked, votes[:, -1], labels, *seen)

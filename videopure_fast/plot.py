@@ -21,11 +21,12 @@ _SCALE = 2  # pixels of a PNG for each of the drawing's
 
 
 class Line(NamedTuple):
-    """A line through (place on the x axis, value); lines of one colour number share a colour."""
+    """A line through (place on the x axis, value), with a dot at each; lines of one colour number share a colour."""
 
-    points: Sequence[tuple[int, float]]
+    points: Sequence[tuple[float, float]]
     colour: int
     width: float = 2
+    dots: bool = True
 
 
 class Panel(NamedTuple):
@@ -80,7 +81,7 @@ def _draw_panel(canvas: Any, panel: Panel, left: float) -> None:
     for line in panel.lines:
         points, colour = [place(x, y) for x, y in line.points], COLOURS[line.colour % len(COLOURS)]
         canvas.line(points, colour, line.width)
-        for point in points:
+        for point in points if line.dots else ():
             canvas.dot(*point, colour)
 
 

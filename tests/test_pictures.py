@@ -1,0 +1,76 @@
+"""Pictures of an evaluation: their sizes, what they show, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import clips
+from PIL import Image
+
+from videopure_fast.evaluation import Accuracy, Examples
+from videopure_fast.pictures import draw_accuracy, write_side_by_side, write_strip
+from videopure_fast.video import probe, read_frames
+
+CLASSES = ("left", "right")
+
+
+def found() -> Examples:
+    clean = clips(2, 3, 10, 32, 32)
+    attacked = (clean + 4 / 255 * torch.ones_like(clean)).clamp(0, 1)
+    return Examples(clean, attacked, clean * 0, *(torch.tensor(labels) for labels in ([0, 1], [1, 1], [0, 0])))
+
+
+def row(threat: str, eps: float, defence: str, accuracy: float, seconds: float) -> Accuracy:
+    access = threat.split()[0]
+    return Accuracy(access, threat, eps, defence, 10, accuracy, accuracy - 0.1, accuracy + 0.1, 0, seconds, None)
+
+
+ROWS = [
+    row("clean", 0.0, "none", 1.0, 0.001)._replace(access="none"),
+    *(row("bpda pgd", eps, name, 0.9 - eps, s) for eps in (0.1, 0.2) for name, s in (("none", 1e-6), ("both <&>", 2))),
+    row("exact pgd", 0.1, "none", 0.5, 0.0),
+]
+
+
+def test_a_strip_has_four_rows_of_eight_frames(tmp_path):
+    path = tmp_path / "strip.png"
+    write_strip(found(), CLASSES, path)
+    with Image.open(path) as strip:
+        assert strip.size == (8 * 128, 4 * (128 + 20))
+        # The purified clip is black, the difference brighter than grey.
+        assert strip.getpixel((64, 3 * 148 - 64)) == (0, 0, 0)
+        assert min(strip.getpixel((64, 4 * 148 - 64))) >= 128
+    assert [file.name for file in tmp_path.iterdir()] == ["strip.png"]
+
+
+def test_large_clips_keep_their_size(tmp_path):
+    large = Examples(*(clips(1, 3, 2, 160, 200) for _ in range(3)), *(torch.tensor([0]) for _ in range(3)))
+    write_strip(large, CLASSES, tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.size == (2 * 200, 4 * (160 + 20))
+
+
+def test_a_video_shows_three_sides_of_every_clip(tmp_path):
+    write_side_by_side(found(), CLASSES, tmp_path / "all.mp4")
+    video = probe(tmp_path / "all.mp4")
+    assert (video.frames, video.height, video.width) == (20, 192 + 20, 3 * 192)
+    frame = next(iter(read_frames(video, 212)))
+    assert frame[:, 40:, 2 * 192 + 8 :].float().mean() < 8 < frame[:, 40:, :192].float().mean()
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_accuracy_is_drawn_against_eps_and_latency(tmp_path, suffix):
+    path = tmp_path / f"accuracy{suffix}"
+    draw_accuracy(ROWS, path, note="a note")
+    if suffix == ".svg":
+        text = path.read_text()
+        assert text.count(">seconds a clip<") == 2 and text.count(">eps, 1/255<") == 1
+        assert ">bpda pgd<" in text and "clean" not in text and "both &lt;&amp;&gt;" in text and "a note" in text
+        assert text.count("<circle") == 2 * 2 + 2 + 1
+
+
+def test_nothing_attacked_cannot_be_drawn(tmp_path):
+    with pytest.raises(ValueError, match="no accuracy under attack"):
+        draw_accuracy(ROWS[:1], tmp_path / "accuracy.svg")
+    with pytest.raises(ValueError, match="accepted extensions are .svg, .png"):
+        draw_accuracy(ROWS, tmp_path / "accuracy.pdf")

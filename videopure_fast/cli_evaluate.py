@@ -1,0 +1,505 @@
+"""The commands that judge a defence: demo and evaluate. They import what they need when they run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .checks import Check
+    from .datasets import ClipSampling, VideoDataset
+    from .evaluation import Accuracy, Plan, Threat
+    from .purifier import Purifier
+
+# Brackets in file names are no markup.
+console = Console(markup=False, highlight=False, soft_wrap=True)
+
+_DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
+_DEMO_CLIPS = 4  # in its video
+_CHECKED_CLIPS = 2
+
+
+_CLASSIFIER, _CLIPS, _ATTACKER, _DEFENCE, _REPORT = (
+    f"The {name}" for name in ("classifier", "clips", "attacker", "defence", "report")
+)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class DatasetName(str, Enum):
+    tiny = "tiny"
+    ucf101 = "ucf101"
+    kinetics400 = "kinetics400"
+    something_something_v2 = "something-something-v2"
+
+
+class ThreatName(str, Enum):
+    transfer = "transfer"
+    gray_box = "gray-box"
+    query = "query"
+    bpda = "bpda"
+    exact = "exact"
+
+
+class AttackName(str, Enum):
+    pgd = "pgd"
+    mim = "mim"
+    apgd = "apgd"
+
+
+class LossName(str, Enum):
+    ce = "ce"
+    dlr = "dlr"
+    margin = "margin"
+
+
+def demo(
+    clips: Annotated[int, typer.Option(min=1, help="Clips to draw.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Which clips to draw.")] = 0,
+    eps: Annotated[float, typer.Option(max=255, help="Attack's l_inf bound, in 1/255; more than 0.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Attack's PGD steps, each of eps/2.")] = 10,
+    out: Annotated[Path, typer.Option(help="Folder for strip.png and demo.mp4; made if absent.")] = Path("demo"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write settings and results here.")] = None,
+) -> None:
+    """Attack packaged clips, purify them, and show how a classifier fares.
+
+    Needs no download. The clips show drawn sprites; their class is the sprite's motion. 16 clips take less than
+    a minute on two CPU cores. `videopure-fast evaluate` is for classifiers, clips and attacks of your own.
+
+    Examples:
+
+    ```
+      videopure-fast demo
+      videopure-fast demo --clips 64 --eps 8 --json demo.json
+    ```
+    """
+    import tempfile
+
+    from . import evaluation, pictures, tiny
+    from .profiling import check_writable
+    from .purifier import Purifier
+
+    if json_file is not None:
+        check_writable(json_file)
+    gray = evaluation.Threat("gray-box", "pgd", {"steps": steps, "step_size": eps / 2 / 255}, clips)
+    plan = evaluation.Plan(
+        source=f"packaged clips of seed {seed}",
+        threats=(evaluation.Threat("none", clips=clips), gray),
+        defences=("none", "VAE round trip", "mean of 5 frames", "videopure"),
+        eps=(eps / 255,),
+        seeds=(seed,),
+        repeats=1,
+    )
+    _make_folder(out)
+    classifier = tiny.load_classifier()
+    available = evaluation.defences(Purifier.from_pretrained("tiny", device="cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json"
+        record = evaluation.evaluate(plan, classifier, available, _draw_tiny, path, progress=True)
+    rows = evaluation.table(record)
+    console.print(_accuracy_table(rows))
+    shown = [place for _, place in evaluation.rescued(record, gray, plan.eps[0], "videopure")[:_DEMO_CLIPS]]
+    drawn, labels = (part[shown] for part in _draw_tiny(seed, 0, clips))
+    found = evaluation.examples(gray, plan.eps[0], drawn, labels, classifier, available["videopure"])
+    pictures.write_strip(found, tiny.CLASSES, out / "strip.png")
+    pictures.write_side_by_side(found, tiny.CLASSES, out / "demo.mp4")
+    console.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
+    if json_file is not None:
+        _write_report(json_file, plan, rows)
+        console.print(f"Numbers: {json_file}")
+
+
+def evaluate(
+    classifier: Annotated[
+        str,
+        typer.Option(
+            help='"tiny", "package.module:function" returning a module, or a Hugging Face model.',
+            rich_help_panel=_CLASSIFIER,
+        ),
+    ] = "tiny",
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Of the Hugging Face model's pixels: 0.485,0.456,0.406.", rich_help_panel=_CLASSIFIER),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean.", rich_help_panel=_CLASSIFIER)] = None,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            help="The attacker's own classifier for --threat transfer; as --classifier.", rich_help_panel=_CLASSIFIER
+        ),
+    ] = None,
+    dataset: Annotated[
+        DatasetName,
+        typer.Option(
+            help="Where clips come from; all but tiny take --videos and --annotations.", rich_help_panel=_CLIPS
+        ),
+    ] = DatasetName.tiny,
+    videos: Annotated[
+        Path | None, typer.Option(help="The data set's folder of videos.", rich_help_panel=_CLIPS)
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="UCF-101's folder of splits, Kinetics' CSV, or Something-Something's JSON file.",
+            rich_help_panel=_CLIPS,
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Something-Something's labels.json.", rich_help_panel=_CLIPS)
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames of a data set's clip.", rich_help_panel=_CLIPS)] = 32,
+    stride: Annotated[int, typer.Option(help="Every stride-th frame of a video is taken.", rich_help_panel=_CLIPS)] = 2,
+    resize: Annotated[int, typer.Option(help="Pixels of a video's shorter side.", rich_help_panel=_CLIPS)] = 256,
+    crop: Annotated[
+        int, typer.Option(help="Side of the square that is cut from its centre.", rich_help_panel=_CLIPS)
+    ] = 224,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode videos.", rich_help_panel=_CLIPS)] = 0,
+    threat: Annotated[
+        list[ThreatName] | None,
+        typer.Option(
+            show_default="gray-box and bpda",
+            help="What the attacker has. May be given repeatedly.",
+            rich_help_panel=_ATTACKER,
+        ),
+    ] = None,
+    attack: Annotated[
+        AttackName, typer.Option(help="Of gray-box, bpda and exact.", rich_help_panel=_ATTACKER)
+    ] = AttackName.pgd,
+    loss: Annotated[LossName, typer.Option(help="What that attack raises.", rich_help_panel=_ATTACKER)] = LossName.ce,
+    eps: Annotated[
+        str, typer.Option(help="l_inf bounds in 1/255, one or several: 4,8.", rich_help_panel=_ATTACKER)
+    ] = "4,8",
+    steps: Annotated[int, typer.Option(min=1, help="Of an attack by gradient.", rich_help_panel=_ATTACKER)] = 10,
+    step_size: Annotated[
+        float, typer.Option(help="In 1/255, of pgd, mim and transfer; apgd finds its own.", rich_help_panel=_ATTACKER)
+    ] = 2,
+    eot: Annotated[
+        int,
+        typer.Option(min=1, help="Gradients averaged for a step, against random defences.", rich_help_panel=_ATTACKER),
+    ] = 1,
+    restarts: Annotated[
+        int, typer.Option(min=1, help="Runs of which each clip keeps the best.", rich_help_panel=_ATTACKER)
+    ] = 1,
+    queries: Annotated[int, typer.Option(min=1, help="Of --threat query, by Square.", rich_help_panel=_ATTACKER)] = 500,
+    defence: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default=", ".join(_DEFENCES),
+            help='May be given repeatedly; "all" is every one there is.',
+            rich_help_panel=_DEFENCE,
+        ),
+    ] = None,
+    depth: Annotated[
+        list[int] | None,
+        typer.Option(
+            help='Also offer the diffusing defences at this T, as "videopure, T=2".', rich_help_panel=_DEFENCE
+        ),
+    ] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Attacked for each seed.", rich_help_panel=_CLIPS)] = 32,
+    seeds: Annotated[int, typer.Option(min=1, help="Each has clips and draws of its own.", rich_help_panel=_CLIPS)] = 1,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Predictions of each clip by a random defence.", rich_help_panel=_DEFENCE)
+    ] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Clips in memory at once.", rich_help_panel=_CLIPS)] = 8,
+    checks: Annotated[
+        bool, typer.Option(help="Also check gradients and attacks, on two clips.", rich_help_panel=_REPORT)
+    ] = True,
+    model: Annotated[
+        str,
+        typer.Option(help='"tiny", a folder, or a Hugging Face text-to-video repository.', rich_help_panel=_DEFENCE),
+    ] = "tiny",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            show_default="the accelerator, else cpu", help='"cpu", "cuda", "cuda:1", "mps".', rich_help_panel=_DEFENCE
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            show_default="float16 on an accelerator, else float32",
+            help="Precision of the purifier.",
+            rich_help_panel=_DEFENCE,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of record, table and pictures; made if absent.", rich_help_panel=_REPORT)
+    ] = Path("evaluation"),
+) -> None:
+    """Judge defences of a classifier: accuracy under attack, threat model by threat model, with 95 % intervals.
+
+    What is done stays in OUT/record.json, and after an interruption the same command goes on from there. It ends with
+    OUT/table.csv, report.json, accuracy.svg (against eps, and against latency) and strip.png (a clip clean, attacked,
+    purified, and the difference).
+
+    Threats, in order of knowledge: transfer (gradients of another classifier), gray-box (of the classifier itself),
+    query (logits of the defence), bpda (the classifier's gradients at the defence's output) and exact (the defence's
+    own gradients). The last three know the defence: it is as good as the worst of them.
+
+    Examples:
+
+    ```
+      videopure-fast evaluate --clips 8 --eps 4
+      videopure-fast evaluate --threat gray-box --threat bpda --threat exact --clips 128 --seeds 3
+      videopure-fast evaluate --classifier my_models:video_classifier --dataset ucf101 --videos UCF-101 \\
+        --annotations ucfTrainTestlist --model ali-vilab/text-to-video-ms-1.7b --batch 1
+      videopure-fast evaluate --classifier MCG-NJU/videomae-base-finetuned-kinetics --mean 0.485,0.456,0.406 \\
+        --std 0.229,0.224,0.225 --dataset kinetics400 --videos val --annotations val.csv --batch 1 ...
+    ```
+    """
+    import torch
+
+    from . import datasets, evaluation, tiny
+    from .adapters import load_classifier
+    from .checks import order_checks
+    from .purifier import Purifier
+
+    gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
+    threats = _threats(threat, attack, steps, step_size, gradient, queries, clips)
+    if any(one.access == "transfer" for one in threats) != (other is not None):
+        raise ValueError("--threat transfer and --other, the classifier to attack for it, go together")
+    sizes = tuple(size / 255 for size in _numbers("eps", eps))
+    colours = {name: None if text is None else _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
+    classes, draw, videos_found = tiny.CLASSES, _draw_tiny, None
+    if dataset is not DatasetName.tiny:
+        sampling = datasets.ClipSampling(frames, stride, resize, crop)
+        videos_found = _dataset(dataset, videos, annotations, labels, sampling)
+        classes, draw = videos_found.classes, datasets.draws(videos_found, clips, workers)
+        if seeds * clips > len(videos_found):
+            raise ValueError(f"{seeds} x {clips} clips are more than the data set's {len(videos_found)} videos")
+    purifier = Purifier.from_pretrained(
+        model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
+    )
+    place = purifier.unet.device
+    judge, attacker = (
+        None if name is None else load_classifier(name, **colours).to(place) for name in (classifier, other)
+    )
+    available = evaluation.defences(purifier, depths=tuple(depth or ()))
+    source = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value}
+    if videos_found is not None:
+        source |= {"videos": len(videos_found), "sampling": asdict(videos_found.sampling)}
+    source |= {"model": model, "dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
+    plan = evaluation.Plan(
+        source=json.dumps(source),
+        threats=threats,
+        defences=tuple(available) if defence == ["all"] else tuple(defence or _DEFENCES),
+        eps=sizes,
+        seeds=tuple(range(seeds)),
+        batch=batch,
+        repeats=repeats,
+    )
+
+    def draw_there(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        drawn, labels = draw(seed, start, count)
+        return drawn.to(place), labels.to(place)
+
+    _make_folder(out)
+    record = evaluation.evaluate(plan, judge, available, draw_there, out / "record.json", other=attacker, progress=True)
+    rows = evaluation.table(record)
+    console.print(_accuracy_table(rows))
+    found = order_checks(rows)
+    if checks:
+        found += _sanity_checks(purifier, judge, *draw_there(0, 0, min(clips, _CHECKED_CLIPS)), sizes[-1])
+    if found:
+        console.print(_check_table(found))
+    skipped = {} if videos_found is None else {str(path): why for path, why in videos_found.skipped.items()}
+    if skipped:
+        console.print(f"{len(skipped)} videos could not be read; report.json names them.")
+    _write_report(out / "report.json", plan, rows, device=place, checks=[c._asdict() for c in found], skipped=skipped)
+    _write_csv(out / "table.csv", rows)
+    _draw_pictures(out, record, rows, judge, attacker, available, draw_there, classes)
+    console.print(f"Table, report and pictures: {out}")
+
+
+def installed(name: str) -> str | None:
+    """The version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# What is asked for
+
+
+def _threats(
+    names: list[ThreatName] | None,
+    attack: AttackName,
+    steps: int,
+    step_size: float,
+    gradient: dict[str, Any],
+    queries: int,
+    clips: int,
+) -> tuple[Threat, ...]:
+    from .evaluation import Threat
+
+    step = {"steps": steps, "step_size": step_size / 255}
+    own = {"steps": steps} if attack is AttackName.apgd else step
+    changed = {name: value for name, value in gradient.items() if value not in ("ce", 1)}  # others make names long
+    found = [Threat("none", clips=clips)]
+    for name in names or (ThreatName.gray_box, ThreatName.bpda):
+        if name is ThreatName.transfer:
+            found.append(Threat("transfer", "temporal_translation", step, clips))
+        elif name is ThreatName.query:
+            found.append(Threat("query", "square", {"queries": queries}, clips))
+        else:
+            found.append(Threat(name.value, attack.value, own | changed, clips))
+    return tuple(found)
+
+
+def _dataset(
+    name: DatasetName, videos: Path | None, annotations: Path | None, labels: Path | None, sampling: ClipSampling
+) -> VideoDataset:
+    from .datasets import VideoDataset
+
+    if videos is None or annotations is None:
+        raise ValueError(f"--dataset {name.value} needs --videos and --annotations")
+    if name is DatasetName.ucf101:
+        return VideoDataset.ucf101(videos, annotations, sampling=sampling)
+    if name is DatasetName.kinetics400:
+        return VideoDataset.kinetics400(videos, annotations, sampling=sampling)
+    if labels is None:
+        raise ValueError(f"--dataset {name.value} needs --labels")
+    return VideoDataset.something_something_v2(videos, annotations, labels, sampling=sampling)
+
+
+def _draw_tiny(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+    from . import tiny
+
+    clips, labels = tiny.sample_clips(start + count, seed)
+    return clips[start:], labels[start:]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{option} must be numbers, such as 4,8; got {text!r}") from None
+
+
+# What is shown and written
+
+
+def _accuracy_table(rows: Sequence[Accuracy]) -> Table:
+    table = Table("defence", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
+    for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        if not i or (row.threat, row.eps) != (rows[i - 1].threat, rows[i - 1].eps):
+            table.add_section()
+            table.add_row(row.threat + (f", eps {255 * row.eps:g}/255" if row.eps else ""))
+        table.add_row(
+            f"  {row.defence}",
+            str(row.n),
+            f"{row.accuracy:.3f}",
+            f"{row.low:.2f}-{row.high:.2f}",
+            f"{row.worst:.3f}",
+            f"{row.seconds_per_clip:.2g}",
+            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+        )
+    return table
+
+
+def _check_table(checks: Sequence[Check]) -> Table:
+    table = Table("check", "", "seen", box=None, title="Can this be believed?")
+    for check in checks:
+        table.add_row(check.name, "pass" if check.passed else "FAIL", check.seen)
+    return table
+
+
+def _sanity_checks(purifier: Purifier, classifier: nn.Module, clips: Tensor, labels: Tensor, eps: float) -> list[Check]:
+    from .checks import effort_check, gradient_check, reach_check
+    from .defense import DefendedClassifier
+
+    exact = DefendedClassifier(classifier, purifier).vote_logits
+    bpda = DefendedClassifier(classifier, purifier, gradient="bpda").vote_logits
+    with console.status("checking: the exact gradient") as status:
+        found = [gradient_check(purifier, classifier, clips[:1], labels[:1])]
+        status.update("checking: an attack that goes on")
+        found.append(effort_check(exact, clips, labels, eps=eps, steps=6))
+        status.update("checking: an attack without bounds")
+        found.append(reach_check(bpda, clips, labels))
+    return found
+
+
+def _draw_pictures(
+    out: Path,
+    record: Any,
+    rows: Sequence[Accuracy],
+    classifier: nn.Module,
+    other: nn.Module | None,
+    available: dict[str, Any],
+    draw: Any,
+    classes: Sequence[str],
+) -> None:
+    """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
+    from . import pictures
+    from .evaluation import examples, rescued
+
+    attacked = [row for row in rows if row.access not in ("none", "adaptive")]
+    if not attacked:
+        return
+    pictures.draw_accuracy(attacked, out / "accuracy.svg", note="bars: 95 % intervals")
+    name = record.plan.defences[-1]
+    for threat in record.plan.threats[1:]:
+        if places := rescued(record, threat, record.plan.eps[0], name):
+            seed, place = places[0]
+            start = place - place % record.plan.batch  # a clip's place is among those of its batch that could be read
+            drawn = draw(seed, start, min(record.plan.batch, threat.clips - start))
+            clip, label = (part[place - start :][:1] for part in drawn)
+            found = examples(threat, record.plan.eps[0], clip, label, classifier, available[name], other=other)
+            pictures.write_strip(found, classes, out / "strip.png")
+            return
+
+
+def _make_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"cannot write to {path}: it is a file")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _write_report(
+    path: Path, plan: Plan, rows: Sequence[Accuracy], *, device: torch.device | str = "cpu", **more: Any
+) -> None:
+    import torch
+
+    from .profiling import describe_device, replacing
+
+    report = {
+        "plan": asdict(plan),
+        "hash": plan.hash,
+        "versions": {name: installed(name) for name in ("videopure-fast", "torch", "diffusers")},
+        "device": describe_device(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "rows": [row._asdict() for row in rows],
+        **more,
+    }
+    with replacing(path) as file:
+        file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _write_csv(path: Path, rows: Sequence[Accuracy]) -> None:
+    from .evaluation import Accuracy
+    from .profiling import replacing
+
+    with replacing(path) as file, file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(Accuracy._fields)
+        writer.writerows(rows)

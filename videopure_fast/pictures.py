@@ -1,0 +1,121 @@
+"""Pictures of an evaluation: clips before and after, and accuracy against eps and against latency."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .evaluation import Accuracy, Examples
+from .plot import Line, Panel, draw
+from .profiling import replacing
+
+_STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16
+_VIDEO_SIDE, _VIDEO_RATE = 192, 8
+_CAPTION = 20  # pixels of height
+
+
+def write_strip(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Rows clean, attacked, purified and amplified difference of the first clip; columns are frames."""
+    clean, attacked, purified = found.clean[0], found.attacked[0], found.purified[0]
+    # Signed, around grey: the absolute value of an l_inf attack is nearly the same everywhere.
+    difference = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
+    captions = [*_captions(found, classes, 0), f"attacked - clean, x{_AMPLIFICATION}, around grey"]
+    frames = torch.linspace(0, clean.shape[1] - 1, min(_STRIP_COLUMNS, clean.shape[1])).long()
+    rows = []
+    for caption, clip in zip(captions, (clean, attacked, purified, difference), strict=True):
+        pixels = _enlarge(clip[:, frames], _STRIP_SIDE).transpose(0, 1)  # [F, 3, H, W]
+        row = torch.cat(list(pixels), -1)
+        rows += [_caption([caption], row.shape[-1]), row]
+    picture = Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).contiguous().numpy())
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
+def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """A video of clean | attacked | purified, one clip after another."""
+    from .video import VideoWriter
+
+    frames = list(_side_by_side(found, classes))
+    height, width = frames[0].shape[1:]
+    with VideoWriter(path, height=height, width=width, rate=_VIDEO_RATE) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+def draw_accuracy(rows: Sequence[Accuracy], path: str | os.PathLike[str], *, note: str = "") -> None:
+    """Robust accuracy against eps, a panel for each threat, and against seconds a clip at the smallest eps: .svg or
+    .png. Bars are 95 % intervals. ValueError where no row is of an attack."""
+    attacked = [row for row in rows if row.access != "none"]
+    if not attacked:
+        raise ValueError("there is no accuracy under attack to draw")
+    names = list(dict.fromkeys(row.defence for row in attacked))
+    colours = {name: i for i, name in enumerate(names)}
+    panels = [
+        panel
+        for threat in dict.fromkeys(row.threat for row in attacked)
+        for panel in _panels([row for row in attacked if row.threat == threat], colours)
+    ]
+    draw(panels, names, path, note=note)
+
+
+def _panels(rows: Sequence[Accuracy], colours: dict[str, int]) -> Iterator[Panel]:
+    """Of one threat: accuracy against eps, if there is more than one, and against latency."""
+    sizes = sorted({row.eps for row in rows})
+    threat = rows[0].threat
+    if len(sizes) > 1:
+        lines = []
+        for name, colour in colours.items():
+            places = [(sizes.index(row.eps), row) for row in rows if row.defence == name]
+            lines += [Line([(x, row.accuracy) for x, row in sorted(places)], colour)] if places else []
+            lines += [_bar(x, row, colour) for x, row in places]
+        yield Panel(threat, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines)
+    first = [row for row in rows if row.eps == sizes[0]]
+    # A logarithmic axis: its places are powers of ten.
+    times = {row.defence: math.log10(max(row.seconds_per_clip, 1e-4)) for row in first}
+    least, most = math.floor(min(times.values())), math.ceil(max(times.values()) + 1e-9)
+    lines = [Line([(times[row.defence] - least, row.accuracy)], colours[row.defence]) for row in first]
+    lines += [_bar(times[row.defence] - least, row, colours[row.defence]) for row in first]
+    ticks = [f"{10.0**power:g}" for power in range(least, most + 1)]
+    yield Panel(f"{threat}, eps {255 * sizes[0]:g}/255", "seconds a clip", ticks, lines)
+
+
+def _bar(x: float, row: Accuracy, colour: int) -> Line:
+    return Line([(x, row.low), (x, row.high)], colour, width=1, dots=False)
+
+
+def _captions(found: Examples, classes: Sequence[str], i: int) -> list[str]:
+    true, attacked, purified = (
+        classes[labels[i]] for labels in (found.labels, found.attacked_labels, found.purified_labels)
+    )
+    return [f"clean: {true}", f"attacked: seen as {attacked}", f"purified: seen as {purified}"]
+
+
+def _side_by_side(found: Examples, classes: Sequence[str]) -> Iterator[Tensor]:
+    """Frames (3, H, W) uint8."""
+    for i in range(len(found.labels)):
+        sides = [_enlarge(clips[i], _VIDEO_SIDE) for clips in (found.clean, found.attacked, found.purified)]
+        pixels = torch.cat(sides, -1)
+        heading = _caption(_captions(found, classes, i), pixels.shape[-1])
+        for frame in pixels.unbind(1):
+            yield torch.cat([heading, frame], 1)
+
+
+def _enlarge(clip: Tensor, side: int) -> Tensor:
+    """(3, F, H, W) in [0, 1] -> uint8 of the largest multiple of its size within `side` pixels, nearest neighbour."""
+    scale = max(1, side // max(clip.shape[-2:]))
+    enlarged = clip.cpu().float().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    return (enlarged * 255).round().to(torch.uint8)
+
+
+def _caption(texts: list[str], width: int) -> Tensor:
+    """A bar (3, height, width) uint8 with the texts in equal columns."""
+    bar = Image.new("RGB", (width, _CAPTION), "white")
+    drawing = ImageDraw.Draw(bar)
+    for i, text in enumerate(texts):
+        drawing.text((i * width // len(texts) + 4, 4), text, fill="black")
+    return torch.frombuffer(bytearray(bar.tobytes()), dtype=torch.uint8).view(_CAPTION, width, 3).permute(2, 0, 1)
