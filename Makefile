@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SANITIZED := build/sanitized
 
-.PHONY: demo test test-slow lint bench aot gpu gpu-build gpu-test gpu-bench gpu-compile score study report wheel sanitize clean
+.PHONY: demo test test-slow lint bench aot gpu gpu-build gpu-test gpu-bench gpu-compile study report wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -38,11 +38,7 @@ gpu-test gpu-bench gpu-compile: gpu-%: gpu-build
 aot: $(INSTALLED)
 	$(BIN)/python bench/aot.py
 
-# The README's table of accuracies: 256 clips of a seed that nothing else uses.
-score: $(INSTALLED)
-	$(BIN)/videopure-fast demo --clips 256 --seed 20260 --out build/score --json bench/results/tiny-prior.json
-
-# Robust accuracy of every defence; hours. Interrupt it when you like, and make it again.
+# The README's table of robust accuracies; many hours. Interrupt it when you like, and make it again.
 study: $(INSTALLED)
 	$(BIN)/python bench/study.py
 

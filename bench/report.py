@@ -1,6 +1,7 @@
 """Write README.md's tables from the results in bench/results/: `python bench/report.py` (`--check` only compares).
 
-Accuracy is from tiny-prior.json (`make score`), speed from cpu.json (`make bench`) and each GPU's file (`make gpu`).
+Accuracy is from robustness-tiny.json (`make study`), speed from cpu.json (`make bench`) and from each GPU's file
+(`make gpu`).
 """
 
 from __future__ import annotations
@@ -13,38 +14,74 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from videopure_fast.evaluation import wilson_interval
-
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 
 
-def accuracy_table(result: dict) -> str:
-    """Markdown of one `videopure-fast demo --json` file."""
-    settings = result["settings"]
-    n, eps = settings["clips"], round(settings["eps"] * 255)
-
-    def share(accuracy: float) -> str:
-        low, high = wilson_interval(accuracy, n)
-        return f"{accuracy:.3f} ({low:.2f} to {high:.2f})"
-
-    rows = [
-        f"| {row['defence']} | {share(row['clean'])} | {share(row['attacked'])} | {row['seconds_per_clip']:.2f} |"
-        for row in result["rows"]
+def robustness(result: dict[str, Any]) -> str:
+    """Markdown of study.py's result: one table of all defences, one of the stronger threats, and the checks."""
+    rows = result["rows"]
+    seconds = {row["defence"]: row["seconds_per_clip"] for row in rows if row["part"] == "cost"}
+    plain = [row for row in rows if row["part"].startswith("gray-box")]
+    cells = {(row["defence"], row["access"], row["eps"]): row for row in plain}
+    sizes = sorted({row["eps"] for row in plain if row["eps"]})
+    gray = [
+        [
+            _bold(name),
+            str(max(row["n"] for row in plain if row["defence"] == name)),
+            _share(cells.get((name, "none", 0.0))),
+            *(_share(cells.get((name, "gray-box", eps))) for eps in sizes),
+            f"{seconds[name]:.2g}" if name in seconds else MISSING,
+        ]
+        for name in dict.fromkeys(row["defence"] for row in plain)
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    columns = {  # of the second table: part, access
+        "transfer": ("transfer", "transfer"),
+        "query": ("query", "query"),
+        "gray-box, PGD-20": ("bpda", "gray-box"),
+        "BPDA, PGD-20": ("bpda", "bpda"),
+        "exact, PGD-20": ("exact", "exact"),
+        "adaptive, minimum": ("adaptive", "adaptive"),
+    }
+    least = min((row["eps"] for row in rows if row["eps"]), default=0.0)
+    strong = {(row["defence"], row["part"], row["access"]): row for row in rows if row["eps"] == least}
+    asked = [row["defence"] for row in rows if row["part"] in ("bpda", "exact", "query", "adaptive")]
+    informed = [
+        [_bold(name), *(_share(strong.get((name, *place)), count=True) for place in columns.values())]
+        for name in dict.fromkeys(asked)
+    ]
+    failed = [f"FAILED: {check['name']} ({check['seen']})" for check in result["checks"] if not check["passed"]]
+    verdict = f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed"
+    header = ["defence", "clips", "clean", *(f"attacked, {255 * eps:g}/255" for eps in sizes), "s a clip"]
     return "\n".join(
         [
-            f"PGD-{settings['steps']}, l_inf {eps}/255, step {round(settings['step_size'] * 255)}/255; {n} clips (seed "
-            f"{settings['seed']}) that served neither training nor any choice; 95 % intervals.",
+            "Gray-box, PGD-10 with steps of 2/255 on the bare classifier. Clips that served neither training nor any "
+            f"choice; shares with 95 % intervals; {MISSING}: not measured yet.",
             "",
-            "| defence | clean accuracy | attacked accuracy | seconds a clip |",
-            "|---|--:|--:|--:|",
-            *rows,
+            *markdown(header, gray),
             "",
-            f"`make score` on {result['device']}, {versions}.",
+            f"Threats that know more, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
+            "classifier; 200 queries by Square; the classifier's gradients; the defence taken for the identity; its "
+            "exact gradients; and clip by clip the minimum over query, BPDA and exact.",
+            "",
+            *markdown(["defence", *columns], informed),
+            "",
+            f"{'; '.join([verdict, *failed])}.",
+            "",
+            f"`make study` on {result['device']}, {result['threads']} threads, torch {result['torch']}.",
         ]
     )
+
+
+def _share(row: dict[str, Any] | None, *, count: bool = False) -> str:
+    if row is None:
+        return MISSING
+    clips = f"; {row['n']}" if count else ""
+    return f"{row['accuracy']:.3f} ({row['low']:.2f} to {row['high']:.2f}{clips})"
+
+
+def _bold(name: str) -> str:
+    return f"**{name}**" if name == "videopure" else name
 
 
 NAMES = {
@@ -211,7 +248,7 @@ def size_of(shape: list[int]) -> str:
 def render(readme: str, results: Path = RESULTS) -> str:
     """The README with its generated parts made anew."""
     tables = {
-        "accuracy": accuracy_table(json.loads((results / "tiny-prior.json").read_text())),
+        "accuracy": robustness(json.loads((results / "robustness-tiny.json").read_text())),
         "speed": speed(results),
     }
     for name, table in tables.items():

@@ -1,8 +1,9 @@
-"""Robust accuracy of every defence on packaged clips: `python bench/study.py`, some hours on two cores.
+"""Robust accuracy of every defence on packaged clips: `python bench/study.py`, many hours on two cores.
 
-Interrupt it when you like: what is done stays in build/study, and the next run goes on from there. When all is done it
-writes bench/results/robustness-tiny.json, of which `make report` makes the README's table. --share 0.02 tries the whole
-way on few clips and writes into build/study alone.
+Interrupt it when you like: the outcome of every clip stays in bench/results/study, and the next run goes on from there.
+bench/results/robustness-tiny.json then holds all that is done in full, and `make report` makes the README's table of
+it. --only works on one part; --only nothing just writes the result. --share 0.02 tries the whole way on few clips, in
+build. Seconds a clip are those of the part "cost", which wants the machine for itself.
 """
 
 from __future__ import annotations
@@ -10,24 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from videopure_fast import Purifier, tiny
-from videopure_fast.evaluation import Access, Plan, Threat, defences, evaluate, table
+from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
+from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
+from videopure_fast.evaluation import Access, Accuracy, Defence, Plan, Record, Threat, defences, evaluate, table
 from videopure_fast.profiling import describe_device, replacing
 from videopure_fast.tiny.models import ActionClassifier
 from videopure_fast.tiny.train import train_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT, WORK = ROOT / "bench" / "results" / "robustness-tiny.json", ROOT / "build" / "study"
+RESULT, WORK = ROOT / "bench" / "results" / "robustness-tiny.json", ROOT / "bench" / "results" / "study"
+OTHER = ROOT / "build" / "other-classifier.safetensors"
 SEED = 31_000_000  # of the clips: these serve no training and no choice
 EPS = (4 / 255, 8 / 255)
-OTHER_STEPS = 400  # of training the attacker's own classifier
+OTHER_STEPS = 1500  # of training the attacker's own classifier, as many as the packaged one had
 
 FILTERS = (
     *("none", "mean of 3 frames", "mean of 5 frames", "median of 3 frames", "median of 5 frames"),
@@ -35,6 +40,12 @@ FILTERS = (
 )
 VARIANTS = ("videopure without guidance", "videopure without voting", "videopure with feedback")
 DEPTHS = (2, 10)  # beside the prior's own 5
+PARITY = tuple(
+    f"videopure, crafted on {crafted}, judged on {judged}"
+    for crafted in ("fast", "reference")
+    for judged in ("fast", "reference")
+)
+ADAPTIVE = ("bpda", "exact", "query")  # the parts whose clip-by-clip minimum is the headline
 PGD10 = {"steps": 10, "step_size": 2 / 255}
 PGD20 = {"steps": 20, "step_size": 1 / 255}
 
@@ -56,19 +67,22 @@ def plans() -> dict[str, Plan]:
     few = ("none", "mean of 5 frames", "VAE round trip", *strong)
     clean, gray = Threat("none", clips=256), threat("gray-box", 256)
     transfer = threat("transfer", 128, "temporal_translation", steps=10, step_size=2 / 255, max_shift=2)
+    through = plan((*FILTERS, *diffusing), transfer)
     deep = tuple(f"{name}, T={depth}" for depth in DEPTHS for name in strong)
     depths = (replace(clean, clips=128), replace(gray, clips=128))
     curve = [threat(access, 32, "apgd", steps=10) for access in ("gray-box", "bpda")]
     return {
         "gray-box": plan((*FILTERS, *diffusing, *VARIANTS), clean, gray, seeds=3, repeats=1),
-        "transfer": plan((*FILTERS, *diffusing), transfer),
+        "transfer": replace(through, source=f"{through.source}, and another trained for {OTHER_STEPS} steps"),
         "bpda": plan((*FILTERS, *diffusing), threat("gray-box", 64, **PGD20), threat("bpda", 64, **PGD20), eps=EPS[:1]),
         "exact": plan((*strong, "VAE round trip", "mean of 5 frames"), threat("exact", 32, **PGD20), eps=EPS[:1]),
         "depths": plan(deep, *depths, eps=EPS[:1], repeats=1),
         "chance": plan(("ddim",), threat("gray-box", 64), eps=EPS[:1], repeats=10),
         "curve": plan(few, *curve, eps=tuple(2**k / 255 for k in range(7)), repeats=1),
+        "parity": plan(PARITY, threat("bpda", 32), eps=EPS[:1]),
         "gray-box ddpm": plan(("ddpm",), clean, gray, repeats=1),
         "query": plan(("none", "mean of 5 frames", *strong), threat("query", 32, "square", queries=200), eps=EPS[:1]),
+        "cost": plan((*FILTERS, *diffusing, *VARIANTS, *deep, "ddpm"), replace(clean, clips=16), repeats=1),
     }
 
 
@@ -82,54 +96,103 @@ def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
     return clips[start:], labels[start:]
 
 
-def other_classifier(path: Path) -> nn.Module:
+def crossed(fast: Defence, **settings: Any) -> dict[str, Defence]:
+    """videopure attacked through one path of its evaluation and judged on another: diffusers' modules with the ops'
+    reference, and ours."""
+    purifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32, fast=False, **settings)
+    plain = defences(purifier)["videopure"]
+
+    def votes(clips: Tensor, generator: torch.Generator) -> Tensor:
+        with use_backend("reference"):
+            return plain.votes(clips, generator)
+
+    def logits(*arguments: Any) -> Callable[[Tensor], Tensor]:
+        def run(clips: Tensor) -> Tensor:
+            with use_backend("reference"):
+                return call(clips)
+
+        call = plain.logits(*arguments)
+        return run
+
+    paths = {"fast": fast, "reference": Defence(votes, logits)}
+    pairs = [(crafted, judged) for crafted in paths.values() for judged in paths.values()]
+    return {name: Defence(judged.votes, crafted.logits) for name, (crafted, judged) in zip(PARITY, pairs, strict=True)}
+
+
+def other_classifier() -> nn.Module:
     """The attacker's own: of the same form, from another start, on clips that the packaged one saw in part."""
-    if not path.exists():
+    if not OTHER.exists():
         torch.manual_seed(SEED)
         model = train_classifier(OTHER_STEPS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        OTHER.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(OTHER) as file:
             save_file(model.state_dict(), file)
     model = ActionClassifier()
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(load_file(OTHER))
     return model.eval().requires_grad_(False)
+
+
+def sanity(purifier: Purifier, classifier: nn.Module, path: Path) -> list[dict[str, Any]]:
+    """The checks that need work, kept in a file once they are done."""
+    if not path.exists():
+        clips, labels = draw(0, 0, 8)
+        targets = [DefendedClassifier(classifier, purifier, gradient=how).vote_logits for how in ("exact", "bpda")]
+        checks = [
+            source_check(other_classifier(), clips, labels, eps=EPS[0]),
+            gradient_check(purifier, classifier, clips[:1], labels[:1]),
+            effort_check(targets[0], clips, labels, eps=EPS[0]),
+            reach_check(targets[1], clips, labels),
+        ]
+        with replacing(path) as file:
+            file.write_text(json.dumps([check._asdict() for check in checks], indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) -> None:
+    """The rows of all that is done, and the checks."""
+    rows = [row._asdict() | {"part": name} for name, record in records.items() for row in table(record)]
+    everything = table(*(records[name] for name in ADAPTIVE if name in records))
+    rows += [row._asdict() | {"part": "adaptive"} for row in everything if row.access == "adaptive"]
+    known = [Accuracy(**{name: row[name] for name in Accuracy._fields}) for row in rows]
+    result = {
+        "kind": "robustness",
+        "rows": rows,
+        "checks": sane + [check._asdict() for check in order_checks(known)],
+        "plans": {name: {"hash": record.plan.hash, **asdict(record.plan)} for name, record in records.items()},
+        "device": describe_device(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    with replacing(path) as file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the clips, more than 0 and at most 1")
-    parser.add_argument("--work", type=Path, default=WORK, help="the folder of what is done so far")
-    parser.add_argument("--only", choices=plans(), help="work on this part alone, and write no result")
+    parser.add_argument("--only", choices=[*plans(), "checks", "nothing"], help="work on this part alone")
     options = parser.parse_args(arguments)
     if not 0 < options.share <= 1:
         parser.error(f"--share must be more than 0 and at most 1, got {options.share}")
-    work = options.work if options.share == 1 else options.work / f"share-{options.share:g}"
-    purifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    whole = options.share == 1
+    work = WORK if whole else ROOT / "build" / f"study-{options.share:g}"
+    work.mkdir(parents=True, exist_ok=True)
+    purifier, classifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32), tiny.load_classifier()
     available = defences(purifier, depths=DEPTHS)
-    other = other_classifier(options.work / "other-classifier.safetensors")
-    parts = {}
+    available |= crossed(available["videopure"])
+    records, sane = {}, []
     for name, plan in plans().items():
+        plan = plan if whole else shrunk(plan, options.share)
+        path = work / f"{name.replace(' ', '-')}.json"
         if options.only in (None, name):
-            plan = plan if options.share == 1 else shrunk(plan, options.share)
-            path = work / f"{name.replace(' ', '-')}.json"
-            record = evaluate(plan, tiny.load_classifier(), available, draw, path, other=other, progress=True)
-            parts[name] = {
-                "hash": plan.hash,
-                "seeds": len(plan.seeds),
-                "rows": [row._asdict() for row in table(record)],
-            }
-    if options.only:
-        return
-    result = {
-        "kind": "robustness",
-        "parts": parts,
-        "plans": {name: asdict(plan) for name, plan in plans().items()},
-        "device": describe_device(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    with replacing(RESULT if options.share == 1 else work / RESULT.name) as file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
+            other = other_classifier() if name == "transfer" else None
+            records[name] = evaluate(plan, classifier, available, draw, path, other=other, progress=True)
+        elif path.exists():
+            records[name] = Record(path, plan)
+    checks = work / "checks.json"
+    if options.only in (None, "checks") or checks.exists():
+        sane = sanity(purifier, classifier, checks)
+    write(records, sane, RESULT if whole else work / RESULT.name)
 
 
 if __name__ == "__main__":

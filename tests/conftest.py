@@ -28,7 +28,7 @@ def shift_flow(prev, next):
     return motion.view(-1, 1, 1, 1).expand(-1, 2, *prev.shape[-2:]) * 40
 
 
-def build_purifier(*, dtype=torch.float32, max_frames=8, prompts=1, flow=shift_flow, **config):
+def build_purifier(*, dtype=torch.float32, max_frames=8, prompts=1, flow=shift_flow, fast=True, **config):
     """A small random purifier. Layers that diffusers starts at zero are drawn anew: they would hide the time axis."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -46,6 +46,7 @@ def build_purifier(*, dtype=torch.float32, max_frames=8, prompts=1, flow=shift_f
         flow=flow,
         config=PurifyConfig(**config),
         max_frames=max_frames,
+        fast=fast,
     ).to(dtype)
 
 

@@ -168,6 +168,64 @@ def test_the_table_of_a_cpu():
     assert "`make bench` on X, 2 threads, torch 2, Python 3." in text
 
 
+def accuracy_row(part, access, defence, accuracy, eps=4 / 255, n=64, seconds=1.0):
+    return {
+        **{"part": part, "access": access, "defence": defence, "eps": eps, "n": n, "accuracy": accuracy},
+        **{"low": accuracy - 0.05, "high": accuracy + 0.05, "seconds_per_clip": seconds},
+    }
+
+
+@pytest.mark.slow
+def test_what_fools_one_path_fools_the_other(tmp_path):
+    """Crafted on diffusers' modules with the ops' reference and judged on ours, and the other way round."""
+    from study import PARITY, crossed, draw
+
+    from videopure_fast import Purifier, tiny
+    from videopure_fast.evaluation import Plan, Threat, defences, evaluate, table
+
+    config = {"inversion_steps": 1}
+    available = crossed(defences(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)
+    threat = Threat("bpda", "pgd", {"steps": 5, "step_size": 2 / 255}, 8)
+    plan = Plan("packaged", (threat,), PARITY, eps=(6 / 255,), seeds=(0,))
+    rows = table(evaluate(plan, tiny.load_classifier(), available, draw, tmp_path / "record.json"))
+    accuracies = [row.accuracy for row in rows]
+    assert len(accuracies) == 4 and 0 < max(accuracies) < 1 and max(accuracies) - min(accuracies) <= 1 / 8, accuracies
+
+
+def test_the_tables_of_robust_accuracy():
+    from report import robustness
+
+    rows = [
+        accuracy_row("gray-box", "none", "none", 0.99, eps=0.0, n=768),
+        accuracy_row("gray-box", "none", "videopure", 0.98, eps=0.0, n=768),
+        accuracy_row("gray-box", "gray-box", "videopure", 0.9, n=768),
+        accuracy_row("gray-box", "gray-box", "videopure", 0.7, eps=8 / 255, n=768),
+        accuracy_row("gray-box ddpm", "gray-box", "ddpm", 0.8, n=256),
+        accuracy_row("bpda", "gray-box", "videopure", 0.85),
+        accuracy_row("bpda", "bpda", "videopure", 0.5),
+        accuracy_row("exact", "exact", "videopure", 0.125, n=32),
+        accuracy_row("adaptive", "adaptive", "videopure", 0.1, n=32),
+        accuracy_row("cost", "none", "videopure", 1.0, eps=0.0, n=16, seconds=0.512),
+        accuracy_row("depths", "gray-box", "videopure, T=2", 0.6, n=128),
+    ]
+    checks = [{"name": "sound", "passed": True, "seen": ""}, {"name": "odd", "passed": False, "seen": "0.9 and 0.1"}]
+    text = robustness({"rows": rows, "checks": checks, "device": "cpu (X)", "threads": 2, "torch": "2"})
+    lines = text.splitlines()
+    assert "| defence | clips | clean | attacked, 4/255 | attacked, 8/255 | s a clip |" in lines
+    assert "| none | 768 | 0.990 (0.94 to 1.04) | - | - | - |" in lines
+    assert (
+        "| **videopure** | 768 | 0.980 (0.93 to 1.03) | 0.900 (0.85 to 0.95) | 0.700 (0.65 to 0.75) | 0.51 |" in lines
+    )
+    assert "| ddpm | 256 | - | 0.800 (0.75 to 0.85) | - | - |" in lines
+    (informed,) = [line for line in lines if line.startswith("| **videopure** | - ")]
+    assert informed == (
+        "| **videopure** | - | - | 0.850 (0.80 to 0.90; 64) | 0.500 (0.45 to 0.55; 64) | 0.125 (0.07 to 0.17; 32) "
+        "| 0.100 (0.05 to 0.15; 32) |"
+    )
+    assert "1 of 2 checks passed; FAILED: odd (0.9 and 0.1)." in lines
+    assert "`make study` on cpu (X), 2 threads, torch 2." in lines
+
+
 def test_nothing_measured_is_said(tmp_path):
     from report import speed
 
@@ -177,13 +235,13 @@ def test_nothing_measured_is_said(tmp_path):
 
 
 def test_the_studys_plans_name_defences_that_exist(purifier):
-    from study import DEPTHS, plans, shrunk
+    from study import DEPTHS, PARITY, plans, shrunk
 
     from videopure_fast.evaluation import defences
 
-    available = defences(purifier, depths=DEPTHS)
+    available = {*defences(purifier, depths=DEPTHS), *PARITY}
     for plan in plans().values():
-        assert set(plan.defences) <= set(available)
+        assert set(plan.defences) <= available
         assert all(threat.clips == 1 for threat in shrunk(plan, 0.001).threats)
         assert plan.hash != shrunk(plan, 0.5).hash
     assert len({plan.hash for plan in plans().values()}) == len(plans())

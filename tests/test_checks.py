@@ -7,7 +7,7 @@ import torch
 from conftest import build_purifier, clips
 from torch import Tensor, nn
 
-from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check
+from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
 from videopure_fast.evaluation import Accuracy, wilson_interval
 
 
@@ -54,6 +54,14 @@ def test_an_attack_that_goes_on_must_gain():
     check = effort_check(CLASSIFIER, *batch(), eps=8 / 255, steps=6)
     assert check.passed and "half way" in check.seen
     assert not effort_check(reversed_gradient, *batch(), eps=8 / 255, steps=6).passed
+
+
+def test_the_attackers_own_classifier_must_be_accurate_and_fooled():
+    x, labels = batch()
+    check = source_check(CLASSIFIER, x, labels, eps=1.0)
+    assert check.passed and check.seen == "right on 1.00 of clean clips, on 0.00 of those attacked at 255/255"
+    assert not source_check(CLASSIFIER, x, (labels + 1) % 5, eps=1.0).passed
+    assert not source_check(reversed_gradient, x, labels, eps=8 / 255).passed
 
 
 def test_without_bounds_accuracy_must_reach_zero():

@@ -21,7 +21,18 @@ PACKAGE = ROOT / "videopure_fast"
 ORDER = (
     *("config", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
-    *("video", "datasets", "defense", "adapters", "streaming", "scale", "attacks", "filters", "evaluation"),
+    *(
+        "gradients",
+        "video",
+        "datasets",
+        "defense",
+        "adapters",
+        "streaming",
+        "scale",
+        "attacks",
+        "filters",
+        "evaluation",
+    ),
     *("checks", "plot", "pictures", "benchmark", "cli_evaluate", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}

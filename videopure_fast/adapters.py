@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import tiny
+from .gradients import straight_through
 from .purifier import Purifier
 
 if TYPE_CHECKING:
@@ -168,18 +169,6 @@ def load_classifier(
     return model.eval().requires_grad_(False)
 
 
-class _Identity(torch.autograd.Function):
-    """purify(clips) forward, the identity backward: BPDA (Athalye et al., arXiv 1802.00420)."""
-
-    @staticmethod
-    def forward(ctx: Any, clips: Tensor, purify: Any) -> Tensor:
-        return purify(clips)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: int = 8) -> PreprocessorPyTorch:
     """The purifier as ART's preprocessor: `PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[it])`.
 
@@ -215,7 +204,11 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: 
             return purifier.unet.device
 
         def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
-            return (_Identity.apply(x, purify) if gradient == "bpda" else purify(x)), y
+            if gradient == "exact":
+                return purify(x), y
+            with torch.no_grad():
+                purified = purify(x)
+            return straight_through(x, purified), y
 
         def estimate_forward(self, x: Tensor, y: Any = None) -> Tensor:
             return x if gradient == "bpda" else purify(x)

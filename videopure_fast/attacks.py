@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .gradients import straight_through
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -363,23 +365,10 @@ def bpda(purify: Callable[[Tensor], Tensor], model: Model) -> Model:
         if clips.shape not in (seen, (*seen[:1], *seen[2:])):
             raise ValueError(f"purify must return clips {tuple(clips.shape)} or votes of them, got {seen}")
         if clips.shape == seen:
-            return model(_Identity.apply(clips, purified))
-        return torch.stack([model(_Identity.apply(clips, one.contiguous())) for one in purified.unbind(1)], 1)
+            return model(straight_through(clips, purified))
+        return torch.stack([model(straight_through(clips, one.contiguous())) for one in purified.unbind(1)], 1)
 
     return defended
-
-
-class _Identity(torch.autograd.Function):
-    """(clips, purified) -> purified, whose gradient goes to clips."""
-
-    @staticmethod
-    def forward(ctx, clips: Tensor, purified: Tensor) -> Tensor:
-        ctx.clips = clips.new_empty(0)  # dtype and device
-        return purified.view_as(purified)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.to(ctx.clips), None
 
 
 # What the attacks are made of

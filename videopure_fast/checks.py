@@ -65,6 +65,23 @@ def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, lab
     )
 
 
+def source_check(
+    other: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, *, eps: float, steps: int = 10
+) -> Check:
+    """PGD on the attacker's own classifier, from which attacks transfer: it must be right on most clips, and lose most
+    of them. A poor one makes every defence look good."""
+
+    def accuracy(x: Tensor) -> float:
+        with torch.no_grad():
+            return (vote(other(x)) == labels).double().mean().item()
+
+    generator = torch.Generator().manual_seed(0)
+    clean = accuracy(clips)
+    attacked = accuracy(pgd(other, clips, labels, eps=eps, step_size=eps / 2, steps=steps, generator=generator))
+    seen = f"right on {clean:.2f} of clean clips, on {attacked:.2f} of those attacked at {255 * eps:g}/255"
+    return Check("the attacker's own classifier is accurate, and fooled", clean > 0.5 > attacked, seen)
+
+
 def effort_check(
     model: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, *, eps: float, steps: int = 10
 ) -> Check:

@@ -268,7 +268,7 @@ def evaluate(
 
     from . import datasets, evaluation, tiny
     from .adapters import load_classifier
-    from .checks import order_checks
+    from .checks import order_checks, source_check
     from .purifier import Purifier
 
     gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
@@ -315,6 +315,8 @@ def evaluate(
     rows = evaluation.table(record)
     console.print(_accuracy_table(rows))
     found = order_checks(rows)
+    if checks and attacker is not None:
+        found.append(source_check(attacker, *draw_there(0, 0, min(clips, batch)), eps=sizes[-1]))
     if checks:
         found += _sanity_checks(purifier, judge, *draw_there(0, 0, min(clips, _CHECKED_CLIPS)), sizes[-1])
     if found:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .gradients import straight_through
 from .purifier import Denoised, Generators, Purifier
 
 Gradient = Literal["exact", "bpda", "surrogate"]
@@ -114,20 +115,10 @@ def _check_clips(clips: Tensor) -> None:
         raise TypeError(f"clips must be a float tensor (B, 3, F, H, W) in [0, 1], got {seen}")
 
 
-class _ValuesOf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, path: Tensor, values: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 def _with_gradient_of(path: Tensor, votes: Tensor) -> Tensor:
     """The votes (B, V, ...), whose gradients go to those of `path` (B, W, ...) that stand nearest to them."""
     nearest = torch.linspace(0, path.shape[1] - 1, votes.shape[1]).round().long()
-    return _ValuesOf.apply(path[:, nearest.to(path.device)], votes)
+    return straight_through(path[:, nearest.to(path.device)], votes)
 
 
 def settled(counts: Tensor, remaining: int) -> Tensor:

@@ -225,7 +225,7 @@ class Record:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         content = {"hash": self.plan.hash, "plan": asdict(self.plan), "units": self.units}
         with replacing(self._path) as file:
-            file.write_text(json.dumps(content, indent=1))
+            file.write_text(json.dumps(content))
 
 
 def evaluate(

@@ -70,8 +70,9 @@ def _panels(rows: Sequence[Accuracy], colours: dict[str, int]) -> Iterator[Panel
     if len(sizes) > 1:
         lines = []
         for name, colour in colours.items():
-            places = [(sizes.index(row.eps), row) for row in rows if row.defence == name]
-            lines += [Line([(x, row.accuracy) for x, row in sorted(places)], colour)] if places else []
+            aside = 0.03 * (colour - (len(colours) - 1) / 2)  # bars of one eps stand side by side
+            places = [(sizes.index(row.eps) + aside, row) for row in rows if row.defence == name]
+            lines += [Line(sorted((x, row.accuracy) for x, row in places), colour)] if places else []
             lines += [_bar(x, row, colour) for x, row in places]
         yield Panel(threat, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines)
     first = [row for row in rows if row.eps == sizes[0]]

@@ -1,7 +1,7 @@
 """Train the packaged classifier, VAE and UNet from scratch: `python -m videopure_fast.tiny.train --help`.
 
 Seeded; takes an hour or more on two CPU cores. Every step sees freshly drawn clips, from seeds that no test,
-demo or score uses. The UNet is a purifier, not a generator: it learns the first 300 of the 1000 noise levels,
+demo or study uses. The UNet is a purifier, not a generator: it learns the first 300 of the 1000 noise levels,
 the ones that purification visits.
 """
 
