@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from videopure_fast import attacks, defense
+from videopure_fast import attack_parts, attacks, defense
 from videopure_fast.attacks import ATTACKS, apgd, bpda, fgsm, flicker, mim, one_frame, patch, pgd, square
 
 CLASSES = 5
@@ -65,7 +65,7 @@ def case(count=4, model=None, seed=0, dtype=torch.float32):
     model = (model or Net()).to(dtype)
     video = 0.2 + 0.6 * clips(count, 3, 4, 8, 8, seed=seed, dtype=dtype)
     with torch.no_grad():
-        return model, video, attacks.vote(model(video))
+        return model, video, attack_parts.vote(model(video))
 
 
 def arguments(name, **given):
@@ -75,7 +75,7 @@ def arguments(name, **given):
 
 def losses(model, video, labels):
     with torch.no_grad():
-        return attacks.cross_entropy(model(video), labels)
+        return attack_parts.cross_entropy(model(video), labels)
 
 
 def old_pgd(model, video, labels, *, eps, step_size, steps, random_start=True, generator=None):
@@ -134,7 +134,7 @@ def test_balls_are_filled(eps):
 
 def test_random_starts_fill_the_ball():
     video = torch.full((64, 3, 2, 4, 4), 0.5)
-    box, ball = (attacks._Ball(video, 0.2, norm).draw(seeded()) - 0.5 for norm in ("linf", "l2"))
+    box, ball = (attack_parts.Ball(video, 0.2, norm).draw(seeded()) - 0.5 for norm in ("linf", "l2"))
     assert box.abs().max() > 0.19 and abs(box.mean()) < 0.01 and box.std() == pytest.approx(0.4 / 12**0.5, rel=0.02)
     # A uniform point of a ball in n dimensions lies at eps times the n-th root of a uniform number.
     lengths = ball.flatten(1).norm(dim=1) / 0.2
@@ -227,10 +227,10 @@ def slow_apgd(model, video, labels, eps, steps, loss_of):
 def rising_below_its_start():
     """A loss that falls at its second call and rises from there without reaching its start again."""
     count = itertools.count()
-    return lambda z, y: attacks.cross_entropy(z, y) + (next(count) or 1e6)
+    return lambda z, y: attack_parts.cross_entropy(z, y) + (next(count) or 1e6)
 
 
-@pytest.mark.parametrize("make_loss", [lambda: attacks.cross_entropy, rising_below_its_start])
+@pytest.mark.parametrize("make_loss", [lambda: attack_parts.cross_entropy, rising_below_its_start])
 @pytest.mark.parametrize(("eps", "steps"), [(0.2, 60), (0.03, 40)])
 def test_apgd_is_its_algorithm(eps, steps, make_loss):
     model, video, labels = case(4, dtype=torch.float64)
@@ -267,7 +267,7 @@ def test_momentum_is_the_sum_of_gradients_of_mean_size_one():
     x, momentum = video, 0
     for _ in range(4):
         point = x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(attacks.cross_entropy(model(point), labels).sum(), point)
+        (gradient,) = torch.autograd.grad(attack_parts.cross_entropy(model(point), labels).sum(), point)
         momentum = 0.9 * momentum + gradient / gradient.abs().mean((1, 2, 3, 4), keepdim=True)
         x = torch.minimum(torch.maximum(x + 0.01 * momentum.sign(), video - 0.025), video + 0.025)
     torch.testing.assert_close(mim(model, video, labels, eps=0.025, step_size=0.01, steps=4, decay=0.9), x)
@@ -277,7 +277,7 @@ def test_eot_quiets_the_gradient_of_a_random_model():
     _, video, labels = case()
 
     def spread(eot):
-        targets = (attacks._Target(Noisy(seed), labels, attacks.cross_entropy, eot) for seed in range(8))
+        targets = (attack_parts.Target(Noisy(seed), labels, attack_parts.cross_entropy, eot) for seed in range(8))
         return torch.stack([target.gradient(video) for target in targets]).std(0).mean()
 
     assert spread(16) < 0.4 * spread(1)  # 0.25 in expectation
@@ -296,7 +296,7 @@ def test_restarts_are_never_weaker(name):
 
 
 def test_a_restart_that_fools_wins_over_a_larger_loss():
-    best = attacks._Best(torch.zeros(3, 1), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([9.0, 1.0, 1.0]))
+    best = attack_parts.Best(torch.zeros(3, 1), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([9.0, 1.0, 1.0]))
     best.offer(torch.ones(3, 1), torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 2.0]))
     assert best.clips.flatten().tolist() == [1, 0, 1] and best.loss.tolist() == [0, 1, 2]
 
@@ -315,7 +315,7 @@ def test_a_batch_equals_its_clips(name):
 
 def test_losses_of_votes_are_means():
     logits, labels = torch.randn(4, 3, CLASSES, generator=seeded()), torch.tensor([0, 1, 2, 4])
-    for loss in (attacks.cross_entropy, attacks.dlr, attacks.margin):
+    for loss in (attack_parts.cross_entropy, attack_parts.dlr, attack_parts.margin):
         torch.testing.assert_close(
             loss(logits, labels), torch.stack([loss(z, labels) for z in logits.unbind(1)]).mean(0)
         )
@@ -323,25 +323,25 @@ def test_losses_of_votes_are_means():
 
 def test_losses_by_hand():
     logits, labels = torch.tensor([[3.0, 1.0, 2.0, 0.0], [3.0, 1.0, 2.0, 0.0]]), torch.tensor([0, 1])
-    assert attacks.margin(logits, labels).tolist() == [-1, 2]
-    assert attacks.dlr(logits, labels).tolist() == pytest.approx([-0.5, 1.0])
+    assert attack_parts.margin(logits, labels).tolist() == [-1, 2]
+    assert attack_parts.dlr(logits, labels).tolist() == pytest.approx([-0.5, 1.0])
     with pytest.raises(ValueError, match="2 classes"):
-        attacks.dlr(logits[:, :2], labels)
+        attack_parts.dlr(logits[:, :2], labels)
 
 
 def test_the_vote_breaks_ties_as_the_defence_does():
     logits = torch.randint(0, 3, (200, 4, 3), generator=seeded()).float()
-    assert torch.equal(attacks.vote(logits), defense.majority(logits.argmax(-1)))
+    assert torch.equal(attack_parts.vote(logits), defense.majority(logits.argmax(-1)))
 
 
 def test_an_attack_on_votes_raises_each_and_turns_the_majority():
     model, video, labels = case(8, Votes())
     attacked = apgd(model, video, labels, eps=0.1, steps=10, generator=seeded())
     assert (defense.majority(model(attacked).argmax(-1)) != labels).sum() >= 6
-    before, after = (attacks.cross_entropy(model.nets[1](x), labels).mean() for x in (video, attacked))
+    before, after = (attack_parts.cross_entropy(model.nets[1](x), labels).mean() for x in (video, attacked))
     assert after > before
     found = square(model, video, labels, eps=0.5, queries=60, generator=seeded())
-    assert (attacks.vote(model(found)) != labels).any()
+    assert (attack_parts.vote(model(found)) != labels).any()
 
 
 def test_bpda_passes_the_classifiers_gradient_at_the_purified_clip():
@@ -440,7 +440,7 @@ def test_temporal_translation_averages_shifted_gradients():
     expected = 0
     for shift, weight in {-1: 0.25, 0: 0.5, 1: 0.25}.items():
         point = video.roll(shift, 2).requires_grad_()
-        (gradient,) = torch.autograd.grad(attacks.cross_entropy(model(point), labels).sum(), point)
+        (gradient,) = torch.autograd.grad(attack_parts.cross_entropy(model(point), labels).sum(), point)
         expected = expected + weight * gradient.roll(-shift, 2)
     given = {"eps": 0.01, "steps": 1, "max_shift": 1, "weights": "linear", "norm": "l2"}
     step = attacks.temporal_translation(model, video, labels, **given) - video
@@ -477,7 +477,7 @@ def test_one_frame_changes_one_frame(norm):
     step = one_frame(model, video, labels, eps=0.1, norm="l2", steps=1, step_size=0.1, frame=2) - video
     assert step.flatten(1).norm(dim=1).tolist() == pytest.approx([0.1] * 6, rel=1e-3)  # no length lost to other frames
     point = video.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(attacks.cross_entropy(model(point), labels).sum(), point)
+    (gradient,) = torch.autograd.grad(attack_parts.cross_entropy(model(point), labels).sum(), point)
     largest = gradient.transpose(1, 2).flatten(2).norm(dim=2).argmax(1)
     changed = (one_frame(model, video, labels, **given) != video).any(4).any(3).any(1)
     assert changed.sum() == 6 and torch.equal(changed.int().argmax(1), largest)

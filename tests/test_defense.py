@@ -6,8 +6,9 @@ from conftest import build_purifier, clips
 from torch import nn
 
 from videopure_fast import DefendedClassifier, Purifier
+from videopure_fast.attack_parts import vote
 from videopure_fast.attacks import pgd
-from videopure_fast.defense import majority, settled
+from videopure_fast.defense import settled
 from videopure_fast.evaluation import wilson_interval
 
 
@@ -28,18 +29,18 @@ def defended(purifier):
     return DefendedClassifier(Linear(), purifier).eval()
 
 
-def test_majority_takes_the_smallest_of_equals():
+def test_a_vote_takes_the_smallest_of_equals():
     labels = torch.tensor([[2, 1, 1], [3, 0, 3], [4, 2, 3], [0, 0, 0], [1, 0, 2]])
-    assert majority(labels).tolist() == [1, 3, 2, 0, 0]
+    assert vote(nn.functional.one_hot(labels)).tolist() == [1, 3, 2, 0, 0]
 
 
 def test_logits_are_the_mean_over_votes(defended):
     video = clips(2, 3, 4, 16, 16)
     votes = defended.purifier(video, return_votes=True)
-    logits = torch.stack([defended.classifier(vote) for vote in votes.unbind(1)], 1)
+    logits = torch.stack([defended.classifier(one) for one in votes.unbind(1)], 1)
     torch.testing.assert_close(defended(video), logits.mean(1))
     assert torch.equal(defended.votes(video), logits.argmax(-1))
-    assert torch.equal(defended.predict(video), majority(logits.argmax(-1)))
+    assert torch.equal(defended.predict(video), vote(logits))
     assert defended(video).shape == (2, 5) and defended.votes(video).shape == (2, 3)
 
 

@@ -10,7 +10,8 @@ import torch
 from conftest import build_purifier, clips
 from torch import Tensor, nn
 
-from videopure_fast.attacks import pgd, vote
+from videopure_fast.attack_parts import vote
+from videopure_fast.attacks import pgd
 from videopure_fast.evaluation import (
     Plan,
     Record,

@@ -21,19 +21,9 @@ PACKAGE = ROOT / "videopure_fast"
 ORDER = (
     *("config", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
-    *(
-        "gradients",
-        "video",
-        "datasets",
-        "defense",
-        "adapters",
-        "streaming",
-        "scale",
-        "attacks",
-        "filters",
-        "evaluation",
-    ),
-    *("checks", "plot", "pictures", "benchmark", "cli_evaluate", "cli", "__main__", "__init__"),
+    *("gradients", "video", "datasets", "defense", "adapters", "streaming", "scale"),
+    *("attack_parts", "attacks", "filters", "evaluation", "checks", "plot", "pictures"),
+    *("benchmark", "cli_evaluate", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attacks import apgd, cross_entropy, pgd, vote
+from .attack_parts import cross_entropy, vote
+from .attacks import apgd, pgd
 from .defense import DefendedClassifier
 from .evaluation import Accuracy
 from .purifier import Purifier

@@ -128,8 +128,3 @@ def settled(counts: Tensor, remaining: int) -> Tensor:
     labels = torch.arange(counts.shape[-1], device=counts.device)
     safe = (lead > 0) | ((lead == 0) & (labels > leader)) | (labels == leader)
     return safe.all(-1)
-
-
-def majority(labels: Tensor) -> Tensor:
-    """(B, V) labels -> (B,): the most frequent of each row, the smallest of equals."""
-    return F.one_hot(labels).sum(1).argmax(-1)

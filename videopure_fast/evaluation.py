@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attacks import ATTACKS, bpda, vote
+from .attack_parts import vote
+from .attacks import ATTACKS, bpda
 from .defense import DefendedClassifier
 from .filters import FILTERS, reconstruct
 from .profiling import PeakMemory, replacing, synchronize
