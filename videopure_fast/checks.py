@@ -20,8 +20,8 @@ from .defense import DefendedClassifier
 from .evaluation import Accuracy
 from .purifier import Purifier
 
-# Of a pixel, in float64. Larger ones cross the jumps of the guidance's sign and of a flow that rounds pixels to bytes:
-# with the packaged prior 1e-6 was off by a fifth, 1e-9 agreed to six digits.
+# Of a pixel, in float64: so small that hardly any sign of the guidance turns, by itself or by the flow under it. Its
+# derivative is zero between its jumps, and finite differences across them see more.
 _DIFFERENCE = 1e-9
 _AGREEMENT = 1e-3  # of a derivative with its finite difference, relative
 
