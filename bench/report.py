@@ -41,11 +41,11 @@ def robustness(result: dict[str, Any]) -> str:
         "gray-box, PGD-20": ("bpda", "gray-box"),
         "BPDA, PGD-20": ("bpda", "bpda"),
         "exact, PGD-20": ("exact", "exact"),
-        "adaptive, minimum": ("adaptive", "adaptive"),
+        "minimum": ("adaptive", "adaptive"),
     }
     least = min((row["eps"] for row in rows if row["eps"]), default=0.0)
     strong = {(row["defence"], row["part"], row["access"]): row for row in rows if row["eps"] == least}
-    asked = [row["defence"] for row in rows if row["part"] in ("bpda", "exact", "query", "adaptive")]
+    asked = [row["defence"] for row in rows if row["part"] in ("transfer", "bpda", "exact", "query")]
     informed = [
         [_bold(name), *(_share(strong.get((name, *place)), count=True) for place in columns.values())]
         for name in dict.fromkeys(asked)
@@ -56,18 +56,17 @@ def robustness(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "Gray-box, PGD-10 with steps of 2/255 on the bare classifier. Clips that served neither training nor any "
-            f"choice; shares with 95 % intervals; {MISSING}: not measured yet.",
+            f"choice; shares with 95 % intervals; {MISSING}: not measured, or not possible.",
             "",
             *markdown(header, gray),
             "",
             f"Threats that know more, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
             "classifier; 200 queries by Square; the classifier's gradients; the defence taken for the identity; its "
-            "exact gradients; and clip by clip the minimum over query, BPDA and exact.",
+            "exact gradients; and clip by clip the minimum over all of these that there are.",
             "",
             *markdown(["defence", *columns], informed),
             "",
-            f"{'; '.join([verdict, *failed])}.",
-            "",
+            *([f"{'; '.join([verdict, *failed])}.", ""] if result["checks"] else []),
             f"`make study` on {result['device']}, {result['threads']} threads, torch {result['torch']}.",
         ]
     )

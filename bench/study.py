@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
 from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
-from videopure_fast.evaluation import Access, Accuracy, Defence, Plan, Record, Threat, defences, evaluate, table
+from videopure_fast.evaluation import Access, Defence, Plan, Record, Threat, defences, evaluate, table
 from videopure_fast.profiling import describe_device, replacing
 from videopure_fast.tiny.models import ActionClassifier
 from videopure_fast.tiny.train import train_classifier
@@ -45,7 +45,7 @@ PARITY = tuple(
     for crafted in ("fast", "reference")
     for judged in ("fast", "reference")
 )
-ADAPTIVE = ("bpda", "exact", "query")  # the parts whose clip-by-clip minimum is the headline
+ATTACKS = ("transfer", "bpda", "exact", "query")  # the parts whose clip-by-clip minimum is the headline
 PGD10 = {"steps": 10, "step_size": 2 / 255}
 PGD20 = {"steps": 20, "step_size": 1 / 255}
 
@@ -151,13 +151,12 @@ def sanity(purifier: Purifier, classifier: nn.Module, path: Path) -> list[dict[s
 def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) -> None:
     """The rows of all that is done, and the checks."""
     rows = [row._asdict() | {"part": name} for name, record in records.items() for row in table(record)]
-    everything = table(*(records[name] for name in ADAPTIVE if name in records))
+    everything = table(*(records[name] for name in ATTACKS if name in records))
     rows += [row._asdict() | {"part": "adaptive"} for row in everything if row.access == "adaptive"]
-    known = [Accuracy(**{name: row[name] for name in Accuracy._fields}) for row in rows]
     result = {
         "kind": "robustness",
         "rows": rows,
-        "checks": sane + [check._asdict() for check in order_checks(known)],
+        "checks": sane + [check._asdict() for check in order_checks(*records.values())],
         "plans": {name: {"hash": record.plan.hash, **asdict(record.plan)} for name, record in records.items()},
         "device": describe_device(torch.device("cpu")),
         "threads": torch.get_num_threads(),

@@ -411,7 +411,7 @@ def test_classifiers_are_found_by_name(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="'some_models:wrong' is a int; accepted: a torch.nn.Module"):
         load_classifier("some_models:wrong")
     for name in ("some_models:missing", "no_such_models:make"):
-        with pytest.raises(ValueError, match=f"classifier '{name}' cannot be imported"):
+        with pytest.raises(ValueError, match=f"classifier '{name}' cannot be made"):
             load_classifier(name)
 
 

@@ -226,6 +226,16 @@ def test_the_tables_of_robust_accuracy():
     assert "`make study` on cpu (X), 2 threads, torch 2." in lines
 
 
+def test_the_studys_result_is_of_its_records():
+    from study import RESULT, WORK, plans
+
+    result = json.loads(RESULT.read_text())
+    assert set(result["plans"]) <= set(plans())
+    for name, plan in result["plans"].items():
+        record = json.loads((WORK / f"{name.replace(' ', '-')}.json").read_text())
+        assert plan["hash"] == record["hash"] == plans()[name].hash, name
+
+
 def test_nothing_measured_is_said(tmp_path):
     from report import speed
 

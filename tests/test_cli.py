@@ -11,6 +11,7 @@ from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
 from videopure_fast import cli, cli_evaluate, purifier
+from videopure_fast.evaluation import Plan, Threat, defences
 from videopure_fast.video import VideoWriter, probe
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"
@@ -233,7 +234,7 @@ def test_evaluate(tmp_path, small_model, monkeypatch):
     result = run(*EVALUATE, *given, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "gray-box pgd, steps=1, step_size=0.00784, eot=2, eps 4/255" in result.output
-    assert "none, 4/255: bpda is at least as strong as query" in " ".join(result.output.split())
+    assert "mean of 5 frames, 4/255: bpda is at least as strong as query" in " ".join(result.output.split())
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert files == ["accuracy.svg", "record.json", "report.json", "strip.png", "table.csv"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -246,18 +247,26 @@ def test_evaluate(tmp_path, small_model, monkeypatch):
     assert {row["defence"] for row in rows} == set(names)
 
 
-def test_evaluates_checks(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_evaluates_checks_are_of_the_last_defence():
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 3 * 16 * 16, 4))
-    given = (build_purifier(), classifier, clips(2, 3, 3, 16, 16), torch.tensor([0, 1]), 8 / 255)
-    checks = cli_evaluate._sanity_checks(*given)
-    assert [check.name for check in checks] == [
-        "the exact gradient agrees with finite differences",
-        "the loss rises with the attack's steps",
-        "accuracy goes to zero as eps grows",
+
+    def draw(seed, start, count):
+        return clips(count, 3, 3, 16, 16) * 0.6 + 0.2, torch.zeros(count, dtype=torch.int64)
+
+    def made(name, draw=draw, classifier=classifier):
+        plan = Plan("test", (Threat("none", clips=2),), ("none", name))
+        return cli_evaluate._sanity_checks(plan, classifier, None, defences(build_purifier()), draw)
+
+    assert [check.name for check in made("mean of 3 frames")] == [
+        "mean of 3 frames: the loss rises with the attack's steps, more than by noise",
+        "mean of 3 frames: accuracy goes to zero as eps grows, faster than by noise",
     ]
-    table = cli_evaluate._check_table([*checks, checks[0]._replace(passed=False)])
-    assert [cell for cell in table.columns[1].cells][-1] == "FAIL"
+    *_, gradient = made("videopure")
+    assert gradient.name == "videopure: the exact gradient agrees with finite differences" and gradient.passed
+    (unread,) = made("videopure", lambda *_: (torch.empty(0, 3, 3, 16, 16), torch.empty(0, dtype=torch.int64)))
+    assert not unread.passed and "none of the first clips could be read" in unread.seen
+    broken = made("mean of 3 frames", classifier=lambda x: x.no_such_thing() if x.requires_grad else classifier(x))
+    assert all("not made" in check.seen and not check.passed for check in broken)
 
 
 def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_model, monkeypatch):
@@ -288,6 +297,12 @@ def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_
     assert "1 videos could not be read" in result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["skipped"]) == [str(videos / "c" / "v.avi")] and {row["n"] for row in report["rows"]} == {2}
+    again = run(*given)  # nothing is left to do
+    assert again.exit_code == 0 and "1 videos could not be read" in again.output
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["skipped"] == report["skipped"]
+    (videos / "a" / "v.avi").write_bytes((videos / "b" / "v.avi").read_bytes() + b"other")
+    other = run(*given)
+    assert other.exit_code == 1 and "is the record of another plan" in str(other.exception)
     assert json.loads(report["plan"]["source"])["sampling"] == {"frames": 4, "stride": 2, "resize": 32, "crop": 24}
 
 
@@ -328,7 +343,16 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
         (("--other", "tiny"), "--threat transfer and --other"),
         (("--dataset", "kinetics400"), "--dataset kinetics400 needs --videos and --annotations"),
         (("--dataset", "something-something-v2", "--videos", ".", "--annotations", "."), "needs --labels"),
-        (("--classifier", "no_such_module:make"), "classifier 'no_such_module:make' cannot be imported"),
+        (("--classifier", "no_such_module:make"), "classifier 'no_such_module:make' cannot be made"),
+        (
+            ("--classifier", "torch.nn:Identity"),
+            "classifier 'torch.nn:Identity' returns (2, 3, 16, 32, 32) for 2 clips",
+        ),
+        (("--classifier", "some/model"), "--mean and --std are of Hugging Face models, which need both"),
+        (("--mean", "0.5"), "--mean and --std are of Hugging Face models, which need both"),
+        (("--videos", "."), "the packaged clips take no --videos"),
+        (("--step-size", "nan"), "--step-size must be more than 0, in 1/255, got nan"),
+        (("--frames", "1"), "--frames must be 2 or more, got 1"),
         (("--defence", "prayer"), "unknown defences prayer; accepted: none"),
         (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
     ],

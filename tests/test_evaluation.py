@@ -145,7 +145,7 @@ def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path
     rows = {(row.threat, row.defence): row for row in table(record)}
     bpda, exact = (rows[threat.name, "videopure"] for threat in (BPDA, EXACT))
     assert (bpda.n, bpda.accuracy, exact.n, exact.accuracy) == (10, 0.6, 6, 1 / 3)
-    worst = rows["adaptive, minimum", "videopure"]
+    worst = rows["minimum of bpda, exact", "videopure"]
     assert (worst.n, worst.accuracy) == (6, 1 / 3)
     ddim = rows[EXACT.name, "ddim"]
     assert (ddim.accuracy, ddim.worst, ddim.peak_bytes) == (0.5, 1 / 3, 5)
@@ -162,7 +162,7 @@ def test_records_of_several_plans_share_a_minimum(tmp_path):
             record.add(unit.name("videopure"), given)
     *rows, worst = table(*records)
     assert [(row.access, row.n, row.accuracy) for row in rows] == [("bpda", 10, 0.6), ("exact", 6, 2 / 3)]
-    assert (worst.access, worst.threat, worst.n, worst.accuracy) == ("adaptive", "adaptive, minimum", 6, 1 / 3)
+    assert (worst.access, worst.threat, worst.n, worst.accuracy) == ("adaptive", "minimum of bpda, exact", 6, 1 / 3)
 
 
 def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
@@ -174,9 +174,9 @@ def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
 
     mine = plan(CLEAN, GRAY, BPDA, names=("none", "mean of 3 frames"))
     rows = table(evaluate(mine, CLASSIFIER, available, some, tmp_path / "record.json"))
-    assert [(row.access, row.n) for row in rows] == [
-        (access, 5) for access in ("none", "gray-box", "bpda") for _ in "ab"
-    ]
+    accesses = ("none", "gray-box", "bpda", "adaptive")
+    assert [(row.access, row.n) for row in rows] == [(access, 5) for access in accesses for _ in mine.defences]
+    assert rows[-1].threat == "minimum of clean, gray-box, bpda"
 
 
 def test_examples_are_the_clips_that_the_defence_keeps_right(tmp_path, available):
@@ -212,7 +212,14 @@ def test_codecs_have_no_exact_gradient(available, tmp_path):
     assert [row.defence for row in table(record)] == ["none"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "units": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "units": 3}', '{"hash": "x", "units": {"a": 5}}'),
+        *('{"hash": "x", "units": {"a": {}}}', '{"hash": "x", "units": {"a": {"right": [3], "repeats": 2}}}'),
+        *('{"hash": "x", "units": {"a": {"right": ["x"]}}}', '{"hash": "x", "units": {"a": {"right": 5}}}'),
+    ],
+)
 def test_what_is_no_record_is_refused_and_kept(content, available, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(content)
@@ -251,3 +258,24 @@ def test_bad_plans_are_refused(make, message):
 def test_transfer_needs_another_classifier(available, tmp_path):
     with pytest.raises(ValueError, match="'transfer' needs another classifier"):
         evaluate(plan(TRANSFER), CLASSIFIER, available, draw, tmp_path / "record.json")
+
+
+def test_two_processes_do_not_share_a_record(available, tmp_path):
+    def draw_meanwhile(*arguments: int) -> tuple[Tensor, Tensor]:
+        with pytest.raises(ValueError, match="another process works on"):
+            evaluate(plan(CLEAN, names=("none",)), CLASSIFIER, available, draw, tmp_path / "record.json")
+        return draw(*arguments)
+
+    evaluate(plan(CLEAN, names=("none",)), CLASSIFIER, available, draw_meanwhile, tmp_path / "record.json")
+
+
+def test_what_could_not_be_read_stays_in_the_record(available, tmp_path):
+    given = (plan(CLEAN, names=("none",)), CLASSIFIER, available, draw, tmp_path / "record.json")
+    evaluate(*given, skipped={tmp_path / "a.avi": "no video"})
+    assert evaluate(*given, skipped={}).skipped == {str(tmp_path / "a.avi"): "no video"}
+
+
+def test_logits_of_another_shape_are_refused(available, tmp_path):
+    flat = nn.Sequential(CLASSIFIER, nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"must return logits \(3, K\), got \(9,\)"):
+        evaluate(plan(CLEAN, names=("none",)), flat, available, draw, tmp_path / "record.json")

@@ -154,16 +154,16 @@ def load_classifier(
     """
     if name == "tiny":
         return tiny.load_classifier()
-    if ":" in name:
-        home, _, attribute = name.partition(":")
-        try:
+    try:
+        if ":" in name:
+            home, _, attribute = name.partition(":")
             model = getattr(importlib.import_module(home), attribute)()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"classifier {name!r} cannot be imported: {error}") from error
-    else:
-        automatic = _library("transformers", "pretrained").AutoModelForVideoClassification
-        model = automatic.from_pretrained(name, use_safetensors=True)
-        model = VideoClassifier.huggingface(model, mean=mean, std=std, scale=scale)
+        else:
+            automatic = _library("transformers", "pretrained").AutoModelForVideoClassification
+            model = automatic.from_pretrained(name, use_safetensors=True)
+            model = VideoClassifier.huggingface(model, mean=mean, std=std, scale=scale)
+    except Exception as error:  # whatever the code of others does
+        raise ValueError(f"classifier {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"classifier {name!r} is a {type(model).__name__}; accepted: a torch.nn.Module")
     return model.eval().requires_grad_(False)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -21,8 +25,9 @@ if TYPE_CHECKING:
 
     from .checks import Check
     from .datasets import ClipSampling, VideoDataset
-    from .evaluation import Accuracy, Plan, Threat
-    from .purifier import Purifier
+    from .evaluation import Accuracy, Defence, Plan, Record, Threat
+
+    Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
 # Brackets in file names are no markup.
 console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -164,6 +169,13 @@ def evaluate(
     labels: Annotated[
         Path | None, typer.Option(help="Something-Something's labels.json.", rich_help_panel=_CLIPS)
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Kinetics: the classifier's class names, one a line, where the CSV has not all of them.",
+            rich_help_panel=_CLIPS,
+        ),
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames of a data set's clip.", rich_help_panel=_CLIPS)] = 32,
     stride: Annotated[int, typer.Option(help="Every stride-th frame of a video is taken.", rich_help_panel=_CLIPS)] = 2,
     resize: Annotated[int, typer.Option(help="Pixels of a video's shorter side.", rich_help_panel=_CLIPS)] = 256,
@@ -268,36 +280,54 @@ def evaluate(
 
     from . import datasets, evaluation, tiny
     from .adapters import load_classifier
-    from .checks import order_checks, source_check
+    from .checks import order_checks
     from .purifier import Purifier
 
+    if not 0 < step_size < math.inf:
+        raise ValueError(f"--step-size must be more than 0, in 1/255, got {step_size}")
+    if frames < 2:
+        raise ValueError(f"--frames must be 2 or more, got {frames}")
     gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
     threats = _threats(threat, attack, steps, step_size, gradient, queries, clips)
     if any(one.access == "transfer" for one in threats) != (other is not None):
         raise ValueError("--threat transfer and --other, the classifier to attack for it, go together")
     sizes = tuple(size / 255 for size in _numbers("eps", eps))
-    colours = {name: None if text is None else _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
-    classes, draw, videos_found = tiny.CLASSES, _draw_tiny, None
+    named = [name for name in (classifier, other) if name not in (None, "tiny") and ":" not in name]
+    if (mean is None, std is None) != (not named, not named):
+        raise ValueError(
+            f"--mean and --std are of Hugging Face models, which need both; got {named or 'no such model'}"
+        )
+    colours = {name: text and _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
+    names, draw, source = tiny.CLASSES, _draw_tiny, None
     if dataset is not DatasetName.tiny:
         sampling = datasets.ClipSampling(frames, stride, resize, crop)
-        videos_found = _dataset(dataset, videos, annotations, labels, sampling)
-        classes, draw = videos_found.classes, datasets.draws(videos_found, clips, workers)
-        if seeds * clips > len(videos_found):
-            raise ValueError(f"{seeds} x {clips} clips are more than the data set's {len(videos_found)} videos")
+        source = _dataset(dataset, videos, annotations, labels, classes, sampling)
+        names, draw = source.classes, datasets.draws(source, clips, workers)
+        if seeds * clips > len(source):
+            raise ValueError(f"{seeds} x {clips} clips are more than the data set's {len(source)} videos")
+    elif videos or annotations or labels or classes:
+        raise ValueError("the packaged clips take no --videos, --annotations, --labels or --classes: give --dataset")
+    _make_folder(out)
     purifier = Purifier.from_pretrained(
         model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
     )
     place = purifier.unet.device
+    sys.path.insert(0, os.getcwd())  # where "module:function" is looked for; a script's own path has it not
     judge, attacker = (
         None if name is None else load_classifier(name, **colours).to(place) for name in (classifier, other)
     )
+    for name, module in ((classifier, judge), (other, attacker)):
+        if module is not None:
+            shape = (frames, crop, crop) if source else (16, 32, 32)
+            _check_classifier(name, module, torch.full((2, 3, *shape), 0.5, device=place), len(names))
     available = evaluation.defences(purifier, depths=tuple(depth or ()))
-    source = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value}
-    if videos_found is not None:
-        source |= {"videos": len(videos_found), "sampling": asdict(videos_found.sampling)}
-    source |= {"model": model, "dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
+    subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
+    subject |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
+    subject["digests"] = [_digest(module) for module in (judge, attacker, purifier)]
+    if source is not None:
+        subject |= {"videos": source.digest, "sampling": asdict(source.sampling)}
     plan = evaluation.Plan(
-        source=json.dumps(source),
+        source=json.dumps(subject),
         threats=threats,
         defences=tuple(available) if defence == ["all"] else tuple(defence or _DEFENCES),
         eps=sizes,
@@ -310,23 +340,29 @@ def evaluate(
         drawn, labels = draw(seed, start, count)
         return drawn.to(place), labels.to(place)
 
-    _make_folder(out)
-    record = evaluation.evaluate(plan, judge, available, draw_there, out / "record.json", other=attacker, progress=True)
-    rows = evaluation.table(record)
+    record = evaluation.evaluate(
+        *(plan, judge, available, draw_there, out / "record.json"),
+        other=attacker,
+        skipped=None if source is None else source.skipped,
+        progress=True,
+    )
+    rows, found = evaluation.table(record), order_checks(record)
     console.print(_accuracy_table(rows))
-    found = order_checks(rows)
-    if checks and attacker is not None:
-        found.append(source_check(attacker, *draw_there(0, 0, min(clips, batch)), eps=sizes[-1]))
+    if record.skipped:
+        console.print(f"{len(record.skipped)} videos could not be read; report.json names them.")
+
+    def report() -> None:
+        checked = [check._asdict() for check in found]
+        _write_report(out / "report.json", plan, rows, device=place, checks=checked, skipped=record.skipped)
+
+    report()
+    _write_csv(out / "table.csv", rows)
+    _draw_pictures(out, record, rows, judge, attacker, available, draw_there, names)
     if checks:
-        found += _sanity_checks(purifier, judge, *draw_there(0, 0, min(clips, _CHECKED_CLIPS)), sizes[-1])
+        found += _sanity_checks(plan, judge, attacker, available, draw_there)
+        report()
     if found:
         console.print(_check_table(found))
-    skipped = {} if videos_found is None else {str(path): why for path, why in videos_found.skipped.items()}
-    if skipped:
-        console.print(f"{len(skipped)} videos could not be read; report.json names them.")
-    _write_report(out / "report.json", plan, rows, device=place, checks=[c._asdict() for c in found], skipped=skipped)
-    _write_csv(out / "table.csv", rows)
-    _draw_pictures(out, record, rows, judge, attacker, available, draw_there, classes)
     console.print(f"Table, report and pictures: {out}")
 
 
@@ -367,7 +403,12 @@ def _threats(
 
 
 def _dataset(
-    name: DatasetName, videos: Path | None, annotations: Path | None, labels: Path | None, sampling: ClipSampling
+    name: DatasetName,
+    videos: Path | None,
+    annotations: Path | None,
+    labels: Path | None,
+    classes: Path | None,
+    sampling: ClipSampling,
 ) -> VideoDataset:
     from .datasets import VideoDataset
 
@@ -376,7 +417,8 @@ def _dataset(
     if name is DatasetName.ucf101:
         return VideoDataset.ucf101(videos, annotations, sampling=sampling)
     if name is DatasetName.kinetics400:
-        return VideoDataset.kinetics400(videos, annotations, sampling=sampling)
+        names = None if classes is None else classes.read_text().splitlines()
+        return VideoDataset.kinetics400(videos, annotations, classes=names, sampling=sampling)
     if labels is None:
         raise ValueError(f"--dataset {name.value} needs --labels")
     return VideoDataset.something_something_v2(videos, annotations, labels, sampling=sampling)
@@ -394,6 +436,35 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--{option} must be numbers, such as 4,8; got {text!r}") from None
+
+
+def _check_classifier(name: str, module: nn.Module, clips: Tensor, classes: int) -> None:
+    """Try a classifier before any work: the code of others may fail in any way."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            logits = module(clips)
+    except Exception as error:
+        raise ValueError(f"classifier {name!r} fails on clips {tuple(clips.shape)}: {error}") from error
+    seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if seen != (len(clips), classes):
+        raise ValueError(
+            f"classifier {name!r} returns {seen} for {len(clips)} clips of {classes} classes; accepted: logits "
+            f"({len(clips)}, {classes}), in the order of the data set's classes"
+        )
+
+
+def _digest(module: nn.Module | None) -> str | None:
+    """Of a module's weights, so that a record is of these alone."""
+    import torch
+
+    if module is None:
+        return None
+    found = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        found.update(name.encode() + bytes(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()))
+    return found.hexdigest()[:16]
 
 
 # What is shown and written
@@ -426,29 +497,48 @@ def _check_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def _sanity_checks(purifier: Purifier, classifier: nn.Module, clips: Tensor, labels: Tensor, eps: float) -> list[Check]:
-    from .checks import effort_check, gradient_check, reach_check
-    from .defense import DefendedClassifier
+def _sanity_checks(
+    plan: Plan, classifier: nn.Module, other: nn.Module | None, available: Mapping[str, Defence], draw: Draw
+) -> list[Check]:
+    """Of the plan's last defence: of its exact gradient where it has one, else of BPDA's."""
+    import torch
 
-    exact = DefendedClassifier(classifier, purifier).vote_logits
-    bpda = DefendedClassifier(classifier, purifier, gradient="bpda").vote_logits
-    with console.status("checking: the exact gradient") as status:
-        found = [gradient_check(purifier, classifier, clips[:1], labels[:1])]
-        status.update("checking: an attack that goes on")
-        found.append(effort_check(exact, clips, labels, eps=eps, steps=6))
-        status.update("checking: an attack without bounds")
-        found.append(reach_check(bpda, clips, labels))
+    from .checks import Check, effort_check, gradient_check, reach_check, source_check
+
+    name, eps = plan.defences[-1], plan.eps[-1]
+    defence, count = available[name], plan.threats[0].clips
+    batches = (draw(seed, 0, min(count, _CHECKED_CLIPS)) for seed in plan.seeds)
+    clips, labels = next((batch for batch in batches if len(batch[1])), (None, None))
+    if clips is None:
+        return [Check(f"{name}: checks", False, "not made: none of the first clips could be read")]
+    generator = torch.Generator().manual_seed(0)
+    target = defence.logits(classifier, "exact", generator) or defence.logits(classifier, "bpda", generator)
+    todo = {"an attack that goes on": lambda: effort_check(target, clips, labels, eps=eps, steps=6)}
+    todo["an attack without bounds"] = lambda: reach_check(target, clips, labels)
+    if defence.purifier is not None:
+        todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
+    if other is not None:
+        todo["the attacker's own classifier"] = lambda: source_check(other, clips, labels, eps=eps)
+    found = []
+    with console.status("") as status:
+        for what, run in todo.items():
+            status.update(f"checking {name}: {what}")
+            try:
+                check = run()
+            except Exception as error:  # a classifier without float64, too little memory, ...
+                check = Check(what, False, f"not made: {type(error).__name__}: {str(error).splitlines()[0]}")
+            found.append(check._replace(name=f"{name}: {check.name}"))
     return found
 
 
 def _draw_pictures(
     out: Path,
-    record: Any,
+    record: Record,
     rows: Sequence[Accuracy],
     classifier: nn.Module,
     other: nn.Module | None,
-    available: dict[str, Any],
-    draw: Any,
+    available: Mapping[str, Defence],
+    draw: Draw,
     classes: Sequence[str],
 ) -> None:
     """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
@@ -475,6 +565,8 @@ def _make_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"cannot write to {path}: it is a file")
     path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write to {path}")
 
 
 def _write_report(

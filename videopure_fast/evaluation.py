@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -74,12 +76,13 @@ class Defence:
 
     votes: clips (B, 3, F, H, W) and a generator -> (B, V, 3, F, H, W). logits: of a classifier, the access "bpda" or
     "exact" and a generator, a differentiable callable from clips to (B, K) or (B, V, K); None where an access does not
-    exist.
+    exist. purifier: of a purification.
     """
 
     votes: Callable[[Tensor, torch.Generator], Tensor]
     logits: Callable[[nn.Module, Access, torch.Generator], Callable[[Tensor], Tensor] | None]
     randomised: bool = False
+    purifier: Purifier | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Unit(NamedTuple):
 class Accuracy(NamedTuple):
     """A row of the table. accuracy is the mean over `n` clips, of randomised defences over repeats too, and `low` to
     `high` its 95 % interval (Wilson); worst counts a clip as right only if every repeat was. access is the threat's,
-    or "adaptive" for the minimum over adaptive threats."""
+    or "adaptive" for the minimum over all."""
 
     access: str
     threat: str
@@ -195,26 +198,30 @@ def _purification(purifier: Purifier, config: Any, *, voting: bool = True) -> De
         of_votes = partial(DefendedClassifier(classifier, ours, gradient=access).vote_logits, generator=generator)
         return of_votes if voting else (lambda clips: of_votes(clips)[:, -1:])
 
-    return Defence(votes, logits, ours.properties["randomised"])
+    return Defence(votes, logits, ours.properties["randomised"], ours)
 
 
 class Record:
     """The units that are done, in a JSON file that is replaced whole, never edited in place.
 
-    ValueError for a file that is no record, or one of another plan.
+    skipped: why clips could not be read, by their names. ValueError for a file that is no record, or one of another
+    plan.
     """
 
     def __init__(self, path: str | os.PathLike[str], plan: Plan) -> None:
         self._path, self.plan = Path(path), plan
         self.units: dict[str, dict[str, Any]] = {}
+        self.skipped: dict[str, str] = {}
         if not self._path.exists():
             return
         if self._path.stat().st_size > _MOST_RECORD:
             raise ValueError(f"{self._path} is larger than a record can be, {_MOST_RECORD >> 20} MiB")
         try:
             saved = json.loads(self._path.read_text())
-            known, self.units = saved["hash"], dict(saved["units"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            known, self.units, self.skipped = saved["hash"], dict(saved["units"]), dict(saved.get("skipped", {}))
+            for unit in self.units.values():
+                _check_entry(**unit)
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{self._path} is no record of an evaluation ({error})") from error
         if known != plan.hash:
             raise ValueError(
@@ -223,10 +230,40 @@ class Record:
 
     def add(self, name: str, unit: dict[str, Any]) -> None:
         self.units[name] = unit
+        content = {"hash": self.plan.hash, "plan": asdict(self.plan), "skipped": self.skipped, "units": self.units}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"hash": self.plan.hash, "plan": asdict(self.plan), "units": self.units}
         with replacing(self._path) as file:
             file.write_text(json.dumps(content))
+
+
+@contextmanager
+def _alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """ValueError if another process of this machine works on the record; where the system has such locks, which end
+    with their process however it ends."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"videopure-fast-{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process works on {path}") from error
+        yield
+
+
+def _check_entry(
+    right: list[int] | None, repeats: int = 1, seconds: float = 0.0, peak_bytes: int | None = None
+) -> None:
+    counts = [] if right is None else right
+    if not isinstance(repeats, int) or repeats < 1 or not all(isinstance(n, int) and 0 <= n <= repeats for n in counts):
+        raise ValueError(f"a unit has {right} right of {repeats!r}")
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ValueError(f"a unit took {seconds!r} seconds")
+    if peak_bytes is not None and not isinstance(peak_bytes, int):
+        raise ValueError(f"a unit held {peak_bytes!r} bytes")
 
 
 def evaluate(
@@ -237,6 +274,7 @@ def evaluate(
     path: str | os.PathLike[str],
     *,
     other: nn.Module | None = None,
+    skipped: Mapping[Any, str] | None = None,
     progress: bool = False,
 ) -> Record:
     """Do what is left of a plan.
@@ -244,30 +282,33 @@ def evaluate(
     available: the plan's defences by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in [0, 1] and labels
     (count,), the same for the same numbers, on the models' device; fewer where some cannot be read. path: the record;
     it is continued where it is there. other: the attacker's own classifier, for the access "transfer".
+    skipped: grows while `draw` finds clips that cannot be read (`VideoDataset.skipped`), and is kept in the record.
     """
     if unknown := [name for name in plan.defences if name not in available]:
         raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(available)}")
     if other is None and any(threat.access == "transfer" for threat in plan.threats):
         raise ValueError("the access 'transfer' needs another classifier to attack, got none")
-    record = Record(path, plan)
-    units = list(plan.units())
-    with tqdm(total=len(units) * len(plan.defences), desc="evaluate", unit="batch", disable=not progress) as bar:
-        for unit in units:
-            left = [name for name in plan.defences if unit.name(name) not in record.units]
-            bar.update(len(plan.defences) - len(left))
-            if not left:
-                continue
-            clips, labels = draw(unit.seed, unit.start, unit.clips)
-            adaptive = unit.threat.access in ADAPTIVE
-            victim = other if unit.threat.access == "transfer" else classifier
-            attacked = None if adaptive else _attack(unit, victim, clips, labels)
-            for name in left:
-                bar.set_postfix_str(f"{unit.threat.name}, {name}")
-                defence = available[name]
-                if adaptive:
-                    attacked = _attack(unit, _target(unit, classifier, defence, name), clips, labels, name)
-                record.add(unit.name(name), _judge(unit, classifier, defence, attacked, labels, name, plan.repeats))
-                bar.update()
+    with _alone(path):
+        record = Record(path, plan)
+        units = list(plan.units())
+        with tqdm(total=len(units) * len(plan.defences), desc="evaluate", unit="batch", disable=not progress) as bar:
+            for unit in units:
+                left = [name for name in plan.defences if unit.name(name) not in record.units]
+                bar.update(len(plan.defences) - len(left))
+                if not left:
+                    continue
+                clips, labels = draw(unit.seed, unit.start, unit.clips)
+                record.skipped |= {str(name): why for name, why in (skipped or {}).items()}
+                adaptive = unit.threat.access in ADAPTIVE
+                victim = other if unit.threat.access == "transfer" else classifier
+                attacked = None if adaptive else _attack(unit, victim, clips, labels)
+                for name in left:
+                    bar.set_postfix_str(f"{unit.threat.name}, {name}")
+                    defence = available[name]
+                    if adaptive:
+                        attacked = _attack(unit, _target(unit, classifier, defence, name), clips, labels, name)
+                    record.add(unit.name(name), _judge(unit, classifier, defence, attacked, labels, name, plan.repeats))
+                    bar.update()
     return record
 
 
@@ -316,7 +357,11 @@ def _judge(
 
 def _logits(classifier: nn.Module, votes: Tensor) -> Tensor:
     """Votes (B, V, 3, F, H, W) -> logits (B, V, K)."""
-    return torch.stack([classifier(one.contiguous()) for one in votes.unbind(1)], 1)
+    logits = [classifier(one.contiguous()) for one in votes.unbind(1)]
+    if not isinstance(logits[0], Tensor) or logits[0].ndim != 2 or len(logits[0]) != len(votes):
+        seen = tuple(logits[0].shape) if isinstance(logits[0], Tensor) else type(logits[0]).__name__
+        raise ValueError(f"the classifier must return logits ({len(votes)}, K), got {seen}")
+    return torch.stack(logits, 1)
 
 
 # Tables
@@ -330,29 +375,32 @@ def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, fl
 
 
 def table(*records: Record) -> list[Accuracy]:
-    """A row for each threat, eps and defence that is done in full; then, for each eps and defence under more than one
-    adaptive threat, the minimum over them, clip by clip (of the clips that all of them attacked).
+    """A row for each threat, eps and defence that is done in full; then, for each eps and defence of which an attacker
+    knew something, the minimum over all that was done to it, clip by clip (of the clips that all attacks had): who
+    knows the defence may also attack as if they did not.
 
     Records of several plans must be of the same clips.
     """
-    rows, adaptive = [], {}
+    rows, attacks = [], {}
     for record in records:
         for threat in record.plan.threats:
             for eps in record.plan.eps if threat.access != "none" else (0.0,):
                 for name in record.plan.defences:
-                    outcome = _outcome(record, threat, eps, name)
-                    if not outcome.shares:
-                        continue
-                    rows.append(_row(threat.access, threat.name, eps, name, [outcome]))
-                    if threat.access in ADAPTIVE:
-                        adaptive.setdefault((eps, name), []).append(outcome)
-    for (eps, name), outcomes in adaptive.items():
-        if len(outcomes) > 1 and set.intersection(*(set(outcome.shares) for outcome in outcomes)):
-            rows.append(_row("adaptive", "adaptive, minimum", eps, name, outcomes))
+                    found = outcome(record, threat, eps, name)
+                    if found.shares:
+                        rows.append(_row(threat.access, threat.name, eps, name, [found]))
+                        attacks.setdefault((eps, name), []).append((threat.access, found))
+    for (eps, name), done in attacks.items():
+        if any(access in ADAPTIVE for access, _ in done):
+            done = attacks.get((0.0, name), []) + done
+            accesses, outcomes = zip(*done, strict=True)
+            if len(done) > 1 and set.intersection(*(set(found.shares) for found in outcomes)):
+                what = f"minimum of {', '.join(dict.fromkeys(accesses)).replace('none', 'clean')}"
+                rows.append(_row("adaptive", what, eps, name, list(outcomes)))
     return rows
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """Of each clip, by seed and place among the seed's, the share of repeats that were right; and what they cost."""
 
     shares: dict[tuple[int, int], float]
@@ -360,12 +408,12 @@ class _Outcome(NamedTuple):
     peak_bytes: int | None
 
 
-def _outcome(record: Record, threat: Threat, eps: float, defence: str) -> _Outcome:
+def outcome(record: Record, threat: Threat, eps: float, defence: str) -> Outcome:
     """Empty where a unit is missing, or the access does not exist."""
     units = [unit for unit in record.plan.units() if (unit.threat, unit.eps) == (threat, eps)]
     entries = [record.units.get(unit.name(defence)) for unit in units]
     if any(entry is None or entry["right"] is None for entry in entries):
-        return _Outcome({}, 0.0, None)
+        return Outcome({}, 0.0, None)
     shares = {
         (unit.seed, unit.start + i): right / entry["repeats"]
         for unit, entry in zip(units, entries, strict=True)
@@ -373,10 +421,10 @@ def _outcome(record: Record, threat: Threat, eps: float, defence: str) -> _Outco
     }
     peaks = [entry["peak_bytes"] for entry in entries if entry["peak_bytes"] is not None]
     seconds = sum(entry["seconds"] for entry in entries)
-    return _Outcome(shares, seconds / max(len(shares), 1), max(peaks, default=None))
+    return Outcome(shares, seconds / max(len(shares), 1), max(peaks, default=None))
 
 
-def _row(access: str, threat: str, eps: float, defence: str, outcomes: list[_Outcome]) -> Accuracy:
+def _row(access: str, threat: str, eps: float, defence: str, outcomes: list[Outcome]) -> Accuracy:
     common = set.intersection(*(set(outcome.shares) for outcome in outcomes))
     shares = [min(outcome.shares[clip] for outcome in outcomes) for clip in common]
     n, accuracy = len(shares), math.fsum(shares) / len(shares)
@@ -402,7 +450,7 @@ class Examples(NamedTuple):
 
 def rescued(record: Record, threat: Threat, eps: float, defence: str) -> list[tuple[int, int]]:
     """Seed and place of every clip of a cell of the table, those first that the defence alone keeps right."""
-    defended, bare = (_outcome(record, threat, eps, name).shares for name in (defence, "none"))
+    defended, bare = (outcome(record, threat, eps, name).shares for name in (defence, "none"))
     return sorted(defended, key=lambda clip: (bare.get(clip, 1.0) - defended[clip], clip))
 
 
