@@ -246,7 +246,7 @@ def _alone(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
-    with Path(tempfile.gettempdir(), f"videopure-fast-{name}.lock").open("w") as file:
+    with Path(tempfile.gettempdir(), f"videopure-fast-{name}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
