@@ -1,9 +1,10 @@
 """Robust accuracy of every defence on packaged clips: `python bench/study.py`, many hours on two cores.
 
 Interrupt it when you like: the outcome of every clip stays in bench/results/study, and the next run goes on from there.
-bench/results/robustness-tiny.json then holds all that is done in full, and `make report` makes the README's table of
-it. --only works on one part; --only nothing just writes the result. --share 0.02 tries the whole way on few clips, in
-build. Seconds a clip are those of the part "cost", which wants the machine for itself.
+bench/results/robustness-tiny.json then holds all that is done in full, robustness-tiny.svg draws accuracy against eps
+and seconds, and `make report` makes the README's tables. --only works on one part; --only nothing just writes the
+result. --share 0.02 tries the whole way on few clips, in build. Seconds a clip are those of the part "cost", which
+wants the machine for itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
 from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
 from videopure_fast.evaluation import Access, Defence, Plan, Record, Threat, defences, evaluate, table
+from videopure_fast.pictures import draw_accuracy
 from videopure_fast.profiling import describe_device, replacing
 from videopure_fast.tiny.models import ActionClassifier
 from videopure_fast.tiny.train import train_classifier
@@ -45,7 +47,8 @@ PARITY = tuple(
     for crafted in ("fast", "reference")
     for judged in ("fast", "reference")
 )
-ATTACKS = ("transfer", "bpda", "exact", "query")  # the parts whose clip-by-clip minimum is the headline
+# The parts whose clip-by-clip minimum is the headline.
+ATTACKS = ("transfer", "bpda", "exact", "exact apgd", "curve", "query")
 PGD10 = {"steps": 10, "step_size": 2 / 255}
 PGD20 = {"steps": 20, "step_size": 1 / 255}
 
@@ -53,7 +56,7 @@ PGD20 = {"steps": 20, "step_size": 1 / 255}
 def plans() -> dict[str, Plan]:
     """By name, cheap ones first. ddpm takes a hundred evaluations a clip: one seed, once."""
 
-    def threat(access: Access, clips: int, attack: str = "pgd", **settings: float) -> Threat:
+    def threat(access: Access, clips: int, attack: str = "pgd", **settings: float | str) -> Threat:
         return Threat(access, attack, settings or PGD10, clips)
 
     def plan(
@@ -76,6 +79,11 @@ def plans() -> dict[str, Plan]:
         "transfer": replace(through, source=f"{through.source}, and another trained for {OTHER_STEPS} steps"),
         "bpda": plan((*FILTERS, *diffusing), threat("gray-box", 64, **PGD20), threat("bpda", 64, **PGD20), eps=EPS[:1]),
         "exact": plan((*strong, "VAE round trip", "mean of 5 frames"), threat("exact", 32, **PGD20), eps=EPS[:1]),
+        "exact apgd": plan(
+            ("videopure", "VAE round trip", *(name for name in FILTERS if name.startswith(("mean", "median", "temp")))),
+            threat("exact", 32, "apgd", steps=20, loss="margin"),
+            eps=EPS[:1],
+        ),
         "depths": plan(deep, *depths, eps=EPS[:1], repeats=1),
         "chance": plan(("ddim",), threat("gray-box", 64), eps=EPS[:1], repeats=10),
         "curve": plan(few, *curve, eps=tuple(2**k / 255 for k in range(7)), repeats=1),
@@ -164,6 +172,10 @@ def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) ->
     }
     with replacing(path) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
+    if "curve" in records and "cost" in records:
+        seconds = {row.defence: row.seconds_per_clip for row in table(records["cost"])}
+        curve = [row._replace(seconds_per_clip=seconds[row.defence]) for row in table(records["curve"])]
+        draw_accuracy(curve, path.with_suffix(".svg"), note="bars: 95 % intervals")
 
 
 def main(arguments: list[str] | None = None) -> None:

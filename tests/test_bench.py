@@ -204,6 +204,10 @@ def test_the_tables_of_robust_accuracy():
         accuracy_row("bpda", "gray-box", "videopure", 0.85),
         accuracy_row("bpda", "bpda", "videopure", 0.5),
         accuracy_row("exact", "exact", "videopure", 0.125, n=32),
+        accuracy_row("exact apgd", "exact", "videopure", 0.0625, n=32),
+        accuracy_row("curve", "bpda", "videopure", 0.75, eps=1 / 255, n=32),
+        accuracy_row("parity", "bpda", "videopure, crafted on fast, judged on reference", 0.5, n=32),
+        accuracy_row("chance", "gray-box", "ddim", 0.9, n=64) | {"worst": 0.75},
         accuracy_row("adaptive", "adaptive", "videopure", 0.1, n=32),
         accuracy_row("cost", "none", "videopure", 1.0, eps=0.0, n=16, seconds=0.512),
         accuracy_row("depths", "gray-box", "videopure, T=2", 0.6, n=128),
@@ -217,11 +221,14 @@ def test_the_tables_of_robust_accuracy():
         "| **videopure** | 768 | 0.980 (0.93 to 1.03) | 0.900 (0.85 to 0.95) | 0.700 (0.65 to 0.75) | 0.51 |" in lines
     )
     assert "| ddpm | 256 | - | 0.800 (0.75 to 0.85) | - | - |" in lines
+    assert "| videopure, T=2 | 128 | - | 0.600 (0.55 to 0.65) | - | - |" in lines
     (informed,) = [line for line in lines if line.startswith("| **videopure** | - ")]
     assert informed == (
         "| **videopure** | - | - | 0.850 (0.80 to 0.90; 64) | 0.500 (0.45 to 0.55; 64) | 0.125 (0.07 to 0.17; 32) "
-        "| 0.100 (0.05 to 0.15; 32) |"
+        "| 0.062 (0.01 to 0.11; 32) | 0.100 (0.05 to 0.15; 32) |"
     )
+    assert any(line.endswith("crafted on fast, judged on reference, 0.500 (0.45 to 0.55; 32).") for line in lines)
+    assert any("ddim is right on 0.900 of 64 clips" in line and "0.750 in every draw" in line for line in lines)
     assert "1 of 2 checks passed; FAILED: odd (0.9 and 0.1)." in lines
     assert "`make study` on cpu (X), 2 threads, torch 2." in lines
 

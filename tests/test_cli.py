@@ -235,6 +235,7 @@ def test_evaluate(tmp_path, small_model, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "gray-box pgd, steps=1, step_size=0.00784, eot=2, eps 4/255" in result.output
     assert "mean of 5 frames, 4/255: bpda is at least as strong as query" in " ".join(result.output.split())
+    assert "No exact" not in result.output
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert files == ["accuracy.svg", "record.json", "report.json", "strip.png", "table.csv"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -255,7 +256,8 @@ def test_evaluates_checks_are_of_the_last_defence():
 
     def made(name, draw=draw, classifier=classifier):
         plan = Plan("test", (Threat("none", clips=2),), ("none", name))
-        return cli_evaluate._sanity_checks(plan, classifier, None, defences(build_purifier()), draw)
+        cast = cli_evaluate._Cast(classifier, None, defences(build_purifier()), draw, ())
+        return cli_evaluate._sanity_checks(plan, cast)
 
     assert [check.name for check in made("mean of 3 frames")] == [
         "mean of 3 frames: the loss rises with the attack's steps, more than by noise",
@@ -362,6 +364,16 @@ def test_evaluate_refuses(arguments, message, tmp_path, small_model, monkeypatch
     status, _, stderr = run_main(monkeypatch, capsys, "evaluate", *arguments)
     assert status == 1 and message in stderr and stderr.startswith("error: ")
     assert not (tmp_path / "evaluation" / "record.json").exists()
+
+
+def test_a_stopped_evaluation_says_how_to_go_on(tmp_path, small_model, monkeypatch, capsys):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videopure_fast.evaluation.evaluate", stop)
+    status, stdout, _ = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path)
+    assert status not in (None, 0)
+    assert f"stays in {tmp_path / 'record.json'}: the same command goes on" in stdout
 
 
 def test_info(monkeypatch):

@@ -19,6 +19,7 @@ from videopure_fast.evaluation import (
     defences,
     evaluate,
     examples,
+    inaccessible,
     rescued,
     table,
     wilson_interval,
@@ -210,6 +211,7 @@ def test_codecs_have_no_exact_gradient(available, tmp_path):
     names = ("JPEG 75", "none")
     record = evaluate(plan(small, names=names), CLASSIFIER, available, draw, tmp_path / "record.json")
     assert [row.defence for row in table(record)] == ["none"]
+    assert inaccessible(record) == {small.name: ["JPEG 75"]}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,11 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
     [
         (lambda: Threat("white-box"), "unknown access 'white-box'; accepted: none, transfer, gray-box"),
         (lambda: Threat("exact", "pdg"), "unknown attack 'pdg'; accepted: fgsm, pgd"),
+        (
+            lambda: Threat("exact", "pgd", {"stepsize": 1}),
+            "pgd has no stepsize; accepted: eot, loss, norm, random_start",
+        ),
+        (lambda: Threat("query", "square", {"eps": 1, "queries": 2}), "square has no eps; accepted: loss, p_init"),
         (lambda: Threat("exact", clips=0), "clips must be an int of 1 or more, got 0"),
         (lambda: plan(), "threats must be some, and none twice"),
         (lambda: plan(GRAY, GRAY), "threats must be some, and none twice"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import clips
@@ -34,7 +36,7 @@ ROWS = [
 
 def test_a_strip_has_four_rows_of_eight_frames(tmp_path):
     path = tmp_path / "strip.png"
-    write_strip(found(), CLASSES, path)
+    write_strip(found(), CLASSES, path, threat="pgd, 4/255", defence="videopure")
     with Image.open(path) as strip:
         assert strip.size == (8 * 128, 4 * (128 + 20))
         # The purified clip is black, the difference brighter than grey.
@@ -45,7 +47,7 @@ def test_a_strip_has_four_rows_of_eight_frames(tmp_path):
 
 def test_large_clips_keep_their_size(tmp_path):
     large = Examples(*(clips(1, 3, 2, 160, 200) for _ in range(3)), *(torch.tensor([0]) for _ in range(3)))
-    write_strip(large, CLASSES, tmp_path / "strip.png")
+    write_strip(large, CLASSES, tmp_path / "strip.png", threat="pgd", defence="none")
     with Image.open(tmp_path / "strip.png") as strip:
         assert strip.size == (2 * 200, 4 * (160 + 20))
 
@@ -66,7 +68,20 @@ def test_accuracy_is_drawn_against_eps_and_latency(tmp_path, suffix):
         text = path.read_text()
         assert text.count(">seconds a clip<") == 2 and text.count(">eps, 1/255<") == 1
         assert ">bpda pgd<" in text and "clean" not in text and "both &lt;&amp;&gt;" in text and "a note" in text
-        assert text.count("<circle") == 2 * 2 + 2 + 1
+        assert text.count("<circle") == 2 * 2 + 2 + 1 + 2  # the last two are the legend's
+
+
+def test_many_defences_are_told_apart_and_their_panels_share_an_axis(tmp_path):
+    rows = [row("bpda pgd", eps, f"defence {i}", 0.3, 1) for i in range(17) for eps in (0.1, 0.2)]
+    rows += [row(f"exact pgd {i}", 0.1, "defence 0", 0.2, 1) for i in range(2)]
+    draw_accuracy(rows, tmp_path / "accuracy.svg")
+    text = (tmp_path / "accuracy.svg").read_text()
+    # Eight lines of circles, eight of squares and one of diamonds: two dots against eps, one against seconds, one in
+    # the legend. The last two panels have one circle each.
+    assert text.count("<circle") == 8 * (2 + 1 + 1) + 2 and text.count("<polygon") == 9 * (2 + 1 + 1)
+    assert text.count(">1</text>") == 4 + 3  # the top of each axis, and one second
+    width, height = re.search(r'<svg [^>]*width="(\d+)" height="(\d+)"', text).groups()
+    assert int(width) == 3 * 550 and int(height) > 2 * 400  # three panels in a row
 
 
 def test_nothing_attacked_cannot_be_drawn(tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -123,7 +123,7 @@ def demo(
     shown = [place for _, place in evaluation.rescued(record, gray, plan.eps[0], "videopure")[:_DEMO_CLIPS]]
     drawn, labels = (part[shown] for part in _draw_tiny(seed, 0, clips))
     found = evaluation.examples(gray, plan.eps[0], drawn, labels, classifier, available["videopure"])
-    pictures.write_strip(found, tiny.CLASSES, out / "strip.png")
+    pictures.write_strip(found, tiny.CLASSES, out / "strip.png", threat=f"PGD, {eps:g}/255", defence="videopure")
     pictures.write_side_by_side(found, tiny.CLASSES, out / "demo.mp4")
     console.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
     if json_file is not None:
@@ -279,8 +279,6 @@ def evaluate(
     import torch
 
     from . import datasets, evaluation, tiny
-    from .adapters import load_classifier
-    from .checks import order_checks
     from .purifier import Purifier
 
     if not 0 < step_size < math.inf:
@@ -292,12 +290,7 @@ def evaluate(
     if any(one.access == "transfer" for one in threats) != (other is not None):
         raise ValueError("--threat transfer and --other, the classifier to attack for it, go together")
     sizes = tuple(size / 255 for size in _numbers("eps", eps))
-    named = [name for name in (classifier, other) if name not in (None, "tiny") and ":" not in name]
-    if (mean is None, std is None) != (not named, not named):
-        raise ValueError(
-            f"--mean and --std are of Hugging Face models, which need both; got {named or 'no such model'}"
-        )
-    colours = {name: text and _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
+    colours = _colours((classifier, other), mean, std)
     names, draw, source = tiny.CLASSES, _draw_tiny, None
     if dataset is not DatasetName.tiny:
         sampling = datasets.ClipSampling(frames, stride, resize, crop)
@@ -312,14 +305,8 @@ def evaluate(
         model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
     )
     place = purifier.unet.device
-    sys.path.insert(0, os.getcwd())  # where "module:function" is looked for; a script's own path has it not
-    judge, attacker = (
-        None if name is None else load_classifier(name, **colours).to(place) for name in (classifier, other)
-    )
-    for name, module in ((classifier, judge), (other, attacker)):
-        if module is not None:
-            shape = (frames, crop, crop) if source else (16, 32, 32)
-            _check_classifier(name, module, torch.full((2, 3, *shape), 0.5, device=place), len(names))
+    sample = torch.full((2, 3, *((frames, crop, crop) if source else (16, 32, 32))), 0.5, device=place)
+    judge, attacker = (_classifier(name, colours, sample, len(names)) for name in (classifier, other))
     available = evaluation.defences(purifier, depths=tuple(depth or ()))
     subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
     subject |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
@@ -340,30 +327,18 @@ def evaluate(
         drawn, labels = draw(seed, start, count)
         return drawn.to(place), labels.to(place)
 
-    record = evaluation.evaluate(
-        *(plan, judge, available, draw_there, out / "record.json"),
-        other=attacker,
-        skipped=None if source is None else source.skipped,
-        progress=True,
-    )
-    rows, found = evaluation.table(record), order_checks(record)
-    console.print(_accuracy_table(rows))
-    if record.skipped:
-        console.print(f"{len(record.skipped)} videos could not be read; report.json names them.")
-
-    def report() -> None:
-        checked = [check._asdict() for check in found]
-        _write_report(out / "report.json", plan, rows, device=place, checks=checked, skipped=record.skipped)
-
-    report()
-    _write_csv(out / "table.csv", rows)
-    _draw_pictures(out, record, rows, judge, attacker, available, draw_there, names)
-    if checks:
-        found += _sanity_checks(plan, judge, attacker, available, draw_there)
-        report()
-    if found:
-        console.print(_check_table(found))
-    console.print(f"Table, report and pictures: {out}")
+    try:
+        record = evaluation.evaluate(
+            *(plan, judge, available, draw_there, out / "record.json"),
+            other=attacker,
+            skipped=None if source is None else source.skipped,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        console.print(f"Stopped. What is done stays in {out / 'record.json'}: the same command goes on from there.")
+        raise
+    cast = _Cast(judge, attacker, available, draw_there, names)
+    _report(record, cast, out, place, thorough=checks)
 
 
 def installed(name: str) -> str | None:
@@ -438,10 +413,26 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ValueError(f"--{option} must be numbers, such as 4,8; got {text!r}") from None
 
 
-def _check_classifier(name: str, module: nn.Module, clips: Tensor, classes: int) -> None:
-    """Try a classifier before any work: the code of others may fail in any way."""
+def _colours(names: Sequence[str | None], mean: str | None, std: str | None) -> dict[str, Any]:
+    """The options' numbers; ValueError where they are missing, or of nothing."""
+    named = [name for name in names if name not in (None, "tiny") and ":" not in name]
+    if (mean is None, std is None) != (not named, not named):
+        raise ValueError(
+            f"--mean and --std are of Hugging Face models, which need both; got {named or 'no such model'}"
+        )
+    return {name: text and _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
+
+
+def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classes: int) -> nn.Module | None:
+    """By its name, on the clips' device, and tried on them before any work: the code of others may fail in any way."""
     import torch
 
+    from .adapters import load_classifier
+
+    if name is None:
+        return None
+    sys.path.insert(0, os.getcwd())  # where "module:function" is looked for; a script's own path has it not
+    module = load_classifier(name, **colours).to(clips.device)
     try:
         with torch.no_grad():
             logits = module(clips)
@@ -453,6 +444,7 @@ def _check_classifier(name: str, module: nn.Module, clips: Tensor, classes: int)
             f"classifier {name!r} returns {seen} for {len(clips)} clips of {classes} classes; accepted: logits "
             f"({len(clips)}, {classes}), in the order of the data set's classes"
         )
+    return module
 
 
 def _digest(module: nn.Module | None) -> str | None:
@@ -470,8 +462,46 @@ def _digest(module: nn.Module | None) -> str | None:
 # What is shown and written
 
 
+class _Cast(NamedTuple):
+    """Who takes part: the classifier, the attacker's own, the defences by name, the clips and their classes."""
+
+    classifier: nn.Module
+    other: nn.Module | None
+    available: Mapping[str, Defence]
+    draw: Draw
+    classes: Sequence[str]
+
+
+def _report(record: Record, cast: _Cast, out: Path, device: torch.device, *, thorough: bool) -> None:
+    """Table, report, CSV file and pictures; then, if thorough, the checks that need work, and the report with them."""
+    from .checks import order_checks
+    from .evaluation import inaccessible, table
+
+    rows, checks = table(record), order_checks(record)
+
+    def write() -> None:
+        found = [check._asdict() for check in checks]
+        _write_report(out / "report.json", record.plan, rows, device=device, checks=found, skipped=record.skipped)
+
+    console.print(_accuracy_table(rows))
+    for threat, names in inaccessible(record).items():
+        console.print(f"No {threat} on {', '.join(names)}: they have no gradient.")
+    if record.skipped:
+        console.print(f"{len(record.skipped)} videos could not be read; report.json names them.")
+    write()
+    _write_csv(out / "table.csv", rows)
+    _draw_pictures(record, rows, cast, out)
+    if thorough:
+        checks += _sanity_checks(record.plan, cast)
+        write()
+    if checks:
+        console.print(_check_table(checks))
+    console.print(f"Table, report and pictures: {out}")
+
+
 def _accuracy_table(rows: Sequence[Accuracy]) -> Table:
     table = Table("defence", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
+    table.caption = "MB: the most memory held, on a CPU by the whole process"
     for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MB"):
         table.add_column(column, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
@@ -497,17 +527,15 @@ def _check_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def _sanity_checks(
-    plan: Plan, classifier: nn.Module, other: nn.Module | None, available: Mapping[str, Defence], draw: Draw
-) -> list[Check]:
+def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
     """Of the plan's last defence: of its exact gradient where it has one, else of BPDA's."""
     import torch
 
     from .checks import Check, effort_check, gradient_check, reach_check, source_check
 
     name, eps = plan.defences[-1], plan.eps[-1]
-    defence, count = available[name], plan.threats[0].clips
-    batches = (draw(seed, 0, min(count, _CHECKED_CLIPS)) for seed in plan.seeds)
+    defence, classifier, count = cast.available[name], cast.classifier, plan.threats[0].clips
+    batches = (cast.draw(seed, 0, min(count, _CHECKED_CLIPS)) for seed in plan.seeds)
     clips, labels = next((batch for batch in batches if len(batch[1])), (None, None))
     if clips is None:
         return [Check(f"{name}: checks", False, "not made: none of the first clips could be read")]
@@ -517,8 +545,8 @@ def _sanity_checks(
     todo["an attack without bounds"] = lambda: reach_check(target, clips, labels)
     if defence.purifier is not None:
         todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
-    if other is not None:
-        todo["the attacker's own classifier"] = lambda: source_check(other, clips, labels, eps=eps)
+    if cast.other is not None:
+        todo["the attacker's own classifier"] = lambda: source_check(cast.other, clips, labels, eps=eps)
     found = []
     with console.status("") as status:
         for what, run in todo.items():
@@ -531,33 +559,25 @@ def _sanity_checks(
     return found
 
 
-def _draw_pictures(
-    out: Path,
-    record: Record,
-    rows: Sequence[Accuracy],
-    classifier: nn.Module,
-    other: nn.Module | None,
-    available: Mapping[str, Defence],
-    draw: Draw,
-    classes: Sequence[str],
-) -> None:
+def _draw_pictures(record: Record, rows: Sequence[Accuracy], cast: _Cast, out: Path) -> None:
     """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
     from . import pictures
     from .evaluation import examples, rescued
 
-    attacked = [row for row in rows if row.access not in ("none", "adaptive")]
-    if not attacked:
+    if all(row.access in ("none", "adaptive") for row in rows):
         return
-    pictures.draw_accuracy(attacked, out / "accuracy.svg", note="bars: 95 % intervals")
+    pictures.draw_accuracy(rows, out / "accuracy.svg", note="bars: 95 % intervals")
     name = record.plan.defences[-1]
     for threat in record.plan.threats[1:]:
         if places := rescued(record, threat, record.plan.eps[0], name):
             seed, place = places[0]
             start = place - place % record.plan.batch  # a clip's place is among those of its batch that could be read
-            drawn = draw(seed, start, min(record.plan.batch, threat.clips - start))
+            drawn = cast.draw(seed, start, min(record.plan.batch, threat.clips - start))
             clip, label = (part[place - start :][:1] for part in drawn)
-            found = examples(threat, record.plan.eps[0], clip, label, classifier, available[name], other=other)
-            pictures.write_strip(found, classes, out / "strip.png")
+            judged = (cast.classifier, cast.available[name])
+            found = examples(threat, record.plan.eps[0], clip, label, *judged, other=cast.other)
+            met = f"{threat.name}, {255 * record.plan.eps[0]:g}/255"
+            pictures.write_strip(found, cast.classes, out / "strip.png", threat=met, defence=name)
             return
 
 

@@ -8,6 +8,7 @@ unit draws depends on its own name alone, so that a resumed evaluation ends with
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attack_parts import vote
+from .attack_parts import Shared, vote
 from .attacks import ATTACKS, bpda
 from .defense import DefendedClassifier
 from .filters import FILTERS, reconstruct
@@ -56,6 +57,13 @@ class Threat:
             raise ValueError(f"unknown access {self.access!r}; accepted: {', '.join(get_args(Access))}")
         if self.attack not in ATTACKS:
             raise ValueError(f"unknown attack {self.attack!r}; accepted: {', '.join(ATTACKS)}")
+        options = inspect.signature(ATTACKS[self.attack].run).parameters
+        known = {name for name, option in options.items() if option.kind is option.KEYWORD_ONLY}
+        if any(option.kind is option.VAR_KEYWORD for option in options.values()):
+            known |= set(Shared.__annotations__)
+        known -= {"eps", "generator", "progress"}
+        if unknown := sorted(set(self.settings) - known):
+            raise ValueError(f"{self.attack} has no {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
         if isinstance(self.clips, bool) or not isinstance(self.clips, int) or self.clips < 1:
             raise ValueError(f"clips must be an int of 1 or more, got {self.clips!r}")
 
@@ -398,6 +406,17 @@ def table(*records: Record) -> list[Accuracy]:
                 what = f"minimum of {', '.join(dict.fromkeys(accesses)).replace('none', 'clean')}"
                 rows.append(_row("adaptive", what, eps, name, list(outcomes)))
     return rows
+
+
+def inaccessible(record: Record) -> dict[str, list[str]]:
+    """By threat, the defences that do not give an attacker what it needs: those have no row."""
+    found: dict[str, list[str]] = {}
+    for unit in record.plan.units():
+        for name in record.plan.defences:
+            if record.units.get(unit.name(name), {"right": ()})["right"] is None:
+                names = found.setdefault(unit.threat.name, [])
+                names += [] if name in names else [name]
+    return found
 
 
 class Outcome(NamedTuple):

@@ -19,12 +19,18 @@ _VIDEO_SIDE, _VIDEO_RATE = 192, 8
 _CAPTION = 20  # pixels of height
 
 
-def write_strip(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Rows clean, attacked, purified and amplified difference of the first clip; columns are frames."""
+def write_strip(
+    found: Examples, classes: Sequence[str], path: str | os.PathLike[str], *, threat: str, defence: str
+) -> None:
+    """Rows clean, attacked, purified and amplified difference of the first clip; columns are frames.
+
+    threat and defence: what the clip met, in words.
+    """
     clean, attacked, purified = found.clean[0], found.attacked[0], found.purified[0]
     # Signed, around grey: the absolute value of an l_inf attack is nearly the same everywhere.
     difference = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
     captions = [*_captions(found, classes, 0), f"attacked - clean, x{_AMPLIFICATION}, around grey"]
+    captions[1:3] = f"{captions[1]} ({threat})", f"{captions[2]} ({defence})"
     frames = torch.linspace(0, clean.shape[1] - 1, min(_STRIP_COLUMNS, clean.shape[1])).long()
     rows = []
     for caption, clip in zip(captions, (clean, attacked, purified, difference), strict=True):
@@ -50,7 +56,7 @@ def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.P
 def draw_accuracy(rows: Sequence[Accuracy], path: str | os.PathLike[str], *, note: str = "") -> None:
     """Robust accuracy against eps, a panel for each threat, and against seconds a clip at the smallest eps: .svg or
     .png. Bars are 95 % intervals. ValueError where no row is of an attack."""
-    attacked = [row for row in rows if row.access != "none"]
+    attacked = [row for row in rows if row.access not in ("none", "adaptive")]
     if not attacked:
         raise ValueError("there is no accuracy under attack to draw")
     names = list(dict.fromkeys(row.defence for row in attacked))
@@ -74,7 +80,7 @@ def _panels(rows: Sequence[Accuracy], colours: dict[str, int]) -> Iterator[Panel
             places = [(sizes.index(row.eps) + aside, row) for row in rows if row.defence == name]
             lines += [Line(sorted((x, row.accuracy) for x, row in places), colour)] if places else []
             lines += [_bar(x, row, colour) for x, row in places]
-        yield Panel(threat, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines)
+        yield Panel(threat, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines, top=1)
     first = [row for row in rows if row.eps == sizes[0]]
     # A logarithmic axis: its places are powers of ten.
     times = {row.defence: math.log10(max(row.seconds_per_clip, 1e-4)) for row in first}
@@ -82,7 +88,7 @@ def _panels(rows: Sequence[Accuracy], colours: dict[str, int]) -> Iterator[Panel
     lines = [Line([(times[row.defence] - least, row.accuracy)], colours[row.defence]) for row in first]
     lines += [_bar(times[row.defence] - least, row, colours[row.defence]) for row in first]
     ticks = [f"{10.0**power:g}" for power in range(least, most + 1)]
-    yield Panel(f"{threat}, eps {255 * sizes[0]:g}/255", "seconds a clip", ticks, lines)
+    yield Panel(f"{threat}, eps {255 * sizes[0]:g}/255", "seconds a clip", ticks, lines, top=1)
 
 
 def _bar(x: float, row: Accuracy, colour: int) -> Line:

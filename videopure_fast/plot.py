@@ -13,15 +13,20 @@ from .profiling import check_writable, replacing
 
 # Okabe and Ito's, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_FORMS = ("circle", "square", "diamond")  # of dots: a second and third round of colours
 _WIDTH, _HEIGHT = 460, 300  # of a panel's axes, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 64  # margins around them
 _LINE = 18  # of the legend
+_ACROSS = 3  # panels in a row
 _INK, _PALE = "#333333", "#dddddd"
 _SCALE = 2  # pixels of a PNG for each of the drawing's
 
 
 class Line(NamedTuple):
-    """A line through (place on the x axis, value), with a dot at each; lines of one colour number share a colour."""
+    """A line through (place on the x axis, value), with a dot at each.
+
+    Lines of one colour number share a colour, and those of one round of colours the form of their dots.
+    """
 
     points: Sequence[tuple[float, float]]
     colour: int
@@ -30,12 +35,16 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Axes from zero upwards, and lines; `ticks` are the names of the places 0, 1, ... on the x axis."""
+    """Axes from zero upwards, and lines; `ticks` are the names of the places 0, 1, ... on the x axis.
+
+    top: the largest value that has to fit; None is the lines' own.
+    """
 
     title: str
     x_label: str
     ticks: Sequence[str]
     lines: Sequence[Line]
+    top: float | None = None
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -46,30 +55,41 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 
 
 def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike[str], *, note: str) -> None:
-    """Write panels side by side and below them the legend, the colours' names in order, and a note; .svg or .png."""
+    """Write panels in rows and below them the legend, the colours' names in order, and a note; .svg or .png."""
     check_picture(path)
-    step = _LEFT + _WIDTH + _RIGHT
-    height = _TOP + _HEIGHT + _BOTTOM
-    canvas = _CANVASES[Path(path).suffix.lower()](step * len(panels), height + _LINE * (len(legend) + 1) + 12)
+    across, down = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
+    width, height = across * min(len(panels), _ACROSS), down * math.ceil(len(panels) / _ACROSS)
+    canvas = _CANVASES[Path(path).suffix.lower()](width, height + _LINE * (len(legend) + 1) + 12)
     for i, panel in enumerate(panels):
-        _draw_panel(canvas, panel, i * step + _LEFT)
+        row, column = divmod(i, _ACROSS)
+        _draw_panel(canvas, panel, column * across + _LEFT, row * down + _TOP)
     for i, name in enumerate(legend):
         y = height + _LINE * i
-        canvas.line([(_LEFT, y), (_LEFT + 24, y)], COLOURS[i % len(COLOURS)], 3)
+        canvas.line([(_LEFT, y), (_LEFT + 24, y)], _colour(i), 3)
+        canvas.dot(_LEFT + 12, y, _colour(i), _form(i))
         canvas.text(_LEFT + 32, y, name, "start")
     canvas.text(_LEFT, height + _LINE * len(legend), note, "start")
     with replacing(path) as temporary:
         canvas.save(temporary)
 
 
-def _draw_panel(canvas: Any, panel: Panel, left: float) -> None:
-    bottom = _TOP + _HEIGHT
-    ticks = _ticks(max((y for line in panel.lines for _, y in line.points), default=1))
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _form(number: int) -> str:
+    return _FORMS[number // len(COLOURS) % len(_FORMS)]
+
+
+def _draw_panel(canvas: Any, panel: Panel, left: float, above: float) -> None:
+    bottom = above + _HEIGHT
+    most = max((y for line in panel.lines for _, y in line.points), default=1)
+    ticks = _ticks(most if panel.top is None else panel.top)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + _WIDTH * (x + 0.5) / len(panel.ticks), bottom - _HEIGHT * y / ticks[-1]
 
-    canvas.text(left + _WIDTH / 2, _TOP / 2, panel.title, "middle")
+    canvas.text(left + _WIDTH / 2, above - _TOP / 2, panel.title, "middle")
     canvas.text(left + _WIDTH / 2, bottom + 38, panel.x_label, "middle")
     for tick in ticks:
         y = place(0, tick)[1]
@@ -77,12 +97,12 @@ def _draw_panel(canvas: Any, panel: Panel, left: float) -> None:
         canvas.text(left - 8, y, f"{tick:g}", "end")
     for i, name in enumerate(panel.ticks):
         canvas.text(place(i, 0)[0], bottom + 16, name, "middle")
-    canvas.line([(left, _TOP), (left, bottom), (left + _WIDTH, bottom)], _INK, 1)
+    canvas.line([(left, above), (left, bottom), (left + _WIDTH, bottom)], _INK, 1)
     for line in panel.lines:
-        points, colour = [place(x, y) for x, y in line.points], COLOURS[line.colour % len(COLOURS)]
+        points, colour = [place(x, y) for x, y in line.points], _colour(line.colour)
         canvas.line(points, colour, line.width)
         for point in points if line.dots else ():
-            canvas.dot(*point, colour)
+            canvas.dot(*point, colour, _form(line.colour))
 
 
 def _ticks(top: float) -> list[float]:
@@ -90,6 +110,12 @@ def _ticks(top: float) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(top / 4))
     step = next(unit * factor for factor in (1, 2, 5, 10) if 5 * unit * factor >= top)
     return [round(step * i, 12) for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def _corners(x: float, y: float, form: str) -> list[tuple[float, float]]:
+    if form == "diamond":
+        return [(x - 4.5, y), (x, y - 4.5), (x + 4.5, y), (x, y + 4.5)]
+    return [(x - 3, y - 3), (x + 3, y - 3), (x + 3, y + 3), (x - 3, y + 3)]
 
 
 class _Svg:
@@ -104,8 +130,12 @@ class _Svg:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self._parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
 
-    def dot(self, x: float, y: float, colour: str) -> None:
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+    def dot(self, x: float, y: float, colour: str, form: str) -> None:
+        if form == "circle":
+            self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+        else:
+            corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in _corners(x, y, form))
+            self._parts.append(f'<polygon points="{corners}" fill="{colour}"/>')
 
     def text(self, x: float, y: float, text: str, anchor: str) -> None:
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="middle"'
@@ -128,8 +158,11 @@ class _Png:
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
         self._draw.line([(x * _SCALE, y * _SCALE) for x, y in points], colour, round(width * _SCALE), joint="curve")
 
-    def dot(self, x: float, y: float, colour: str) -> None:
-        self._draw.ellipse([(x - 3) * _SCALE, (y - 3) * _SCALE, (x + 3) * _SCALE, (y + 3) * _SCALE], colour)
+    def dot(self, x: float, y: float, colour: str, form: str) -> None:
+        if form == "circle":
+            self._draw.ellipse([(x - 3) * _SCALE, (y - 3) * _SCALE, (x + 3) * _SCALE, (y + 3) * _SCALE], colour)
+        else:
+            self._draw.polygon([(a * _SCALE, b * _SCALE) for a, b in _corners(x, y, form)], colour)
 
     def text(self, x: float, y: float, text: str, anchor: str) -> None:
         self._draw.text((x * _SCALE, y * _SCALE), text, _INK, self._font, self._ANCHORS[anchor])
