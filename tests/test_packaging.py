@@ -19,7 +19,7 @@ PACKAGE = ROOT / "videopure_fast"
 
 # Imports go one way: a module may import those before it. The package's own __init__ stands at the end.
 ORDER = (
-    *("config", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
+    *("config", "inputs", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
     *("gradients", "video", "datasets", "defense", "adapters", "streaming", "scale"),
     *("attack_parts", "attacks", "filters", "evaluation", "checks", "plot", "pictures"),

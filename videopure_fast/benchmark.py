@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backend import use_backend
+from .inputs import LEAST_SIDE
 from .plot import Line, Panel, draw
 from .profiling import PeakMemory, describe_device, profile, replacing, synchronize
-from .purifier import LEAST_SIDE, Purifier
+from .purifier import Purifier
 
 KIND = "videopure-fast bench"
 DECODERS = ("full",)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ from .backend import full_float32
 from .config import PurifyConfig
 from .engine import Engine, SideStream, Walk
 from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
+from .inputs import check_decoder, check_embeddings, check_models, check_video, override, usable_device
 from .layers import attention_function
 from .prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
@@ -29,9 +28,7 @@ from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
 if TYPE_CHECKING:
     from .profiling import Profile
 
-LEAST_SIDE = 16  # pixels
 _MOST_FRAMES = 1024  # of a window
-_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[str, int, int, Tensor], None]
 
@@ -87,9 +84,9 @@ class Purifier(nn.Module):
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
-        _check_models(unet, vae)
-        _check_decoder(vae, decoder)
-        _check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
+        check_models(unet, vae)
+        check_decoder(vae, decoder)
+        check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
         if isinstance(max_frames, bool) or not isinstance(max_frames, int) or not 2 <= max_frames <= _MOST_FRAMES:
             raise ValueError(f"max_frames must be an int from 2 to {_MOST_FRAMES}, got {max_frames!r}")
         self.unet, self.vae, self.decoder = unet, vae, decoder
@@ -133,13 +130,13 @@ class Purifier(nn.Module):
         AutoencoderTiny. `fast` and `attention` as for a Purifier. FileNotFoundError for a model or network that is
         not there.
         """
-        device = _device(device)
+        device = usable_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.float16
-        if dtype not in _DTYPES[1:]:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
         # Whatever can be wrong with the settings is found before a model is loaded.
-        _override(PurifyConfig() if config is None else config, overrides)
+        override(PurifyConfig() if config is None else config, overrides)
         folder = find_prior(name)
         settings = read_settings(folder)
         if flow is None and settings.flow is None:
@@ -159,7 +156,7 @@ class Purifier(nn.Module):
             fast=fast,
             attention=attention,
         )
-        purifier.config = _override(purifier.config, overrides)
+        purifier.config = override(purifier.config, overrides)
         return purifier.to(device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -197,7 +194,7 @@ class Purifier(nn.Module):
     def variant(self, **overrides: Any) -> Purifier:
         """A purifier over the same modules with other settings: fields of PurifyConfig. TypeError for unknown ones."""
         twin = copy.copy(self)
-        twin.config = _override(self.config, overrides)
+        twin.config = override(self.config, overrides)
         return twin
 
     @property
@@ -598,58 +595,16 @@ def purify(
     `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
     """
     check_video(video)
-    _override(PurifyConfig() if config is None else config, overrides)
+    override(PurifyConfig() if config is None else config, overrides)
     # A copy shares the models, and its settings are its own.
     purifier = copy.copy(_loaded(model, device=device, dtype=dtype, flow=flow, decoder=decoder))
-    purifier.config = _override(purifier.config if config is None else config, overrides)
+    purifier.config = override(purifier.config if config is None else config, overrides)
     return purifier(video)
 
 
 @functools.lru_cache(maxsize=2)
 def _loaded(model: str | os.PathLike[str], **options: Any) -> Purifier:
     return Purifier.from_pretrained(model, **options)
-
-
-def _override(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig:
-    if not isinstance(config, PurifyConfig):
-        raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
-    accepted = [field.name for field in fields(PurifyConfig)]
-    if unknown := set(overrides) - set(accepted):
-        raise TypeError(f"unknown settings {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
-    return replace(config, **overrides)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # each backend has its own way
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def check_video(video: Tensor) -> None:
-    """Raise TypeError or ValueError for anything that `Purifier` does not accept."""
-    accepted = "accepted: (B, 3, F, H, W) or (3, F, H, W) with F >= 2 frames and sides of 16 pixels or more"
-    if not isinstance(video, Tensor):
-        raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
-    if video.layout != torch.strided or video.is_nested or video.is_meta:
-        raise TypeError(f"video is a {video.layout} tensor on {video.device}; accepted: dense tensors with values")
-    if video.dtype not in _DTYPES:
-        raise TypeError(f"video is {video.dtype}; accepted: floats of 16 bits or more in [0, 1], or uint8 in 0..255")
-    shape = tuple(video.shape)
-    if video.ndim not in (4, 5) or video.shape[-4] != 3:
-        raise ValueError(f"video has shape {shape}; {accepted}")
-    if video.ndim == 5 and not len(video):
-        raise ValueError(f"video has shape {shape}, an empty batch; {accepted}")
-    if video.shape[-3] < 2 or min(shape[-2:]) < LEAST_SIDE:
-        raise ValueError(f"video has shape {shape}; {accepted}")
-    if video.is_floating_point():
-        low, high = (bound.item() for bound in torch.aminmax(video.detach()))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
-        if low < 0 or high > 1:
-            raise ValueError(f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8")
 
 
 def window_starts(frames: int, length: int, overlap: int) -> list[int]:
@@ -671,51 +626,3 @@ def _normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     shape = like.shape[1:]
     noise = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
     return torch.stack(noise).to(like)
-
-
-def _check_models(unet: nn.Module, vae: nn.Module) -> None:
-    for name, module, settings in (
-        ("unet", unet, ("in_channels", "cross_attention_dim")),
-        ("vae", vae, ("latent_channels", "scaling_factor", "block_out_channels")),
-    ):
-        if not isinstance(module, nn.Module) or not all(hasattr(getattr(module, "config", None), s) for s in settings):
-            seen = type(module).__name__
-            raise TypeError(f"{name} must be a diffusers module whose config has {', '.join(settings)}; got {seen}")
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"the VAE has {vae.config.latent_channels} latent channels, the UNet takes {unet.config.in_channels}"
-        )
-    scale = vae.config.scaling_factor
-    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise ValueError(f"the VAE's scaling_factor must be a positive number, got {scale!r}")
-
-
-def _check_decoder(vae: nn.Module, decoder: nn.Module | None) -> None:
-    if decoder is None:
-        return
-    if not isinstance(decoder, nn.Module) or type(decoder).__name__ != "AutoencoderTiny":
-        raise TypeError(f"decoder must be a diffusers AutoencoderTiny, got {type(decoder).__name__}")
-    for name, of_vae, of_decoder in (
-        ("latent channels", vae.config.latent_channels, decoder.config.latent_channels),
-        ("levels", len(vae.config.block_out_channels), len(decoder.config.decoder_block_out_channels)),
-    ):
-        if of_vae != of_decoder:
-            raise ValueError(f"the VAE has {of_vae} {name}, the decoder {of_decoder}: it is not for these latents")
-
-
-def _check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:
-    dim = unet.config.cross_attention_dim
-    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-        if embeds is None and name == "negative_prompt_embeds":
-            continue
-        if not isinstance(embeds, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(embeds).__name__}")
-        if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[1] < 1 or embeds.shape[-1] != dim:
-            raise ValueError(f"{name} has shape {tuple(embeds.shape)}; accepted: (1, tokens, {dim})")
-        if not embeds.is_floating_point() or not embeds.isfinite().all():
-            raise ValueError(f"{name} must hold finite floats, got {embeds.dtype}")
-    if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
-        raise ValueError(
-            f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}, "
-            f"prompt_embeds {tuple(prompt_embeds.shape)}; they must be equal"
-        )

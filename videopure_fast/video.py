@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .purifier import LEAST_SIDE, Callback, Purifier, window_starts, window_weights
+from .inputs import LEAST_SIDE
+from .purifier import Callback, Purifier, window_starts, window_weights
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame

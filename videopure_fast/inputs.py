@@ -1,0 +1,111 @@
+"""What a purifier accepts: clips, models, embeddings, settings and devices. All else is refused before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PurifyConfig
+
+LEAST_SIDE = 16  # pixels
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_video(video: Tensor) -> None:
+    """Raise TypeError or ValueError for anything that `Purifier` does not accept."""
+    accepted = "accepted: (B, 3, F, H, W) or (3, F, H, W) with F >= 2 frames and sides of 16 pixels or more"
+    if not isinstance(video, Tensor):
+        raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
+    if video.layout != torch.strided or video.is_nested or video.is_meta:
+        raise TypeError(f"video is a {video.layout} tensor on {video.device}; accepted: dense tensors with values")
+    if video.dtype not in _DTYPES:
+        raise TypeError(f"video is {video.dtype}; accepted: floats of 16 bits or more in [0, 1], or uint8 in 0..255")
+    shape = tuple(video.shape)
+    if video.ndim not in (4, 5) or video.shape[-4] != 3:
+        raise ValueError(f"video has shape {shape}; {accepted}")
+    if video.ndim == 5 and not len(video):
+        raise ValueError(f"video has shape {shape}, an empty batch; {accepted}")
+    if video.shape[-3] < 2 or min(shape[-2:]) < LEAST_SIDE:
+        raise ValueError(f"video has shape {shape}; {accepted}")
+    if video.is_floating_point():
+        low, high = (bound.item() for bound in torch.aminmax(video.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
+        if low < 0 or high > 1:
+            raise ValueError(f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8")
+
+
+def check_models(unet: nn.Module, vae: nn.Module) -> None:
+    """TypeError or ValueError unless these are diffusers modules that fit each other."""
+    for name, module, settings in (
+        ("unet", unet, ("in_channels", "cross_attention_dim")),
+        ("vae", vae, ("latent_channels", "scaling_factor", "block_out_channels")),
+    ):
+        if not isinstance(module, nn.Module) or not all(hasattr(getattr(module, "config", None), s) for s in settings):
+            seen = type(module).__name__
+            raise TypeError(f"{name} must be a diffusers module whose config has {', '.join(settings)}; got {seen}")
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"the VAE has {vae.config.latent_channels} latent channels, the UNet takes {unet.config.in_channels}"
+        )
+    scale = vae.config.scaling_factor
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"the VAE's scaling_factor must be a positive number, got {scale!r}")
+
+
+def check_decoder(vae: nn.Module, decoder: nn.Module | None) -> None:
+    """TypeError or ValueError unless a lossy decoder, if any, is for the VAE's latents."""
+    if decoder is None:
+        return
+    if not isinstance(decoder, nn.Module) or type(decoder).__name__ != "AutoencoderTiny":
+        raise TypeError(f"decoder must be a diffusers AutoencoderTiny, got {type(decoder).__name__}")
+    for name, of_vae, of_decoder in (
+        ("latent channels", vae.config.latent_channels, decoder.config.latent_channels),
+        ("levels", len(vae.config.block_out_channels), len(decoder.config.decoder_block_out_channels)),
+    ):
+        if of_vae != of_decoder:
+            raise ValueError(f"the VAE has {of_vae} {name}, the decoder {of_decoder}: it is not for these latents")
+
+
+def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:
+    """TypeError or ValueError unless both prompts, the second if there is one, are (1, tokens, dim) of the UNet."""
+    dim = unet.config.cross_attention_dim
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if embeds is None and name == "negative_prompt_embeds":
+            continue
+        if not isinstance(embeds, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(embeds).__name__}")
+        if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[1] < 1 or embeds.shape[-1] != dim:
+            raise ValueError(f"{name} has shape {tuple(embeds.shape)}; accepted: (1, tokens, {dim})")
+        if not embeds.is_floating_point() or not embeds.isfinite().all():
+            raise ValueError(f"{name} must hold finite floats, got {embeds.dtype}")
+    if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
+        raise ValueError(
+            f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}, "
+            f"prompt_embeds {tuple(prompt_embeds.shape)}; they must be equal"
+        )
+
+
+def override(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig:
+    """The settings with some replaced. TypeError for what is no field of them, ValueError for bad values."""
+    if not isinstance(config, PurifyConfig):
+        raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
+    accepted = [field.name for field in fields(PurifyConfig)]
+    if unknown := set(overrides) - set(accepted):
+        raise TypeError(f"unknown settings {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+    return replace(config, **overrides)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device that is meant, None the accelerator or else the CPU; ValueError where torch cannot use it."""
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # each backend has its own way
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
