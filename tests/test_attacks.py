@@ -411,6 +411,21 @@ def test_square_asks_for_no_gradient_and_keeps_its_budget():
     assert torch.equal(square(model, video, wrong, eps=0.5, queries=60), video) and asked == [6]
 
 
+def test_square_goes_on_while_a_random_model_is_right_at_times():
+    video, labels = clips(6, 3, 4, 8, 8), torch.zeros(6, dtype=torch.int64)
+    draws, asked = seeded(3), []
+
+    def model(x):  # wrong in half of its calls, whatever it sees
+        asked.append(len(x))
+        return nn.functional.one_hot((torch.rand(len(x), generator=draws) < 0.5).long(), 5).float()
+
+    square(model, video, labels, eps=0.1, queries=20, generator=seeded())
+    luck = len(asked)
+    asked.clear()
+    square(model, video, labels, eps=0.1, queries=20, eot=8, generator=seeded())
+    assert luck < 20 and len(asked) == 8 * 20
+
+
 @pytest.mark.parametrize("whole_clip", [True, False])
 def test_squares_are_squares(whole_clip):
     shown = []
@@ -535,6 +550,9 @@ BAD = [
     ({"clips": clips(2, 3, 4, 8, 8).half()}, TypeError, "float32 or float64"),
     ({"loss": "cw"}, ValueError, "one of ce, dlr, margin, got 'cw'"),
     ({"model": 3}, TypeError, "model must be callable"),
+    ({"eps": 4}, ValueError, r"eps must be at most 1 in l_inf, in the clips' units \(4/255, not 4\), got 4"),
+    ({"clips": clips(2, 3, 4, 8, 8).to_sparse()}, TypeError, "clips must be a dense tensor"),
+    ({"generator": 0}, ValueError, "generator must be a torch.Generator on the CPU, got int"),
 ]
 
 
@@ -560,6 +578,14 @@ def test_bad_input_is_refused_before_any_work(name, wrong, error, message):
         ("fgsm", {"eot": 0}, "eot must be 1 or more"),
         ("square", {"queries": 0}, "queries must be 1 or more"),
         ("square", {"p_init": 0.0}, "p_init"),
+        ("square", {"eot": 0}, "eot must be 1 or more"),
+        ("mim", {"decay": float("nan")}, "decay must be a number from 0 to inf, got nan"),
+        ("temporal_translation", {"decay": -1}, "decay must be a number from 0 to inf, got -1"),
+        ("flicker", {"thickness": float("inf")}, "thickness must be a number from 0"),
+        ("one_frame", {"frame": True}, r"one of 0\.\.3, got True"),
+        ("patch", {"size": True}, "size must be an int of 1"),
+        ("patch", {"corner": (1.5, 2)}, r"got \(1.5, 2\)"),
+        ("patch", {"corner": 3}, "got 3"),
         ("one_frame", {"frame": 4}, r"one of 0\.\.3, got 4"),
         ("patch", {"size": 9}, r"1\.\.8 for frames of 8x8, got 9"),
         ("patch", {"corner": (6, 0)}, r"\(0, 0\)\.\.\(5, 5\), got \(6, 0\)"),
@@ -589,6 +615,12 @@ def test_bad_models_and_losses():
         fgsm(lambda x: model(x).detach(), video, labels, **given)
     with pytest.raises(ValueError, match="not finite"):
         fgsm(lambda x: model(x) * float("inf"), video, labels, **given)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        square(lambda x: model(x) * float("nan"), video, labels, **given)
+    with pytest.raises(ValueError, match="logits must be floats of 2 classes or more, got torch.int64 of 5"):
+        square(lambda x: model(x).long(), video, labels, **given)
+    with pytest.raises(ValueError, match="2 classes or more, got torch.float32 of 1"):
+        fgsm(lambda x: model(x)[:, :1], video, labels * 0, **given)
     with pytest.raises(TypeError, match="epsilon"):
         fgsm(model, video, labels, **given, epsilon=3)
 

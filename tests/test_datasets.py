@@ -82,6 +82,9 @@ def test_kinetics(tmp_path):
     assert batches[0].clips.shape == (3, 3, 4, 24, 24) and not dataset.skipped
     classes = ["zumba", *dataset.classes]
     assert VideoDataset.kinetics400(videos, annotations, classes=classes).samples[2].label == 0
+    for wrong in (["zumba", "zumba"], ["zumba", ""]):
+        with pytest.raises(ValueError, match="classes must be names, none blank and none twice"):
+            VideoDataset.kinetics400(videos, annotations, classes=[*dataset.classes, *wrong])
     with pytest.raises(ValueError, match="label 'zumba' is none of the 3 classes"):
         VideoDataset.kinetics400(videos, annotations, classes=dataset.classes)
     with pytest.raises(ValueError, match="no rows of split 'test'"):

@@ -93,9 +93,13 @@ def test_bad_input(defended):
     for wrong in (clips(3, 4, 16, 16), (clips(1, 3, 4, 16, 16) * 255).byte(), [1]):
         with pytest.raises(TypeError, match=r"\(B, 3, F, H, W\)"):
             defended(wrong)
-    flat = DefendedClassifier(lambda x: x.flatten(), defended.purifier)
+    flat = DefendedClassifier(nn.Flatten(0), defended.purifier)
     with pytest.raises(ValueError, match=r"\(1, K\) logits"):
         flat(clips(1, 3, 4, 16, 16))
+    with pytest.raises(TypeError, match="classifier must be a torch.nn.Module, got function"):
+        DefendedClassifier(lambda x: x, defended.purifier)
+    with pytest.raises(TypeError, match="purifier must be a Purifier, got str"):
+        DefendedClassifier(Linear(), "tiny")
 
 
 # The attack and the interval of the comparison

@@ -183,7 +183,7 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: 
     It is applied in predictions and attacks, not in `fit`: the defence needs no training. ImportError without ART.
     """
     base = _library("art.defences.preprocessor.preprocessor", "art").PreprocessorPyTorch
-    if not isinstance(purifier, nn.Module):
+    if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
     if gradient not in ("bpda", "exact"):
         raise ValueError(f"gradient is {gradient!r}; accepted: bpda, exact")

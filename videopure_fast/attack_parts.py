@@ -92,6 +92,7 @@ class Target:
             raise TypeError(f"the model must return a tensor of logits, got {type(logits).__name__}")
         if logits.ndim not in (2, 3) or len(logits) != count or 0 in logits.shape:
             raise ValueError(f"the model must return ({count}, K) or ({count}, V, K), got {tuple(logits.shape)}")
+        check_logits(logits)
         if self.labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {self.labels.max()}, but the model returns {logits.shape[-1]} classes")
         loss = self.loss(logits, self.labels)
@@ -121,6 +122,14 @@ class Target:
         gradient = sum(gradient_of(point, loss) for _ in range(self.eot)) / self.eot
         rate, losses = map(torch.stack, zip(*found, strict=True))
         return gradient, rate.mean(0), losses.mean(0)
+
+
+def check_logits(logits: Tensor) -> None:
+    """ValueError for logits that name no label: NaN's largest is the first, and would count as an answer."""
+    if not logits.is_floating_point() or logits.shape[-1] < 2:
+        raise ValueError(f"logits must be floats of 2 classes or more, got {logits.dtype} of {logits.shape[-1]}")
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: their largest would be no answer")
 
 
 def gradient_of(point: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -239,7 +248,7 @@ def prepare(
     """Checks everything before any work. Without a step_size, all steps together are `pace` times eps."""
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
-    _check_clips(clips, labels)
+    check_clips(clips, labels)
     _check_size("eps", eps)
     if step_size is not None:
         _check_size("step_size", step_size)
@@ -247,10 +256,13 @@ def prepare(
         check_count(name, value, least=least)
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps must be at most 1 in l_inf, in the clips' units (4/255, not 4), got {eps}")
     if not callable(loss) and loss not in list(_LOSSES):
         raise ValueError(f"loss must be callable or one of {', '.join(_LOSSES)}, got {loss!r}")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator must be on the CPU, got {generator.device}")
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
+        seen = getattr(generator, "device", type(generator).__name__)
+        raise ValueError(f"generator must be a torch.Generator on the CPU, got {seen}")
     with torch.inference_mode(False):  # so that the model may save the labels for its backward pass
         clips, labels = clips.detach().clone(), labels.clone()
     target = Target(model, labels, loss if callable(loss) else _LOSSES[loss], eot)
@@ -258,10 +270,13 @@ def prepare(
     return Task(target, Ball(clips, eps, norm), steps, size, restarts, generator, progress)
 
 
-def _check_clips(clips: Tensor, labels: Tensor) -> None:
+def check_clips(clips: Tensor, labels: Tensor) -> None:
+    """TypeError or ValueError unless clips are (B, 3, F, H, W) floats in [0, 1], and labels (B,) int64 beside them."""
     for name, value in (("clips", clips), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise TypeError(f"{name} must be a dense tensor with values, got {value.layout} on {value.device}")
     if clips.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"clips must be float32 or float64, in [0, 1], got {clips.dtype}")
     if clips.ndim != 5 or clips.shape[1] != 3 or 0 in clips.shape:
@@ -281,6 +296,14 @@ def _check_size(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, in the clips' units, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, in the clips' units, got {value}")
+
+
+def check_number(name: str, value: float, *, most: float = math.inf) -> None:
+    """TypeError or ValueError unless it is finite, of 0 or more and at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (0 <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value}")
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> None:

@@ -36,6 +36,7 @@ from .attack_parts import (
     Shared,
     Task,
     check_count,
+    check_number,
     gradient_of,
     lengths,
     prepare,
@@ -105,6 +106,7 @@ def mim(
     step_size: None is eps / steps.
     """
     task = prepare(model, clips, labels, eps, steps=steps, step_size=step_size, pace=1.0, **shared)
+    check_number("decay", decay)
     return _restart("mim", task, _climber(task, task.target.gradient, decay), random_start)
 
 
@@ -148,6 +150,8 @@ def temporal_translation(
     """
     task = prepare(model, clips, labels, eps, steps=steps, step_size=step_size, pace=1.0, **shared)
     check_count("max_shift", max_shift, least=0)
+    if decay is not None:
+        check_number("decay", decay)
     shares = _shift_weights(weights, max_shift)
 
     def gradient(x: Tensor) -> Tensor:
@@ -170,25 +174,28 @@ def square(
     p_init: float = 0.8,
     whole_clip: bool = False,
     loss: Loss = "margin",
+    eot: int = 1,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Random search by squares of +-eps, without gradients, in the l_inf ball (Square, arXiv 1912.00049).
 
-    A clip is shown to the model at most `queries` times, the first time as it is, and no more once it is fooled.
+    A clip is shown to the model at most `queries` times, the first time as it is, and no more once it is fooled. Of a
+    random model each of these is `eot` calls, and fooled is a clip that all of them see wrong.
     p_init: share of a frame's pixels in the first squares. We know of no Square for video in the literature; its
     black-box attacks find that few frames carry the answer (arXiv 1911.09449), so each square fills a stretch of
     frames, drawn with it. whole_clip=True fills all frames, as all channels are: the packaged classifier, which sees
     motion, was then right on 63 of 64 clips after 150 queries at 12/255, and on 31 against stretches.
     """
-    task = prepare(model, clips, labels, eps, loss=loss, generator=generator)
+    task = prepare(model, clips, labels, eps, loss=loss, eot=eot, generator=generator)
     target, ball, clips = task.target, task.ball, task.ball.clips
     check_count("queries", queries)
-    if not 0 < p_init <= 1:
-        raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
+    check_number("p_init", p_init, most=1)
+    if p_init == 0:
+        raise ValueError("p_init must be more than 0: such squares would change nothing")
     best = Best(clips, *target.score(clips))
     for query in tqdm(range(1, queries), desc="square", disable=not progress):
-        alive = (best.rate == 0).nonzero()[:, 0]
+        alive = (best.rate < 1).nonzero()[:, 0]
         if not len(alive):
             break
         share = _square_share(p_init, query / queries) if query > 1 else None
@@ -226,6 +233,8 @@ def flicker(
     task = prepare(
         model, clips, labels, eps, steps=steps, step_size=step_size, pace=5.0, loss=loss, eot=eot, generator=generator
     )
+    check_number("thickness", thickness)
+    check_number("roughness", roughness)
     clips = task.ball.clips
     offset = torch.zeros_like(clips[..., :1, :1])
     for i in tqdm(range(steps), desc="flicker", disable=not progress):
@@ -253,7 +262,7 @@ def one_frame(
     """
     task = prepare(model, clips, labels, eps, steps=steps, step_size=step_size, **shared)
     clips, count = task.ball.clips, clips.shape[2]
-    if frame is not None and not (isinstance(frame, int) and 0 <= frame < count):
+    if frame is not None and (isinstance(frame, bool) or not isinstance(frame, int) or not 0 <= frame < count):
         raise ValueError(f"frame must be None or one of 0..{count - 1}, got {frame!r}")
     if frame is None:
         frames = lengths(task.target.gradient(clips).transpose(1, 2).flatten(0, 1)).view(-1, count).argmax(1)
@@ -283,12 +292,16 @@ def patch(
     """
     task = prepare(model, clips, labels, eps, steps=steps, step_size=step_size, **shared)
     height, width = clips.shape[-2:]
-    if not isinstance(size, int) or not 1 <= size <= min(height, width):
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= min(height, width):
         raise ValueError(f"size must be an int of 1..{min(height, width)} for frames of {height}x{width}, got {size!r}")
     room = (height - size, width - size)
     if corner is None:
         top, left = (torch.randint(most + 1, (len(clips),), generator=shared.get("generator")) for most in room)
-    elif len(corner) == 2 and all(0 <= place <= most for place, most in zip(corner, room, strict=True)):
+    elif (
+        isinstance(corner, (tuple, list))
+        and len(corner) == 2
+        and all(isinstance(place, int) and 0 <= place <= most for place, most in zip(corner, room, strict=True))
+    ):
         top, left = (torch.full((len(clips),), place) for place in corner)
     else:
         raise ValueError(f"corner must be (top, left) within (0, 0)..{room}, got {corner!r}")

@@ -8,13 +8,14 @@ reach zero where anything is allowed, and who knows more must not do worse.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attack_parts import cross_entropy, vote
+from .attack_parts import cross_entropy, margin, vote
 from .attacks import apgd, pgd
 from .defense import DefendedClassifier
 from .evaluation import Outcome, Record, Threat, outcome
@@ -26,6 +27,7 @@ _DIFFERENCE = 1e-9
 _DIRECTIONS = 3
 _AGREEMENT = 1e-3  # of a derivative with its finite difference, relative to the gradient's length
 _GAIN = 3  # of an attack over noise
+_DOUBT = 0.025  # the chance that an order which holds is called broken, one-sided, over all orders together
 
 
 class Check(NamedTuple):
@@ -37,10 +39,11 @@ class Check(NamedTuple):
 
 
 def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, labels: Tensor) -> Check:
-    """The exact gradient against central differences along random signs, on copies in float64.
+    """The exact gradient of the margin against central differences along random signs, on copies in float64.
 
     clips: (B, 3, F, H, W) in [0, 1]; labels (B,). Random directions see a gradient that a frame or a window has lost;
-    the gradient's own sign would not.
+    the gradient's own sign would not. A confident classifier's cross-entropy is flatter than its rounding; the margin
+    is not.
     """
     unet, vae, decoder, judge = (
         None if module is None else copy.deepcopy(module).double()
@@ -53,7 +56,7 @@ def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, lab
 
     def loss(x: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)  # the same noise each time
-        return cross_entropy(defended.vote_logits(x, generator=generator), labels).sum()
+        return margin(defended.vote_logits(x, generator=generator), labels).sum()
 
     x = clips.detach().double().clamp(_DIFFERENCE, 1 - _DIFFERENCE)
     with torch.enable_grad():
@@ -114,21 +117,21 @@ def reach_check(
     clips: Tensor,
     labels: Tensor,
     *,
-    eps: Sequence[float] = (8 / 255, 64 / 255, 1.0),
+    eps: Sequence[float] = (8 / 255, 16 / 255, 64 / 255, 1.0),
     steps: int = 10,
 ) -> Check:
-    """APGD from the clips on `model`, an attack's target: no clip may withstand the last eps, and from the second on
-    the attack must do better than as many draws of noise of that size, or leave nothing."""
-    seen, passed, right = [], True, 1.0
-    for i, size in enumerate(eps):
+    """APGD from the clips on `model`, an attack's target: no clip may withstand the last eps, and at some eps the
+    attack must leave less than half of what as many draws of noise of that size do."""
+    seen, sooner, right = [], False, 1.0
+    for size in eps:
         attacked = apgd(model, clips, labels, eps=size, steps=steps, random_start=False)
         with torch.no_grad():
             right = (vote(model(attacked)) == labels).double().mean().item()
             draws = [vote(model(_noisy(clips, size, seed))) == labels for seed in range(steps)]
             by_noise = torch.stack(draws).all(0).double().mean().item()
-        passed &= i == 0 or right == 0 or right < by_noise
+        sooner |= right < by_noise / 2
         seen.append(f"{right:.2f} at {255 * size:g}/255 (noise {by_noise:.2f})")
-    return Check("accuracy goes to zero as eps grows, faster than by noise", passed and right == 0, ", ".join(seen))
+    return Check("accuracy goes to zero as eps grows, sooner than by noise", sooner and right == 0, ", ".join(seen))
 
 
 def _noisy(clips: Tensor, eps: float, seed: int) -> Tensor:
@@ -138,7 +141,10 @@ def _noisy(clips: Tensor, eps: float, seed: int) -> Tensor:
 
 
 def order_checks(*records: Record) -> list[Check]:
-    """Who knows more must not do worse, on the clips that both attacked, beyond what chance allows (95 %).
+    """Who knows more must not do worse, on the clips that both attacked, beyond what chance allows.
+
+    By the exact sign test over clips on which the two differ: none of all orders fails by chance more often than once
+    in forty evaluations (Bonferroni).
 
     exact <= bpda <= gray-box, by one attack with one budget; the best of exact and bpda <= transfer and query. Without
     a defence, which all of them attack alike, nothing is asked.
@@ -151,26 +157,23 @@ def order_checks(*records: Record) -> list[Check]:
                     found = outcome(record, threat, eps, name)
                     if name != "none" and threat.access != "none" and found.shares:
                         cells.setdefault((name, eps), []).append((threat, found))
-    return [
-        _order_check(f"{name}, {255 * eps:g}/255", *pair)
-        for (name, eps), cell in cells.items()
-        for pair in _pairs(cell)
-    ]
+    pairs = [(f"{name}, {255 * eps:g}/255", *pair) for (name, eps), cell in cells.items() for pair in _pairs(cell)]
+    return [_order_check(*pair, doubt=_DOUBT / len(pairs)) for pair in pairs]
 
 
 _Attacked = tuple[Threat, Outcome]
 
 
-def _order_check(cell: str, stronger: _Attacked, weaker: _Attacked) -> Check:
+def _order_check(cell: str, stronger: _Attacked, weaker: _Attacked, *, doubt: float) -> Check:
     common = sorted(set(stronger[1].shares) & set(weaker[1].shares))
-    ours, theirs = (
-        torch.tensor([o.shares[clip] for clip in common], dtype=torch.float64) for _, o in (stronger, weaker)
-    )
-    excess = ours - theirs  # of accuracy left by the stronger
-    error = excess.std().item() / len(common) ** 0.5 if len(common) > 1 else 1.0
+    ours, theirs = ([outcome.shares[clip] for clip in common] for _, outcome in (stronger, weaker))
+    against = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    differing = against + sum(a < b for a, b in zip(ours, theirs, strict=True))
+    chance = sum(math.comb(differing, k) for k in range(against, differing + 1)) / 2**differing
     name = f"{cell}: {stronger[0].access} is at least as strong as {weaker[0].access}"
-    seen = f"accuracy {ours.mean():.3f} against {theirs.mean():.3f} on {len(common)} clips"
-    return Check(name, excess.mean().item() <= 1.96 * error, seen)
+    means = [sum(shares) / len(common) for shares in (ours, theirs)]
+    seen = f"accuracy {means[0]:.3f} against {means[1]:.3f} on {len(common)} clips; {against} of the {differing} that "
+    return Check(name, chance >= doubt, f"{seen}differ speak against it, p = {chance:.2g}")
 
 
 def _pairs(cell: list[_Attacked]) -> Iterator[tuple[_Attacked, _Attacked]]:

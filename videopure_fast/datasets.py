@@ -99,6 +99,8 @@ class VideoDataset(Dataset):
             raise TypeError(f"sampling must be a ClipSampling, got {type(sampling).__name__}")
         self.samples = [Sample(Path(path), label) for path, label in samples]
         self.classes = tuple(classes)
+        if len(set(self.classes)) != len(self.classes) or not all(self.classes):
+            raise ValueError("classes must be names, none blank and none twice")
         self.sampling = sampling
         self.skipped: dict[Path, str] = {}
         if not self.samples:
@@ -128,7 +130,9 @@ class VideoDataset(Dataset):
 
         def parse() -> Iterator[tuple[Path, int]]:
             for line in _lines(source):
-                name, stated = re.fullmatch(r"(.+?)(?:\s+([0-9]{1,9}))?", line).groups()
+                name, stated = line, None
+                if len(parts := line.rsplit(None, 1)) == 2 and re.fullmatch("[0-9]{1,9}", parts[1]):
+                    name, stated = parts
                 path, label = _inside(videos, name, source), labels.get(name.split("/")[0])
                 if label is None:
                     raise ValueError(f"{source}: {name} is in no class of classInd.txt")

@@ -43,6 +43,10 @@ class DefendedClassifier(nn.Module):
         surrogate: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(classifier, nn.Module):
+            raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
+        if not isinstance(purifier, Purifier):
+            raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
         if gradient not in get_args(Gradient):
             raise ValueError(f"unknown gradient {gradient!r}; accepted: {', '.join(get_args(Gradient))}")
         if surrogate is not None and gradient != "surrogate":
