@@ -198,7 +198,7 @@ def test_demo(tmp_path, small_model, monkeypatch):
     folder, numbers = tmp_path / "demo", tmp_path / "demo.json"
     result = run("demo", "--clips", 3, "--eps", 8, "--steps", 1, "--out", folder, "--json", numbers)
     assert result.exit_code == 0, result.output
-    assert "gray-box pgd, steps=1, step_size=0.0157, eps 8/255" in result.output and "interval" in result.output
+    assert "gray-box pgd, steps=1, step_size=4/255, eps 8/255" in result.output and "interval" in result.output
     report = json.loads(numbers.read_text())
     assert [(row["access"], row["defence"]) for row in report["rows"]] == [
         (access, name)
@@ -233,19 +233,30 @@ def test_evaluate(tmp_path, small_model, monkeypatch):
     ]
     result = run(*EVALUATE, *given, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "gray-box pgd, steps=1, step_size=0.00784, eot=2, eps 4/255" in result.output
-    assert "mean of 5 frames, 4/255: bpda is at least as strong as query" in " ".join(result.output.split())
-    assert "No exact" not in result.output
+    assert "gray-box pgd, steps=1, step_size=2/255, eot=2, eps 4/255" in result.output
+    assert "query square, queries=2, eot=2, eps 4/255" in result.output
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert files == ["accuracy.svg", "record.json", "report.json", "strip.png", "table.csv"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["rows"]) == len(names) * (1 + 3 * 2 + 2) and report["skipped"] == {}
+    assert "mean of 5 frames, 4/255: bpda is at least as strong as query" in [c["name"] for c in report["checks"]]
     assert report["hash"] == json.loads((tmp_path / "out" / "record.json").read_text())["hash"]
     assert json.loads(report["plan"]["source"])["config"]["inversion_steps"] == 1
     with (tmp_path / "out" / "table.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in report["rows"]]
     assert {row["defence"] for row in rows} == set(names)
+
+
+def test_evaluate_says_what_its_attacks_lack(tmp_path, small_model):
+    names = ("JPEG 75", "ddim")
+    given = [part for name in names for part in ("--defence", name)] + ["--threat", "bpda", "--threat", "exact"]
+    result = run(*EVALUATE, *given, "--no-checks", "--out", tmp_path / "out")
+    text = " ".join(result.output.split())
+    assert "No exact attack on JPEG 75: no gradient." in text
+    assert "Mind: ddim draw anew at each call; --eot averages" in text
+    assert "Mind: --steps of --step-size reach 2/255, less than from side to side" in text
+    assert text.count("the least that any of these attacks left, eps 4/255") == 1
 
 
 def test_evaluates_checks_are_of_the_last_defence():
@@ -261,7 +272,7 @@ def test_evaluates_checks_are_of_the_last_defence():
 
     assert [check.name for check in made("mean of 3 frames")] == [
         "mean of 3 frames: the loss rises with the attack's steps, more than by noise",
-        "mean of 3 frames: accuracy goes to zero as eps grows, faster than by noise",
+        "mean of 3 frames: accuracy goes to zero as eps grows, sooner than by noise",
     ]
     *_, gradient = made("videopure")
     assert gradient.name == "videopure: the exact gradient agrees with finite differences" and gradient.passed
@@ -340,7 +351,10 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
     "arguments, message",
     [
         (("--eps", "4,x"), "--eps must be numbers, such as 4,8; got '4,x'"),
-        (("--eps", "0"), "every eps must be more than 0 and at most 1"),
+        (("--eps", "0"), "--eps must be more than 0 and at most 255, in 1/255, got 0"),
+        (("--eps", "4,4"), "eps must be some, and none twice"),
+        (("--eps", "400", "--model", "not/there"), "at most 255, in 1/255, got 400"),
+        (("--defence", "none", "--defence", "none", "--model", "not/there"), "defences must be some, and none twice"),
         (("--threat", "transfer"), "--threat transfer and --other"),
         (("--other", "tiny"), "--threat transfer and --other"),
         (("--dataset", "kinetics400"), "--dataset kinetics400 needs --videos and --annotations"),
@@ -355,7 +369,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
         (("--videos", "."), "the packaged clips take no --videos"),
         (("--step-size", "nan"), "--step-size must be more than 0, in 1/255, got nan"),
         (("--frames", "1"), "--frames must be 2 or more, got 1"),
-        (("--defence", "prayer"), "unknown defences prayer; accepted: none"),
+        (("--defence", "prayer", "--model", "not/there"), "unknown defences prayer; accepted: all, none"),
         (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
     ],
 )

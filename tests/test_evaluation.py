@@ -16,10 +16,12 @@ from videopure_fast.evaluation import (
     Plan,
     Record,
     Threat,
+    defence_names,
     defences,
     evaluate,
     examples,
     inaccessible,
+    outcome,
     rescued,
     table,
     wilson_interval,
@@ -29,6 +31,7 @@ STEPS = {"steps": 2, "step_size": 2 / 255}
 CLEAN, GRAY, EXACT = Threat("none", clips=5), Threat("gray-box", "pgd", STEPS, 5), Threat("exact", "pgd", STEPS, 3)
 BPDA, QUERY = Threat("bpda", "pgd", STEPS, 5), Threat("query", "square", {"queries": 3}, 3)
 TRANSFER = Threat("transfer", "pgd", STEPS, 5)
+UNIT, ENTRY = "clean | 0/255 | seed 0 | 0 | none", {"right": [1], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
 
 
 class Classifier(nn.Module):
@@ -73,6 +76,7 @@ def whole(available, tmp_path_factory):
 
 
 def test_every_defence_of_the_comparison_is_there(available):
+    assert tuple(available) == defence_names((2,))
     assert {"none", "VAE round trip", "JPEG 75", "H.264 crf 23", "mean of 5 frames", "median of 3 frames"} <= set(
         available
     )
@@ -110,21 +114,22 @@ def test_clean_clips_are_right_without_a_defence(whole):
     assert row.seconds_per_clip > 0
 
 
-@pytest.mark.parametrize("after", [1, 20])
+@pytest.mark.parametrize("after", [1, 10, 19])
 def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, available, tmp_path):
+    """In the middle of a unit: its first defence is done, its second is not."""
     path, calls = tmp_path / "sub" / "record.json", []
 
     def cut(*arguments):
         calls.append(arguments)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return draw(*arguments)
+        return available["mean of 3 frames"].votes(*arguments)
 
-    for give in (cut, draw):
-        try:
-            resumed = evaluate(whole.plan, CLASSIFIER, available, give, path, other=Classifier(2).eval())
-        except KeyboardInterrupt:
-            continue
+    short = available | {"mean of 3 frames": replace(available["mean of 3 frames"], votes=cut)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(whole.plan, CLASSIFIER, short, draw, path, other=Classifier(2).eval())
+    assert 0 < len(Record(path, whole.plan).units) < len(whole.units)
+    resumed = evaluate(whole.plan, CLASSIFIER, available, draw, path, other=Classifier(2).eval())
     assert counts(resumed) == counts(whole) == counts(Record(path, whole.plan))
     same = [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(resumed)]
     assert same == [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(whole)]
@@ -144,13 +149,29 @@ def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path
         record.add(unit.name("videopure"), {"right": right, "repeats": 1, **cost})
         record.add(unit.name("ddim"), {"right": [4, 2, 0][: unit.clips], "repeats": 4, **cost})
     rows = {(row.threat, row.defence): row for row in table(record)}
-    bpda, exact = (rows[threat.name, "videopure"] for threat in (BPDA, EXACT))
+    bpda, exact = (rows[threat.title, "videopure"] for threat in (BPDA, EXACT))
     assert (bpda.n, bpda.accuracy, exact.n, exact.accuracy) == (10, 0.6, 6, 1 / 3)
     worst = rows["minimum of bpda, exact", "videopure"]
     assert (worst.n, worst.accuracy) == (6, 1 / 3)
-    ddim = rows[EXACT.name, "ddim"]
+    assert worst.seconds_per_clip is None and BPDA.title == "bpda pgd, steps=2, step_size=2/255"
+    ddim = rows[EXACT.title, "ddim"]
     assert (ddim.accuracy, ddim.worst, ddim.peak_bytes) == (0.5, 1 / 3, 5)
     assert ddim.seconds_per_clip == pytest.approx(1 / 3)
+
+
+def test_the_luck_of_a_random_defence_is_no_attack(tmp_path):
+    """Each attack leaves two of three clips by chance alone, never the same: one clip by clip would leave none."""
+    records = []
+    for i, threat in enumerate((BPDA, EXACT, GRAY)):
+        record = Record(tmp_path / f"{i}.json", plan(threat, names=("ddim",)))
+        for unit in record.plan.units():
+            right = [0 if clip % 3 == i else 2 for clip in range(unit.clips)]
+            record.add(unit.name("ddim"), {"right": right, "repeats": 2, "seconds": 1.0, "peak_bytes": None})
+        records.append(record)
+    assert table(*records)[-1].accuracy == 0
+    lowest = table(*records, randomised=["ddim"])[-1]
+    assert (lowest.threat, lowest.n) == ("lowest of bpda, exact, gray-box", 6)
+    assert lowest.accuracy == lowest.worst == pytest.approx(2 / 3)
 
 
 def test_records_of_several_plans_share_a_minimum(tmp_path):
@@ -188,15 +209,29 @@ def test_examples_are_the_clips_that_the_defence_keeps_right(tmp_path, available
             record.add(unit.name(name), entry)
     assert rescued(record, GRAY, 8 / 255, "videopure")[:2] == [(0, 2), (1, 2)]
     assert len(rescued(record, GRAY, 8 / 255, "videopure")) == 10
-    x, labels = draw(0, 2, 1)
-    for threat in (CLEAN, GRAY, BPDA, EXACT, QUERY):
-        found = examples(threat, 8 / 255, x, labels, CLASSIFIER, available["videopure"])
-        assert torch.equal(found.clean, x) and found.purified.shape == x.shape
-        assert (found.attacked - x).abs().max() <= 8 / 255 + 1e-7
+    found = examples(record, GRAY, 8 / 255, "videopure", 2, CLASSIFIER, available, draw)
+    assert torch.equal(found.clean, torch.cat([draw(seed, 2, 1)[0] for seed in (0, 1)]))
+
+
+@pytest.mark.parametrize("threat", [CLEAN, GRAY, TRANSFER, BPDA, EXACT, QUERY], ids=lambda threat: threat.access)
+def test_examples_met_what_the_record_tells_of(threat, whole, available):
+    eps = 0.0 if threat == CLEAN else 8 / 255
+    for name in ("ddim", "videopure"):
+        places = rescued(whole, threat, eps, name)
+        found = examples(
+            *(whole, threat, eps, name, len(places), CLASSIFIER, available, draw), other=Classifier(2).eval()
+        )
+        assert found.clean.shape == found.purified.shape == (len(places), 3, 4, 16, 16)
+        assert (found.attacked - found.clean).abs().max() <= eps + 1e-7
         assert torch.equal(found.attacked_labels, CLASSIFIER(found.attacked).argmax(-1))
-        assert found.purified_labels.shape == labels.shape
-    with pytest.raises(ValueError, match="has no access 'exact'"):
-        examples(EXACT, 8 / 255, x, labels, CLASSIFIER, available["JPEG 75"])
+        kept = (found.purified_labels == found.labels).tolist()
+        shares = outcome(whole, threat, eps, name).shares
+        assert all(shares[place] in (right, 0.5) for place, right in zip(places, kept, strict=True))
+
+
+def test_examples_of_nothing_are_refused(whole, available):
+    with pytest.raises(ValueError, match="no clips of exact pgd, steps=2, step_size=2/255 at 4/255 against videopure"):
+        examples(whole, EXACT, 4 / 255, "videopure", 1, CLASSIFIER, available, draw)
 
 
 def test_a_cell_that_is_not_done_has_no_row(whole, tmp_path):
@@ -211,19 +246,25 @@ def test_codecs_have_no_exact_gradient(available, tmp_path):
     names = ("JPEG 75", "none")
     record = evaluate(plan(small, names=names), CLASSIFIER, available, draw, tmp_path / "record.json")
     assert [row.defence for row in table(record)] == ["none"]
-    assert inaccessible(record) == {small.name: ["JPEG 75"]}
+    assert inaccessible(record) == {"exact": ["JPEG 75"]}
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "units": 3}', '{"hash": "x", "units": {"a": 5}}'),
-        *('{"hash": "x", "units": {"a": {}}}', '{"hash": "x", "units": {"a": {"right": [3], "repeats": 2}}}'),
-        *('{"hash": "x", "units": {"a": {"right": ["x"]}}}', '{"hash": "x", "units": {"a": {"right": 5}}}'),
+        *("", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "units": 3}', "[" * 200_000, '{"units": {}}'),
+        *({"a": {"right": None}}, {UNIT: 5}, {UNIT: {}}, {UNIT: {"right": [1]}}, {UNIT: ENTRY | {"right": ["x"]}}),
+        *({UNIT: ENTRY | {"right": [3]}}, {UNIT: ENTRY | {"right": [1] * 4}}, {UNIT: ENTRY | {"right": ""}}),
+        *({UNIT: ENTRY | {"right": {}}}, {UNIT: ENTRY | {"right": [True]}}, {UNIT: ENTRY | {"repeats": True}}),
+        *({UNIT: ENTRY | {"seconds": -1}}, {UNIT: ENTRY | {"peak_bytes": "x"}}, {UNIT: ENTRY | {"right": None}}),
+        *({UNIT: ENTRY | {"other": 1}}, {UNIT: ENTRY | {"seconds": "1"}}),
     ],
+    ids=lambda content: str(content)[:80],
 )
 def test_what_is_no_record_is_refused_and_kept(content, available, tmp_path):
     path = tmp_path / "record.json"
+    if isinstance(content, dict):
+        content = json.dumps({"hash": plan(CLEAN).hash, "units": content})
     path.write_text(content)
     with pytest.raises(ValueError, match="is no record of an evaluation"):
         evaluate(plan(CLEAN), CLASSIFIER, available, draw, path)
@@ -233,8 +274,8 @@ def test_what_is_no_record_is_refused_and_kept(content, available, tmp_path):
 def test_the_record_of_another_plan_is_refused(available, tmp_path):
     path, mine = tmp_path / "record.json", plan(CLEAN, names=("none",))
     evaluate(mine, CLASSIFIER, available, draw, path)
-    with pytest.raises(ValueError, match="is the record of another plan"):
-        Record(path, replace(mine, seeds=(0, 2)))
+    with pytest.raises(ValueError, match="another plan, which differs in seeds, batch: name another file or folder"):
+        Record(path, replace(mine, seeds=(0, 2), batch=2))
     assert json.loads(path.read_text())["plan"]["source"] == "test"
 
 
@@ -247,12 +288,16 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
             lambda: Threat("exact", "pgd", {"stepsize": 1}),
             "pgd has no stepsize; accepted: eot, loss, norm, random_start",
         ),
-        (lambda: Threat("query", "square", {"eps": 1, "queries": 2}), "square has no eps; accepted: loss, p_init"),
+        (lambda: Threat("query", "square", {"eps": 1, "queries": 2}), "square has no eps; accepted: eot, loss, p_init"),
         (lambda: Threat("exact", clips=0), "clips must be an int of 1 or more, got 0"),
+        (lambda: Threat("gray-box"), "pgd needs step_size, steps among its settings"),
+        (lambda: replace(plan(GRAY), batch=2.5), "batch must be an int of 1 or more, got 2.5"),
+        (lambda: replace(plan(GRAY), eps=(4 / 255, 4.0000001 / 255)), "eps must be some, and none twice"),
+        (lambda: wilson_interval(0.5, 0), "has an interval, got 0.5 on 0"),
         (lambda: plan(), "threats must be some, and none twice"),
         (lambda: plan(GRAY, GRAY), "threats must be some, and none twice"),
         (lambda: replace(plan(GRAY), eps=(4.0,)), "every eps must be more than 0 and at most 1"),
-        (lambda: replace(plan(GRAY), repeats=0), "repeats must be 1 or more, got 0"),
+        (lambda: replace(plan(GRAY), repeats=0), "repeats must be an int of 1 or more, got 0"),
         (lambda: evaluate(plan(GRAY, names=("nothing",)), CLASSIFIER, {}, draw, "x"), "unknown defences nothing"),
         (lambda: evaluate(plan(TRANSFER, names=()), CLASSIFIER, {}, draw, "x"), "defences must be some"),
     ],
@@ -260,6 +305,56 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
 def test_bad_plans_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(plan(GRAY), eps=8 / 255), r"eps must be tuple\[float, ...\], got 0.03"),
+        (lambda: replace(plan(GRAY), eps=("4",)), "eps must be"),
+        (lambda: replace(plan(GRAY), seeds=("a",)), r"seeds must be tuple\[int, ...\], got \('a',\)"),
+        (lambda: replace(plan(GRAY), threats=("none",)), "threats must be"),
+        (lambda: Threat("exact", "pgd", ["steps"]), "settings must be a mapping of names to values, got list"),
+        (lambda: Threat("exact", "fgsm", {"loss": len}), "loss must be a number, a word or a bool, got builtin"),
+    ],
+)
+def test_plans_of_other_types_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_an_l2_threat_may_be_larger_than_a_pixel(available, tmp_path):
+    threat = Threat("gray-box", "pgd", STEPS | {"norm": "l2"}, 2)
+    mine = replace(plan(threat, names=("none",)), eps=(3.0,))
+    assert table(evaluate(mine, CLASSIFIER, available, draw, tmp_path / "record.json"))[0].n == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda x, y: (x * float("nan"), y), ValueError, "got nan"),
+        (lambda x, y: (x * 255, y), ValueError, r"clips must lie in \[0, 1\]"),
+        (lambda x, y: ((x * 255).byte(), y), TypeError, "clips must be float32 or float64"),
+        (lambda x, y: (x[0], y), ValueError, r"clips must be \(B, 3, F, H, W\)"),
+        (lambda x, y: (x, y[:1]), ValueError, "labels must be"),
+        (lambda x, y: (x, y.float()), TypeError, "labels must be int64"),
+        (lambda x, y: (x, y + 99), ValueError, "but the classifier returns 3 classes"),
+        (lambda x, y: (torch.cat([x, x]), torch.cat([y, y])), ValueError, "6 clips were drawn where 3 were asked for"),
+    ],
+)
+def test_what_is_drawn_must_be_clips_and_labels(spoil, error, message, available, tmp_path):
+    with pytest.raises(error, match=message):
+        evaluate(plan(CLEAN), CLASSIFIER, available, lambda *a: spoil(*draw(*a)), tmp_path / "record.json")
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_answers_that_are_not_finite_are_refused(available, tmp_path):
+    class Broken(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float("nan")
+
+    with pytest.raises(ValueError, match="logits are not finite"):
+        evaluate(plan(CLEAN), Broken(), available, draw, tmp_path / "record.json")
 
 
 def test_transfer_needs_another_classifier(available, tmp_path):

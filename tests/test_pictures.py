@@ -67,7 +67,9 @@ def test_accuracy_is_drawn_against_eps_and_latency(tmp_path, suffix):
     if suffix == ".svg":
         text = path.read_text()
         assert text.count(">seconds a clip<") == 2 and text.count(">eps, 1/255<") == 1
-        assert ">bpda pgd<" in text and "clean" not in text and "both &lt;&amp;&gt;" in text and "a note" in text
+        assert (
+            ">accuracy, bpda pgd<" in text and "clean" not in text and "both &lt;&amp;&gt;" in text and "a note" in text
+        )
         assert text.count("<circle") == 2 * 2 + 2 + 1 + 2  # the last two are the legend's
 
 

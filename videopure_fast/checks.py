@@ -172,8 +172,8 @@ def _order_check(cell: str, stronger: _Attacked, weaker: _Attacked, *, doubt: fl
     chance = sum(math.comb(differing, k) for k in range(against, differing + 1)) / 2**differing
     name = f"{cell}: {stronger[0].access} is at least as strong as {weaker[0].access}"
     means = [sum(shares) / len(common) for shares in (ours, theirs)]
-    seen = f"accuracy {means[0]:.3f} against {means[1]:.3f} on {len(common)} clips; {against} of the {differing} that "
-    return Check(name, chance >= doubt, f"{seen}differ speak against it, p = {chance:.2g}")
+    seen = f"leaves {means[0]:.3f} against {means[1]:.3f} of {len(common)} clips, "
+    return Check(name, chance >= doubt, f"{seen}{against} of {differing} that differ (p = {chance:.2g})")
 
 
 def _pairs(cell: list[_Attacked]) -> Iterator[tuple[_Attacked, _Attacked]]:

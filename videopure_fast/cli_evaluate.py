@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +34,7 @@ console = Console(markup=False, highlight=False, soft_wrap=True)
 _DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
 _DEMO_CLIPS = 4  # in its video
 _CHECKED_CLIPS = 2
+_SOURCE_CLIPS = 32
 
 
 _CLASSIFIER, _CLIPS, _ATTACKER, _DEFENCE, _REPORT = (
@@ -120,9 +120,8 @@ def demo(
         record = evaluation.evaluate(plan, classifier, available, _draw_tiny, path, progress=True)
     rows = evaluation.table(record)
     console.print(_accuracy_table(rows))
-    shown = [place for _, place in evaluation.rescued(record, gray, plan.eps[0], "videopure")[:_DEMO_CLIPS]]
-    drawn, labels = (part[shown] for part in _draw_tiny(seed, 0, clips))
-    found = evaluation.examples(gray, plan.eps[0], drawn, labels, classifier, available["videopure"])
+    cell = (gray, plan.eps[0], "videopure")
+    found = evaluation.examples(record, *cell, _DEMO_CLIPS, classifier, available, _draw_tiny)
     pictures.write_strip(found, tiny.CLASSES, out / "strip.png", threat=f"PGD, {eps:g}/255", defence="videopure")
     pictures.write_side_by_side(found, tiny.CLASSES, out / "demo.mp4")
     console.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
@@ -204,7 +203,7 @@ def evaluate(
     ] = 2,
     eot: Annotated[
         int,
-        typer.Option(min=1, help="Gradients averaged for a step, against random defences.", rich_help_panel=_ATTACKER),
+        typer.Option(min=1, help="Calls averaged at each step, against random defences.", rich_help_panel=_ATTACKER),
     ] = 1,
     restarts: Annotated[
         int, typer.Option(min=1, help="Runs of which each clip keeps the best.", rich_help_panel=_ATTACKER)
@@ -285,11 +284,27 @@ def evaluate(
         raise ValueError(f"--step-size must be more than 0, in 1/255, got {step_size}")
     if frames < 2:
         raise ValueError(f"--frames must be 2 or more, got {frames}")
+    numbers = _numbers("eps", eps)
+    if not all(0 < number <= 255 for number in numbers):
+        raise ValueError(f"--eps must be more than 0 and at most 255, in 1/255, got {eps}")
+    known = evaluation.defence_names(tuple(depth or ()))
+    wanted = known if "all" in (defence or ()) else tuple(defence or _DEFENCES)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: all, {', '.join(known)}")
     gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
     threats = _threats(threat, attack, steps, step_size, gradient, queries, clips)
     if any(one.access == "transfer" for one in threats) != (other is not None):
         raise ValueError("--threat transfer and --other, the classifier to attack for it, go together")
-    sizes = tuple(size / 255 for size in _numbers("eps", eps))
+    # All but the subject, which needs the models: what is wrong with it is found before they are loaded.
+    plan = evaluation.Plan(
+        source="",
+        threats=threats,
+        defences=wanted,
+        eps=tuple(number / 255 for number in numbers),
+        seeds=tuple(range(seeds)),
+        batch=batch,
+        repeats=repeats,
+    )
     colours = _colours((classifier, other), mean, std)
     names, draw, source = tiny.CLASSES, _draw_tiny, None
     if dataset is not DatasetName.tiny:
@@ -305,23 +320,17 @@ def evaluate(
         model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
     )
     place = purifier.unet.device
-    sample = torch.full((2, 3, *((frames, crop, crop) if source else (16, 32, 32))), 0.5, device=place)
+    shape = (frames, crop, crop) if source else (tiny.clips.FRAMES, tiny.clips.SIZE, tiny.clips.SIZE)
+    sample = torch.full((2, 3, *shape), 0.5, device=place)
     judge, attacker = (_classifier(name, colours, sample, len(names)) for name in (classifier, other))
     available = evaluation.defences(purifier, depths=tuple(depth or ()))
     subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
     subject |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
-    subject["digests"] = [_digest(module) for module in (judge, attacker, purifier)]
+    modules = (judge, attacker, purifier)
+    subject["digests"] = [None if module is None else evaluation.weights_digest(module) for module in modules]
     if source is not None:
         subject |= {"videos": source.digest, "sampling": asdict(source.sampling)}
-    plan = evaluation.Plan(
-        source=json.dumps(subject),
-        threats=threats,
-        defences=tuple(available) if defence == ["all"] else tuple(defence or _DEFENCES),
-        eps=sizes,
-        seeds=tuple(range(seeds)),
-        batch=batch,
-        repeats=repeats,
-    )
+    plan = replace(plan, source=json.dumps(subject))
 
     def draw_there(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
         drawn, labels = draw(seed, start, count)
@@ -363,6 +372,7 @@ def _threats(
 ) -> tuple[Threat, ...]:
     from .evaluation import Threat
 
+    asked = {"queries": queries, **({} if gradient["eot"] == 1 else {"eot": gradient["eot"]})}
     step = {"steps": steps, "step_size": step_size / 255}
     own = {"steps": steps} if attack is AttackName.apgd else step
     changed = {name: value for name, value in gradient.items() if value not in ("ce", 1)}  # others make names long
@@ -371,7 +381,7 @@ def _threats(
         if name is ThreatName.transfer:
             found.append(Threat("transfer", "temporal_translation", step, clips))
         elif name is ThreatName.query:
-            found.append(Threat("query", "square", {"queries": queries}, clips))
+            found.append(Threat("query", "square", asked, clips))
         else:
             found.append(Threat(name.value, attack.value, own | changed, clips))
     return tuple(found)
@@ -431,7 +441,8 @@ def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classe
 
     if name is None:
         return None
-    sys.path.insert(0, os.getcwd())  # where "module:function" is looked for; a script's own path has it not
+    if ":" in name:
+        sys.path.append(os.getcwd())  # where "module:function" is looked for; a script's own path has it not
     module = load_classifier(name, **colours).to(clips.device)
     try:
         with torch.no_grad():
@@ -445,18 +456,6 @@ def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classe
             f"({len(clips)}, {classes}), in the order of the data set's classes"
         )
     return module
-
-
-def _digest(module: nn.Module | None) -> str | None:
-    """Of a module's weights, so that a record is of these alone."""
-    import torch
-
-    if module is None:
-        return None
-    found = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        found.update(name.encode() + bytes(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()))
-    return found.hexdigest()[:16]
 
 
 # What is shown and written
@@ -477,15 +476,18 @@ def _report(record: Record, cast: _Cast, out: Path, device: torch.device, *, tho
     from .checks import order_checks
     from .evaluation import inaccessible, table
 
-    rows, checks = table(record), order_checks(record)
+    randomised = [name for name in record.plan.defences if cast.available[name].randomised]
+    rows, checks = table(record, randomised=randomised), order_checks(record)
 
     def write() -> None:
         found = [check._asdict() for check in checks]
         _write_report(out / "report.json", record.plan, rows, device=device, checks=found, skipped=record.skipped)
 
     console.print(_accuracy_table(rows))
-    for threat, names in inaccessible(record).items():
-        console.print(f"No {threat} on {', '.join(names)}: they have no gradient.")
+    for access, names in inaccessible(record).items():
+        console.print(f"No {access} attack on {', '.join(names)}: no gradient.")
+    for note in _weaknesses(record.plan, randomised):
+        console.print(f"Mind: {note}")
     if record.skipped:
         console.print(f"{len(record.skipped)} videos could not be read; report.json names them.")
     write()
@@ -499,22 +501,37 @@ def _report(record: Record, cast: _Cast, out: Path, device: torch.device, *, tho
     console.print(f"Table, report and pictures: {out}")
 
 
+def _weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
+    """What makes these attacks weaker than they could be."""
+    attacks = [threat for threat in plan.threats if threat.access != "none"]
+    if randomised and any(threat.access in ("query", "bpda", "exact") for threat in attacks):
+        if any(threat.settings.get("eot", 1) == 1 for threat in attacks):
+            yield f"{', '.join(randomised)} draw anew at each call; --eot averages over several of them."
+    reach = min(threat.settings.get("steps", 1) * threat.settings.get("step_size", math.inf) for threat in attacks)
+    if reach < 2 * max(plan.eps):
+        yield f"--steps of --step-size reach {255 * reach:g}/255, less than from side to side of the largest eps."
+
+
 def _accuracy_table(rows: Sequence[Accuracy]) -> Table:
     table = Table("defence", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
     table.caption = "MB: the most memory held, on a CPU by the whole process"
+    table.caption_justify = "left"
     for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MB"):
         table.add_column(column, justify="right", no_wrap=True)
-    for i, row in enumerate(rows):
-        if not i or (row.threat, row.eps) != (rows[i - 1].threat, rows[i - 1].eps):
+    last = None
+    for row in rows:
+        title = "the least that any of these attacks left" if row.access == "adaptive" else row.threat
+        if (title, row.eps) != last:
             table.add_section()
-            table.add_row(row.threat + (f", eps {255 * row.eps:g}/255" if row.eps else ""))
+            table.add_row(title + (f", eps {255 * row.eps:g}/255" if row.eps else ""))
+            last = (title, row.eps)
         table.add_row(
             f"  {row.defence}",
             str(row.n),
             f"{row.accuracy:.3f}",
             f"{row.low:.2f}-{row.high:.2f}",
             f"{row.worst:.3f}",
-            f"{row.seconds_per_clip:.2g}",
+            "-" if row.seconds_per_clip is None else f"{row.seconds_per_clip:.2g}",
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
         )
     return table
@@ -546,7 +563,8 @@ def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
     if defence.purifier is not None:
         todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
     if cast.other is not None:
-        todo["the attacker's own classifier"] = lambda: source_check(cast.other, clips, labels, eps=eps)
+        more = cast.draw(plan.seeds[0], 0, min(count, _SOURCE_CLIPS))  # it is small, and two clips tell little
+        todo["the attacker's own classifier"] = lambda: source_check(cast.other, *more, eps=eps)
     found = []
     with console.status("") as status:
         for what, run in todo.items():
@@ -569,14 +587,10 @@ def _draw_pictures(record: Record, rows: Sequence[Accuracy], cast: _Cast, out: P
     pictures.draw_accuracy(rows, out / "accuracy.svg", note="bars: 95 % intervals")
     name = record.plan.defences[-1]
     for threat in record.plan.threats[1:]:
-        if places := rescued(record, threat, record.plan.eps[0], name):
-            seed, place = places[0]
-            start = place - place % record.plan.batch  # a clip's place is among those of its batch that could be read
-            drawn = cast.draw(seed, start, min(record.plan.batch, threat.clips - start))
-            clip, label = (part[place - start :][:1] for part in drawn)
-            judged = (cast.classifier, cast.available[name])
-            found = examples(threat, record.plan.eps[0], clip, label, *judged, other=cast.other)
-            met = f"{threat.name}, {255 * record.plan.eps[0]:g}/255"
+        cell = (threat, record.plan.eps[0], name)
+        if rescued(record, *cell):
+            found = examples(record, *cell, 1, cast.classifier, cast.available, cast.draw, other=cast.other)
+            met = f"{threat.title}, {255 * record.plan.eps[0]:g}/255"
             pictures.write_strip(found, cast.classes, out / "strip.png", threat=met, defence=name)
             return
 

@@ -55,24 +55,27 @@ def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.P
 
 def draw_accuracy(rows: Sequence[Accuracy], path: str | os.PathLike[str], *, note: str = "") -> None:
     """Robust accuracy against eps, a panel for each threat, and against seconds a clip at the smallest eps: .svg or
-    .png. Bars are 95 % intervals. ValueError where no row is of an attack."""
-    attacked = [row for row in rows if row.access not in ("none", "adaptive")]
+    .png; at last the minimum over all attacks. Bars are 95 % intervals. ValueError where no row is of an attack."""
+    attacked = [row for row in rows if row.access != "none"]
     if not attacked:
         raise ValueError("there is no accuracy under attack to draw")
+    attacked = [row._replace(threat="minimum") if row.access == "adaptive" else row for row in attacked]
     names = list(dict.fromkeys(row.defence for row in attacked))
+    # One latency for all of a defence's rows: the minimum has none of its own.
+    seconds = {row.defence: row.seconds_per_clip for row in reversed(rows) if row.seconds_per_clip is not None}
     colours = {name: i for i, name in enumerate(names)}
     panels = [
         panel
         for threat in dict.fromkeys(row.threat for row in attacked)
-        for panel in _panels([row for row in attacked if row.threat == threat], colours)
+        for panel in _panels([row for row in attacked if row.threat == threat], colours, seconds)
     ]
     draw(panels, names, path, note=note)
 
 
-def _panels(rows: Sequence[Accuracy], colours: dict[str, int]) -> Iterator[Panel]:
+def _panels(rows: Sequence[Accuracy], colours: dict[str, int], seconds: dict[str, float]) -> Iterator[Panel]:
     """Of one threat: accuracy against eps, if there is more than one, and against latency."""
     sizes = sorted({row.eps for row in rows})
-    threat = rows[0].threat
+    title = f"accuracy, {rows[0].threat}"
     if len(sizes) > 1:
         lines = []
         for name, colour in colours.items():
@@ -80,15 +83,15 @@ def _panels(rows: Sequence[Accuracy], colours: dict[str, int]) -> Iterator[Panel
             places = [(sizes.index(row.eps) + aside, row) for row in rows if row.defence == name]
             lines += [Line(sorted((x, row.accuracy) for x, row in places), colour)] if places else []
             lines += [_bar(x, row, colour) for x, row in places]
-        yield Panel(threat, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines, top=1)
+        yield Panel(title, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines, top=1)
     first = [row for row in rows if row.eps == sizes[0]]
     # A logarithmic axis: its places are powers of ten.
-    times = {row.defence: math.log10(max(row.seconds_per_clip, 1e-4)) for row in first}
+    times = {row.defence: math.log10(max(seconds[row.defence], 1e-4)) for row in first}
     least, most = math.floor(min(times.values())), math.ceil(max(times.values()) + 1e-9)
     lines = [Line([(times[row.defence] - least, row.accuracy)], colours[row.defence]) for row in first]
     lines += [_bar(times[row.defence] - least, row, colours[row.defence]) for row in first]
     ticks = [f"{10.0**power:g}" for power in range(least, most + 1)]
-    yield Panel(f"{threat}, eps {255 * sizes[0]:g}/255", "seconds a clip", ticks, lines, top=1)
+    yield Panel(f"{title}, eps {255 * sizes[0]:g}/255", "seconds a clip", ticks, lines, top=1)
 
 
 def _bar(x: float, row: Accuracy, colour: int) -> Line:
@@ -99,7 +102,7 @@ def _captions(found: Examples, classes: Sequence[str], i: int) -> list[str]:
     true, attacked, purified = (
         classes[labels[i]] for labels in (found.labels, found.attacked_labels, found.purified_labels)
     )
-    return [f"clean: {true}", f"attacked: seen as {attacked}", f"purified: seen as {purified}"]
+    return [f"clean, truly {true}", f"attacked: seen as {attacked}", f"purified: seen as {purified}"]
 
 
 def _side_by_side(found: Examples, classes: Sequence[str]) -> Iterator[Tensor]:
