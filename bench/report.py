@@ -64,13 +64,15 @@ def robustness(result: dict[str, Any]) -> str:
             "",
             f"Threats that know more, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
             "classifier; 200 queries by Square; the classifier's gradients; the defence taken for the identity; its "
-            "exact gradients, twice; and clip by clip the minimum over all that was done to the defence.",
+            "exact gradients, twice; and clip by clip the minimum over these and the table above (of ddim, which "
+            "draws, the lowest of them on the same clips). No row met every attack, and every attack could be made "
+            "stronger: these are upper bounds.",
             "",
             *markdown(["defence", *columns], informed),
             "",
             *_sentences(rows),
             *([f"{'; '.join([verdict, *failed])}.", ""] if result["checks"] else []),
-            f"`make study` on {result['device']}, {result['threads']} threads, torch {result['torch']}.",
+            f"`make study` on {result['device']}, torch {result['torch']}; threads: {result['threads']}.",
         ]
     )
 

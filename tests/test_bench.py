@@ -230,7 +230,7 @@ def test_the_tables_of_robust_accuracy():
     assert any(line.endswith("crafted on fast, judged on reference, 0.500 (0.45 to 0.55; 32).") for line in lines)
     assert any("ddim is right on 0.900 of 64 clips" in line and "0.750 in every draw" in line for line in lines)
     assert "1 of 2 checks passed; FAILED: odd (0.9 and 0.1)." in lines
-    assert "`make study` on cpu (X), 2 threads, torch 2." in lines
+    assert "`make study` on cpu (X), torch 2; threads: 2." in lines
 
 
 def test_the_studys_result_is_of_its_records():
