@@ -243,6 +243,17 @@ def test_the_studys_result_is_of_its_records():
         assert plan["hash"] == record["hash"] == plans()[name].hash, name
 
 
+def test_records_of_other_weights_are_refused(tmp_path):
+    from study import check_models
+
+    mine, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for _ in range(2):
+        check_models(tmp_path / "models.json", mine)
+    with pytest.raises(ValueError, match="are of other weights than the packaged ones: move them away"):
+        check_models(tmp_path / "models.json", other)
+    check_models(tmp_path / "models.json", mine)
+
+
 def test_nothing_measured_is_said(tmp_path):
     from report import speed
 
