@@ -181,7 +181,9 @@ def test_what_fools_one_path_fools_the_other(tmp_path):
     from study import PARITY, crossed, draw
 
     from videopure_fast import Purifier, tiny
-    from videopure_fast.evaluation import Plan, Threat, defences, evaluate, table
+    from videopure_fast.evaluation import defences, evaluate
+    from videopure_fast.records import Plan, Threat
+    from videopure_fast.tables import table
 
     config = {"inversion_steps": 1}
     available = crossed(defences(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)

@@ -11,7 +11,7 @@ from conftest import build_purifier, clips
 from torch import Tensor, nn
 
 from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
-from videopure_fast.evaluation import Plan, Record, Threat
+from videopure_fast.records import Plan, Record, Threat
 
 
 class Classifier(nn.Module):

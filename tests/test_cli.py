@@ -11,7 +11,8 @@ from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
 from videopure_fast import cli, cli_evaluate, purifier
-from videopure_fast.evaluation import Plan, Threat, defences
+from videopure_fast.evaluation import defences
+from videopure_fast.records import Plan, Threat
 from videopure_fast.video import VideoWriter, probe
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"

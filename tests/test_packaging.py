@@ -22,7 +22,7 @@ ORDER = (
     *("config", "inputs", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
     *("gradients", "video", "datasets", "defense", "adapters", "streaming", "scale"),
-    *("attack_parts", "attacks", "filters", "evaluation", "checks", "plot", "pictures"),
+    *("attack_parts", "attacks", "filters", "records", "tables", "evaluation", "checks", "plot", "pictures"),
     *("benchmark", "cli_evaluate", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}

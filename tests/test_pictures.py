@@ -9,8 +9,9 @@ import torch
 from conftest import clips
 from PIL import Image
 
-from videopure_fast.evaluation import Accuracy, Examples
+from videopure_fast.evaluation import Examples
 from videopure_fast.pictures import draw_accuracy, write_side_by_side, write_strip
+from videopure_fast.tables import Accuracy
 from videopure_fast.video import probe, read_frames
 
 CLASSES = ("left", "right")

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from videopure_fast import DefendedClassifier, Purifier, PurifyConfig, purify, reference, tiny
-from videopure_fast.evaluation import Plan, Threat, defences, evaluate, table
+from videopure_fast.evaluation import defences, evaluate
+from videopure_fast.records import Plan, Threat
+from videopure_fast.tables import table
 from videopure_fast.tiny.models import WEIGHTS
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .attack_parts import cross_entropy, margin, vote
 from .attacks import apgd, pgd
 from .defense import DefendedClassifier
-from .evaluation import Outcome, Record, Threat, outcome
 from .purifier import Purifier
+from .records import Record, Threat
+from .tables import Outcome, outcome
 
 # Of a pixel, in float64: so small that hardly any sign of the guidance turns, by itself or by the flow under it. Its
 # derivative is zero between its jumps, and finite differences across them see more.

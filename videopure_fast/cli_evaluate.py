@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from .checks import Check
     from .datasets import ClipSampling, VideoDataset
-    from .evaluation import Accuracy, Defence, Plan, Record, Threat
+    from .evaluation import Defence
+    from .records import Plan, Record, Threat
+    from .tables import Accuracy
 
     Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
@@ -100,13 +102,15 @@ def demo(
     from . import evaluation, pictures, tiny
     from .profiling import check_writable
     from .purifier import Purifier
+    from .records import Plan, Threat
+    from .tables import table
 
     if json_file is not None:
         check_writable(json_file)
-    gray = evaluation.Threat("gray-box", "pgd", {"steps": steps, "step_size": eps / 2 / 255}, clips)
-    plan = evaluation.Plan(
+    gray = Threat("gray-box", "pgd", {"steps": steps, "step_size": eps / 2 / 255}, clips)
+    plan = Plan(
         source=f"packaged clips of seed {seed}",
-        threats=(evaluation.Threat("none", clips=clips), gray),
+        threats=(Threat("none", clips=clips), gray),
         defences=("none", "VAE round trip", "mean of 5 frames", "videopure"),
         eps=(eps / 255,),
         seeds=(seed,),
@@ -118,7 +122,7 @@ def demo(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         record = evaluation.evaluate(plan, classifier, available, _draw_tiny, path, progress=True)
-    rows = evaluation.table(record)
+    rows = table(record)
     console.print(_accuracy_table(rows))
     cell = (gray, plan.eps[0], "videopure")
     found = evaluation.examples(record, *cell, _DEMO_CLIPS, classifier, available, _draw_tiny)
@@ -279,6 +283,7 @@ def evaluate(
 
     from . import datasets, evaluation, tiny
     from .purifier import Purifier
+    from .records import Plan, weights_digest
 
     if not 0 < step_size < math.inf:
         raise ValueError(f"--step-size must be more than 0, in 1/255, got {step_size}")
@@ -296,7 +301,7 @@ def evaluate(
     if any(one.access == "transfer" for one in threats) != (other is not None):
         raise ValueError("--threat transfer and --other, the classifier to attack for it, go together")
     # All but the subject, which needs the models: what is wrong with it is found before they are loaded.
-    plan = evaluation.Plan(
+    plan = Plan(
         source="",
         threats=threats,
         defences=wanted,
@@ -327,7 +332,7 @@ def evaluate(
     subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
     subject |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
     modules = (judge, attacker, purifier)
-    subject["digests"] = [None if module is None else evaluation.weights_digest(module) for module in modules]
+    subject["digests"] = [None if module is None else weights_digest(module) for module in modules]
     if source is not None:
         subject |= {"videos": source.digest, "sampling": asdict(source.sampling)}
     plan = replace(plan, source=json.dumps(subject))
@@ -370,7 +375,7 @@ def _threats(
     queries: int,
     clips: int,
 ) -> tuple[Threat, ...]:
-    from .evaluation import Threat
+    from .records import Threat
 
     asked = {"queries": queries, **({} if gradient["eot"] == 1 else {"eot": gradient["eot"]})}
     step = {"steps": steps, "step_size": step_size / 255}
@@ -474,7 +479,7 @@ class _Cast(NamedTuple):
 def _report(record: Record, cast: _Cast, out: Path, device: torch.device, *, thorough: bool) -> None:
     """Table, report, CSV file and pictures; then, if thorough, the checks that need work, and the report with them."""
     from .checks import order_checks
-    from .evaluation import inaccessible, table
+    from .tables import inaccessible, table
 
     randomised = [name for name in record.plan.defences if cast.available[name].randomised]
     rows, checks = table(record, randomised=randomised), order_checks(record)
@@ -580,7 +585,8 @@ def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
 def _draw_pictures(record: Record, rows: Sequence[Accuracy], cast: _Cast, out: Path) -> None:
     """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
     from . import pictures
-    from .evaluation import examples, rescued
+    from .evaluation import examples
+    from .tables import rescued
 
     if all(row.access in ("none", "adaptive") for row in rows):
         return
@@ -624,8 +630,8 @@ def _write_report(
 
 
 def _write_csv(path: Path, rows: Sequence[Accuracy]) -> None:
-    from .evaluation import Accuracy
     from .profiling import replacing
+    from .tables import Accuracy
 
     with replacing(path) as file, file.open("w", newline="") as stream:
         writer = csv.writer(stream)

@@ -10,9 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .evaluation import Accuracy, Examples
+from .evaluation import Examples
 from .plot import Line, Panel, draw
 from .profiling import replacing
+from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16
 _VIDEO_SIDE, _VIDEO_RATE = 192, 8
