@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
-from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
+from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check, stand_in_check
 from videopure_fast.evaluation import Defence, defences, evaluate
 from videopure_fast.pictures import draw_accuracy
 from videopure_fast.profiling import describe_device, replacing
@@ -160,6 +160,7 @@ def sanity(purifier: Purifier, classifier: nn.Module, path: Path) -> list[dict[s
         checks = [
             source_check(other_classifier(), clips, labels, eps=EPS[0]),
             gradient_check(purifier, classifier, clips[:1], labels[:1]),
+            stand_in_check(*targets, clips, labels),
             effort_check(targets[0], clips, labels, eps=EPS[0]),
             reach_check(targets[1], clips, labels),
         ]

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from conftest import build_purifier, clips
 from torch import Tensor, nn
 
-from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check
+from videopure_fast.checks import (
+    effort_check,
+    gradient_check,
+    order_checks,
+    reach_check,
+    source_check,
+    stand_in_check,
+)
 from videopure_fast.records import Plan, Record, Threat
 
 
@@ -108,6 +115,12 @@ def test_without_bounds_accuracy_must_reach_zero(broken):
     assert not reach_check(broken, *batch(), steps=5).passed
 
 
+def test_a_gradient_that_points_away_cannot_stand_in():
+    check = stand_in_check(CLASSIFIER, CLASSIFIER, *batch())
+    assert check.passed and check.seen == "its cosine with the exact one is 1.00, 1.00"
+    assert not stand_in_check(CLASSIFIER, reversed_gradient, *batch()).passed
+
+
 def test_the_attackers_own_classifier_must_be_accurate_and_fooled():
     x, labels = batch()
     check = source_check(CLASSIFIER, x, labels, eps=1.0)
@@ -140,12 +153,6 @@ def test_who_knows_more_must_not_do_worse(tmp_path):
     # Eight clips withstand what is meant to be the stronger attack, and none the other alone.
     (check,) = order_checks(record(tmp_path, "exact", most + [1]), record(tmp_path, "bpda", half))
     assert not check.passed and check.seen.endswith(", 8 of 8 that differ (p = 0.0039)")
-    # Among enough other orders so small a chance is to be expected.
-    many = order_checks(
-        *(record(tmp_path, "bpda", half, settings={"steps": n, "step_size": 0.1}) for n in range(10)),
-        *(record(tmp_path, "exact", most, settings={"steps": n, "step_size": 0.1}) for n in range(10)),
-    )
-    assert len(many) == 10 and all(check.passed for check in many)
 
 
 @pytest.mark.parametrize(("against", "in_favour", "passed"), [(5, 0, True), (6, 0, False), (7, 1, True), (8, 1, False)])

@@ -274,6 +274,7 @@ def test_evaluates_checks_are_of_the_last_defence():
     assert [check.name for check in made("mean of 3 frames")] == [
         "mean of 3 frames: the loss rises with the attack's steps, more than by noise",
         "mean of 3 frames: accuracy goes to zero as eps grows, sooner than by noise",
+        "mean of 3 frames: BPDA's gradient points uphill",
     ]
     *_, gradient = made("videopure")
     assert gradient.name == "videopure: the exact gradient agrees with finite differences" and gradient.passed

@@ -553,7 +553,7 @@ def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
     """Of the plan's last defence: of its exact gradient where it has one, else of BPDA's."""
     import torch
 
-    from .checks import Check, effort_check, gradient_check, reach_check, source_check
+    from .checks import Check, effort_check, gradient_check, reach_check, source_check, stand_in_check
 
     name, eps = plan.defences[-1], plan.eps[-1]
     defence, classifier, count = cast.available[name], cast.classifier, plan.threats[0].clips
@@ -561,10 +561,12 @@ def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
     clips, labels = next((batch for batch in batches if len(batch[1])), (None, None))
     if clips is None:
         return [Check(f"{name}: checks", False, "not made: none of the first clips could be read")]
-    generator = torch.Generator().manual_seed(0)
-    target = defence.logits(classifier, "exact", generator) or defence.logits(classifier, "bpda", generator)
+    exact, bpda = (defence.logits(classifier, how, torch.Generator().manual_seed(0)) for how in ("exact", "bpda"))
+    target = exact or bpda
     todo = {"an attack that goes on": lambda: effort_check(target, clips, labels, eps=eps, steps=6)}
     todo["an attack without bounds"] = lambda: reach_check(target, clips, labels)
+    if exact is not None:
+        todo["BPDA's gradient"] = lambda: stand_in_check(exact, bpda, clips, labels)
     if defence.purifier is not None:
         todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
     if cast.other is not None:
