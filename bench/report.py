@@ -80,11 +80,12 @@ def robustness(result: dict[str, Any]) -> str:
 def _sentences(rows: list[dict[str, Any]]) -> list[str]:
     """What one number each says: parity of the two evaluations, and chance in a random defence."""
     found = []
-    parity = {row["defence"].partition(", ")[2]: _share(row, count=True) for row in rows if row["part"] == "parity"}
-    if parity:
-        listed = "; ".join(f"{paths}, {share}" for paths, share in parity.items())
+    parity = [row for row in rows if row["part"] == "parity" and row["access"] == "bpda"]
+    for eps in dict.fromkeys(row["eps"] for row in parity):
+        cells = {row["defence"].partition(", ")[2]: _share(row, count=True) for row in parity if row["eps"] == eps}
         found += [
-            f"videopure under BPDA, PGD-10, by our evaluation (fast) and diffusers' own (reference): {listed}.",
+            f"videopure under BPDA, PGD-10, {255 * eps:g}/255, by our evaluation (fast) and by diffusers' own with the "
+            f"ops' reference: {'; '.join(f'{paths}, {share}' for paths, share in cells.items())}.",
             "",
         ]
     for row in rows:

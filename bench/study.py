@@ -89,7 +89,7 @@ def plans() -> dict[str, Plan]:
         "depths": plan(deep, *depths, eps=EPS[:1], repeats=1),
         "chance": plan(("ddim",), threat("gray-box", 64), eps=EPS[:1], repeats=10),
         "curve": plan(few, *curve, eps=tuple(2**k / 255 for k in range(7)), repeats=1),
-        "parity": plan(PARITY, threat("bpda", 32), eps=EPS[:1]),
+        "parity": plan(PARITY, threat("bpda", 32), eps=(EPS[0], 12 / 255)),  # the second, so that some are fooled
         "gray-box ddpm": plan(("ddpm",), clean, gray, repeats=1),
         "query": plan(("none", "mean of 5 frames", *strong), threat("query", 32, "square", queries=200), eps=EPS[:1]),
         "cost": plan((*FILTERS, *diffusing, *VARIANTS, *deep, "ddpm"), replace(clean, clips=16), repeats=1),
