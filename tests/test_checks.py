@@ -125,6 +125,7 @@ def test_the_attackers_own_classifier_must_be_accurate_and_fooled():
     x, labels = batch()
     check = source_check(CLASSIFIER, x, labels, eps=1.0)
     assert check.passed and check.seen == "right on 1.00 of clean clips, on 0.00 of those attacked at 255/255"
+    assert source_check(CLASSIFIER, x, labels, eps=1.0, batch=1) == check
     assert not source_check(CLASSIFIER, x, (labels + 1) % 5, eps=1.0).passed
     assert not source_check(reversed_gradient, x, labels, eps=8 / 255).passed
 

@@ -260,6 +260,14 @@ def test_evaluate_says_what_its_attacks_lack(tmp_path, small_model):
     assert text.count("the least that any of these attacks left, eps 4/255") == 1
 
 
+def test_only_attacks_on_the_defence_itself_need_eot():
+    steps = {"steps": 10, "step_size": 0.1}
+    threats = Threat("transfer", "pgd", steps), Threat("bpda", "pgd", steps | {"eot": 2})
+    assert not list(cli_evaluate._weaknesses(Plan("test", threats, ("ddim",)), ["ddim"]))
+    (note,) = cli_evaluate._weaknesses(Plan("test", (Threat("bpda", "pgd", steps),), ("ddim",)), ["ddim"])
+    assert note.startswith("ddim draw anew")
+
+
 def test_evaluates_checks_are_of_the_last_defence():
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 3 * 16 * 16, 4))
 

@@ -508,10 +508,11 @@ def _report(record: Record, cast: _Cast, out: Path, device: torch.device, *, tho
 
 def _weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
     """What makes these attacks weaker than they could be."""
+    from .records import ADAPTIVE
+
     attacks = [threat for threat in plan.threats if threat.access != "none"]
-    if randomised and any(threat.access in ("query", "bpda", "exact") for threat in attacks):
-        if any(threat.settings.get("eot", 1) == 1 for threat in attacks):
-            yield f"{', '.join(randomised)} draw anew at each call; --eot averages over several of them."
+    if randomised and any(threat.settings.get("eot", 1) == 1 for threat in attacks if threat.access in ADAPTIVE):
+        yield f"{', '.join(randomised)} draw anew at each call; --eot averages over several of them."
     reach = min(threat.settings.get("steps", 1) * threat.settings.get("step_size", math.inf) for threat in attacks)
     if reach < 2 * max(plan.eps):
         yield f"--steps of --step-size reach {255 * reach:g}/255, less than from side to side of the largest eps."
@@ -571,7 +572,7 @@ def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
         todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
     if cast.other is not None:
         more = cast.draw(plan.seeds[0], 0, min(count, _SOURCE_CLIPS))  # it is small, and two clips tell little
-        todo["the attacker's own classifier"] = lambda: source_check(cast.other, *more, eps=eps)
+        todo["the attacker's own classifier"] = lambda: source_check(cast.other, *more, eps=eps, batch=plan.batch)
     found = []
     with console.status("") as status:
         for what, run in todo.items():

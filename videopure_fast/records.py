@@ -223,7 +223,7 @@ def _difference(saved: dict[str, Any], plan: Plan) -> str:
 
 
 def _check_entry(clips: int, *, right: list[int] | None, **cost: Any) -> None:
-    """ValueError or TypeError unless it is what `_judge` gives for as many clips, or fewer."""
+    """ValueError or TypeError unless it is what `evaluate` adds for as many clips, or fewer."""
     if right is not None:
         _check_counts(clips, right, **cost)
     elif cost:
