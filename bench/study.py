@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
 from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check, stand_in_check
-from videopure_fast.evaluation import Defence, defences, evaluate
+from videopure_fast.evaluation import Defence, Setup, defences, evaluate
 from videopure_fast.pictures import draw_accuracy
 from videopure_fast.profiling import describe_device, replacing
 from videopure_fast.records import Access, Plan, Record, Threat, weights_digest
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         path = work / f"{name.replace(' ', '-')}.json"
         if options.only in (None, name):
             other = other_classifier() if name == "transfer" else None
-            records[name] = evaluate(plan, classifier, available, draw, path, other=other, progress=True)
+            records[name] = evaluate(plan, Setup(classifier, available, draw, other), path, progress=True)
         elif path.exists():
             records[name] = Record(path, plan)
     checks = work / "checks.json"

@@ -181,7 +181,7 @@ def test_what_fools_one_path_fools_the_other(tmp_path):
     from study import PARITY, crossed, draw
 
     from videopure_fast import Purifier, tiny
-    from videopure_fast.evaluation import defences, evaluate
+    from videopure_fast.evaluation import Setup, defences, evaluate
     from videopure_fast.records import Plan, Threat
     from videopure_fast.tables import table
 
@@ -189,7 +189,7 @@ def test_what_fools_one_path_fools_the_other(tmp_path):
     available = crossed(defences(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)
     threat = Threat("bpda", "pgd", {"steps": 5, "step_size": 2 / 255}, 8)
     plan = Plan("packaged", (threat,), PARITY, eps=(6 / 255,), seeds=(0,))
-    rows = table(evaluate(plan, tiny.load_classifier(), available, draw, tmp_path / "record.json"))
+    rows = table(evaluate(plan, Setup(tiny.load_classifier(), available, draw), tmp_path / "record.json"))
     accuracies = [row.accuracy for row in rows]
     assert len(accuracies) == 4 and 0 < max(accuracies) < 1 and max(accuracies) - min(accuracies) <= 1 / 8, accuracies
 

@@ -10,8 +10,8 @@ import torch
 from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
-from videopure_fast import cli, cli_evaluate, purifier
-from videopure_fast.evaluation import defences
+from videopure_fast import cli, cli_report, purifier
+from videopure_fast.evaluation import Setup, defences
 from videopure_fast.records import Plan, Threat
 from videopure_fast.video import VideoWriter, probe
 
@@ -263,8 +263,8 @@ def test_evaluate_says_what_its_attacks_lack(tmp_path, small_model):
 def test_only_attacks_on_the_defence_itself_need_eot():
     steps = {"steps": 10, "step_size": 0.1}
     threats = Threat("transfer", "pgd", steps), Threat("bpda", "pgd", steps | {"eot": 2})
-    assert not list(cli_evaluate._weaknesses(Plan("test", threats, ("ddim",)), ["ddim"]))
-    (note,) = cli_evaluate._weaknesses(Plan("test", (Threat("bpda", "pgd", steps),), ("ddim",)), ["ddim"])
+    assert not list(cli_report.weaknesses(Plan("test", threats, ("ddim",)), ["ddim"]))
+    (note,) = cli_report.weaknesses(Plan("test", (Threat("bpda", "pgd", steps),), ("ddim",)), ["ddim"])
     assert note.startswith("ddim draw anew")
 
 
@@ -276,8 +276,7 @@ def test_evaluates_checks_are_of_the_last_defence():
 
     def made(name, draw=draw, classifier=classifier):
         plan = Plan("test", (Threat("none", clips=2),), ("none", name))
-        cast = cli_evaluate._Cast(classifier, None, defences(build_purifier()), draw, ())
-        return cli_evaluate._sanity_checks(plan, cast)
+        return cli_report.sanity_checks(plan, Setup(classifier, defences(build_purifier()), draw))
 
     assert [check.name for check in made("mean of 3 frames")] == [
         "mean of 3 frames: the loss rises with the attack's steps, more than by noise",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from videopure_fast.attack_parts import vote
 from videopure_fast.attacks import pgd
-from videopure_fast.evaluation import defence_names, defences, evaluate, examples
+from videopure_fast.evaluation import Setup, defence_names, defences, evaluate, examples
 from videopure_fast.records import Plan, Record, Threat
 from videopure_fast.tables import inaccessible, outcome, rescued, table, wilson_interval
 
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
         return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
 
 
-CLASSIFIER = Classifier().eval().requires_grad_(False)
+CLASSIFIER, OTHER = (Classifier(seed).eval().requires_grad_(False) for seed in (1, 2))
 
 
 def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def whole(available, tmp_path_factory):
     """An evaluation with nothing in its way."""
     path = tmp_path_factory.mktemp("whole") / "record.json"
     threats = (CLEAN, GRAY, TRANSFER, BPDA, EXACT, QUERY)
-    return evaluate(plan(*threats), CLASSIFIER, available, draw, path, other=Classifier(2).eval())
+    return evaluate(plan(*threats), Setup(CLASSIFIER, available, draw, OTHER), path)
 
 
 def test_every_defence_of_the_comparison_is_there(available):
@@ -116,9 +116,9 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, a
 
     short = available | {"mean of 3 frames": replace(available["mean of 3 frames"], votes=cut)}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(whole.plan, CLASSIFIER, short, draw, path, other=Classifier(2).eval())
+        evaluate(whole.plan, Setup(CLASSIFIER, short, draw, OTHER), path)
     assert 0 < len(Record(path, whole.plan).units) < len(whole.units)
-    resumed = evaluate(whole.plan, CLASSIFIER, available, draw, path, other=Classifier(2).eval())
+    resumed = evaluate(whole.plan, Setup(CLASSIFIER, available, draw, OTHER), path)
     assert counts(resumed) == counts(whole) == counts(Record(path, whole.plan))
     same = [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(resumed)]
     assert same == [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(whole)]
@@ -126,7 +126,7 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, a
 
 
 def test_what_a_defence_meets_does_not_depend_on_the_others(whole, available, tmp_path):
-    alone = evaluate(plan(GRAY, BPDA, names=("ddim",)), CLASSIFIER, available, draw, tmp_path / "record.json")
+    alone = evaluate(plan(GRAY, BPDA, names=("ddim",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
     assert counts(alone).items() <= counts(whole).items()
 
 
@@ -184,7 +184,7 @@ def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
         return drawn[skipped:], labels[skipped:]
 
     mine = plan(CLEAN, GRAY, BPDA, names=("none", "mean of 3 frames"))
-    rows = table(evaluate(mine, CLASSIFIER, available, some, tmp_path / "record.json"))
+    rows = table(evaluate(mine, Setup(CLASSIFIER, available, some), tmp_path / "record.json"))
     accesses = ("none", "gray-box", "bpda", "adaptive")
     assert [(row.access, row.n) for row in rows] == [(access, 5) for access in accesses for _ in mine.defences]
     assert rows[-1].threat == "minimum of clean, gray-box, bpda"
@@ -198,7 +198,7 @@ def test_examples_are_the_clips_that_the_defence_keeps_right(tmp_path, available
             record.add(unit.name(name), entry)
     assert rescued(record, GRAY, 8 / 255, "videopure")[:2] == [(0, 2), (1, 2)]
     assert len(rescued(record, GRAY, 8 / 255, "videopure")) == 10
-    found = examples(record, GRAY, 8 / 255, "videopure", 2, CLASSIFIER, available, draw)
+    found = examples(record, GRAY, 8 / 255, "videopure", 2, Setup(CLASSIFIER, available, draw))
     assert torch.equal(found.clean, torch.cat([draw(seed, 2, 1)[0] for seed in (0, 1)]))
 
 
@@ -207,9 +207,7 @@ def test_examples_met_what_the_record_tells_of(threat, whole, available):
     eps = 0.0 if threat == CLEAN else 8 / 255
     for name in ("ddim", "videopure"):
         places = rescued(whole, threat, eps, name)
-        found = examples(
-            *(whole, threat, eps, name, len(places), CLASSIFIER, available, draw), other=Classifier(2).eval()
-        )
+        found = examples(whole, threat, eps, name, len(places), Setup(CLASSIFIER, available, draw, OTHER))
         assert found.clean.shape == found.purified.shape == (len(places), 3, 4, 16, 16)
         assert (found.attacked - found.clean).abs().max() <= eps + 1e-7
         assert torch.equal(found.attacked_labels, CLASSIFIER(found.attacked).argmax(-1))
@@ -220,7 +218,7 @@ def test_examples_met_what_the_record_tells_of(threat, whole, available):
 
 def test_examples_of_nothing_are_refused(whole, available):
     with pytest.raises(ValueError, match="no clips of exact pgd, steps=2, step_size=2/255 at 4/255 against videopure"):
-        examples(whole, EXACT, 4 / 255, "videopure", 1, CLASSIFIER, available, draw)
+        examples(whole, EXACT, 4 / 255, "videopure", 1, Setup(CLASSIFIER, available, draw))
 
 
 def test_a_cell_that_is_not_done_has_no_row(whole, tmp_path):
@@ -233,7 +231,7 @@ def test_a_cell_that_is_not_done_has_no_row(whole, tmp_path):
 def test_codecs_have_no_exact_gradient(available, tmp_path):
     small = replace(EXACT, clips=1)
     names = ("JPEG 75", "none")
-    record = evaluate(plan(small, names=names), CLASSIFIER, available, draw, tmp_path / "record.json")
+    record = evaluate(plan(small, names=names), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
     assert [row.defence for row in table(record)] == ["none"]
     assert inaccessible(record) == {"exact": ["JPEG 75"]}
 
@@ -256,13 +254,13 @@ def test_what_is_no_record_is_refused_and_kept(content, available, tmp_path):
         content = json.dumps({"hash": plan(CLEAN).hash, "units": content})
     path.write_text(content)
     with pytest.raises(ValueError, match="is no record of an evaluation"):
-        evaluate(plan(CLEAN), CLASSIFIER, available, draw, path)
+        evaluate(plan(CLEAN), Setup(CLASSIFIER, available, draw), path)
     assert path.read_text() == content
 
 
 def test_the_record_of_another_plan_is_refused(available, tmp_path):
     path, mine = tmp_path / "record.json", plan(CLEAN, names=("none",))
-    evaluate(mine, CLASSIFIER, available, draw, path)
+    evaluate(mine, Setup(CLASSIFIER, available, draw), path)
     with pytest.raises(ValueError, match="another plan, which differs in seeds, batch: name another file or folder"):
         Record(path, replace(mine, seeds=(0, 2), batch=2))
     assert json.loads(path.read_text())["plan"]["source"] == "test"
@@ -287,8 +285,11 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
         (lambda: plan(GRAY, GRAY), "threats must be some, and none twice"),
         (lambda: replace(plan(GRAY), eps=(4.0,)), "every eps must be more than 0 and at most 1"),
         (lambda: replace(plan(GRAY), repeats=0), "repeats must be an int of 1 or more, got 0"),
-        (lambda: evaluate(plan(GRAY, names=("nothing",)), CLASSIFIER, {}, draw, "x"), "unknown defences nothing"),
-        (lambda: evaluate(plan(TRANSFER, names=()), CLASSIFIER, {}, draw, "x"), "defences must be some"),
+        (
+            lambda: evaluate(plan(GRAY, names=("nothing",)), Setup(CLASSIFIER, {}, draw), "x"),
+            "unknown defences nothing",
+        ),
+        (lambda: evaluate(plan(TRANSFER, names=()), Setup(CLASSIFIER, {}, draw), "x"), "defences must be some"),
     ],
 )
 def test_bad_plans_are_refused(make, message):
@@ -315,7 +316,7 @@ def test_plans_of_other_types_are_refused(make, message):
 def test_an_l2_threat_may_be_larger_than_a_pixel(available, tmp_path):
     threat = Threat("gray-box", "pgd", STEPS | {"norm": "l2"}, 2)
     mine = replace(plan(threat, names=("none",)), eps=(3.0,))
-    assert table(evaluate(mine, CLASSIFIER, available, draw, tmp_path / "record.json"))[0].n == 4
+    assert table(evaluate(mine, Setup(CLASSIFIER, available, draw), tmp_path / "record.json"))[0].n == 4
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_an_l2_threat_may_be_larger_than_a_pixel(available, tmp_path):
 )
 def test_what_is_drawn_must_be_clips_and_labels(spoil, error, message, available, tmp_path):
     with pytest.raises(error, match=message):
-        evaluate(plan(CLEAN), CLASSIFIER, available, lambda *a: spoil(*draw(*a)), tmp_path / "record.json")
+        evaluate(plan(CLEAN), Setup(CLASSIFIER, available, lambda *a: spoil(*draw(*a))), tmp_path / "record.json")
     assert not (tmp_path / "record.json").exists()
 
 
@@ -343,25 +344,25 @@ def test_answers_that_are_not_finite_are_refused(available, tmp_path):
             return super().forward(x) * float("nan")
 
     with pytest.raises(ValueError, match="logits are not finite"):
-        evaluate(plan(CLEAN), Broken(), available, draw, tmp_path / "record.json")
+        evaluate(plan(CLEAN), Setup(Broken(), available, draw), tmp_path / "record.json")
 
 
 def test_transfer_needs_another_classifier(available, tmp_path):
     with pytest.raises(ValueError, match="'transfer' needs another classifier"):
-        evaluate(plan(TRANSFER), CLASSIFIER, available, draw, tmp_path / "record.json")
+        evaluate(plan(TRANSFER), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
 
 
 def test_two_processes_do_not_share_a_record(available, tmp_path):
     def draw_meanwhile(*arguments: int) -> tuple[Tensor, Tensor]:
         with pytest.raises(ValueError, match="another process works on"):
-            evaluate(plan(CLEAN, names=("none",)), CLASSIFIER, available, draw, tmp_path / "record.json")
+            evaluate(plan(CLEAN, names=("none",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
         return draw(*arguments)
 
-    evaluate(plan(CLEAN, names=("none",)), CLASSIFIER, available, draw_meanwhile, tmp_path / "record.json")
+    evaluate(plan(CLEAN, names=("none",)), Setup(CLASSIFIER, available, draw_meanwhile), tmp_path / "record.json")
 
 
 def test_what_could_not_be_read_stays_in_the_record(available, tmp_path):
-    given = (plan(CLEAN, names=("none",)), CLASSIFIER, available, draw, tmp_path / "record.json")
+    given = (plan(CLEAN, names=("none",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
     evaluate(*given, skipped={tmp_path / "a.avi": "no video"})
     assert evaluate(*given, skipped={}).skipped == {str(tmp_path / "a.avi"): "no video"}
 
@@ -369,4 +370,4 @@ def test_what_could_not_be_read_stays_in_the_record(available, tmp_path):
 def test_logits_of_another_shape_are_refused(available, tmp_path):
     flat = nn.Sequential(CLASSIFIER, nn.Flatten(0))
     with pytest.raises(ValueError, match=r"must return logits \(3, K\), got \(9,\)"):
-        evaluate(plan(CLEAN, names=("none",)), flat, available, draw, tmp_path / "record.json")
+        evaluate(plan(CLEAN, names=("none",)), Setup(flat, available, draw), tmp_path / "record.json")

@@ -21,9 +21,9 @@ PACKAGE = ROOT / "videopure_fast"
 ORDER = (
     *("config", "inputs", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
-    *("gradients", "video", "datasets", "defense", "adapters", "streaming", "scale"),
+    *("gradients", "video", "datasets", "defense", "adapters"),
     *("attack_parts", "attacks", "filters", "records", "tables", "evaluation", "checks", "plot", "pictures"),
-    *("benchmark", "cli_evaluate", "cli", "__main__", "__init__"),
+    *("benchmark", "cli_report", "cli_evaluate", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"

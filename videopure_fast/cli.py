@@ -18,7 +18,8 @@ import typer
 from rich.table import Table
 
 from . import cli_evaluate
-from .cli_evaluate import Dtype, console, installed
+from .cli_evaluate import Dtype
+from .cli_report import console, installed
 
 if TYPE_CHECKING:
     from torch import Tensor

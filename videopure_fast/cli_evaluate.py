@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from .cli_report import accuracy_table, console, make_folder, report, write_report
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
-    from .checks import Check
     from .datasets import ClipSampling, VideoDataset
-    from .evaluation import Defence
-    from .records import Plan, Record, Threat
-    from .tables import Accuracy
-
-    Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]
-
-# Brackets in file names are no markup.
-console = Console(markup=False, highlight=False, soft_wrap=True)
+    from .records import Threat
 
 _DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
 _DEMO_CLIPS = 4  # in its video
-_CHECKED_CLIPS = 2
-_SOURCE_CLIPS = 32
-
 
 _CLASSIFIER, _CLIPS, _ATTACKER, _DEFENCE, _REPORT = (
     f"The {name}" for name in ("classifier", "clips", "attacker", "defence", "report")
@@ -116,21 +102,19 @@ def demo(
         seeds=(seed,),
         repeats=1,
     )
-    _make_folder(out)
-    classifier = tiny.load_classifier()
-    available = evaluation.defences(Purifier.from_pretrained("tiny", device="cpu"))
+    make_folder(out)
+    defences = evaluation.defences(Purifier.from_pretrained("tiny", device="cpu"))
+    setup = evaluation.Setup(tiny.load_classifier(), defences, _draw_tiny)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "record.json"
-        record = evaluation.evaluate(plan, classifier, available, _draw_tiny, path, progress=True)
+        record = evaluation.evaluate(plan, setup, Path(folder) / "record.json", progress=True)
     rows = table(record)
-    console.print(_accuracy_table(rows))
-    cell = (gray, plan.eps[0], "videopure")
-    found = evaluation.examples(record, *cell, _DEMO_CLIPS, classifier, available, _draw_tiny)
+    console.print(accuracy_table(rows))
+    found = evaluation.examples(record, gray, plan.eps[0], "videopure", _DEMO_CLIPS, setup)
     pictures.write_strip(found, tiny.CLASSES, out / "strip.png", threat=f"PGD, {eps:g}/255", defence="videopure")
     pictures.write_side_by_side(found, tiny.CLASSES, out / "demo.mp4")
     console.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
     if json_file is not None:
-        _write_report(json_file, plan, rows)
+        write_report(json_file, plan, rows)
         console.print(f"Numbers: {json_file}")
 
 
@@ -320,7 +304,7 @@ def evaluate(
             raise ValueError(f"{seeds} x {clips} clips are more than the data set's {len(source)} videos")
     elif videos or annotations or labels or classes:
         raise ValueError("the packaged clips take no --videos, --annotations, --labels or --classes: give --dataset")
-    _make_folder(out)
+    make_folder(out)
     purifier = Purifier.from_pretrained(
         model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
     )
@@ -328,7 +312,6 @@ def evaluate(
     shape = (frames, crop, crop) if source else (tiny.clips.FRAMES, tiny.clips.SIZE, tiny.clips.SIZE)
     sample = torch.full((2, 3, *shape), 0.5, device=place)
     judge, attacker = (_classifier(name, colours, sample, len(names)) for name in (classifier, other))
-    available = evaluation.defences(purifier, depths=tuple(depth or ()))
     subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
     subject |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
     modules = (judge, attacker, purifier)
@@ -341,26 +324,14 @@ def evaluate(
         drawn, labels = draw(seed, start, count)
         return drawn.to(place), labels.to(place)
 
+    setup = evaluation.Setup(judge, evaluation.defences(purifier, tuple(depth or ())), draw_there, attacker)
+    skipped = None if source is None else source.skipped
     try:
-        record = evaluation.evaluate(
-            *(plan, judge, available, draw_there, out / "record.json"),
-            other=attacker,
-            skipped=None if source is None else source.skipped,
-            progress=True,
-        )
+        record = evaluation.evaluate(plan, setup, out / "record.json", skipped=skipped, progress=True)
     except KeyboardInterrupt:
         console.print(f"Stopped. What is done stays in {out / 'record.json'}: the same command goes on from there.")
         raise
-    cast = _Cast(judge, attacker, available, draw_there, names)
-    _report(record, cast, out, place, thorough=checks)
-
-
-def installed(name: str) -> str | None:
-    """The version of a package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    report(record, setup, names, out, place, thorough=checks)
 
 
 # What is asked for
@@ -461,182 +432,3 @@ def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classe
             f"({len(clips)}, {classes}), in the order of the data set's classes"
         )
     return module
-
-
-# What is shown and written
-
-
-class _Cast(NamedTuple):
-    """Who takes part: the classifier, the attacker's own, the defences by name, the clips and their classes."""
-
-    classifier: nn.Module
-    other: nn.Module | None
-    available: Mapping[str, Defence]
-    draw: Draw
-    classes: Sequence[str]
-
-
-def _report(record: Record, cast: _Cast, out: Path, device: torch.device, *, thorough: bool) -> None:
-    """Table, report, CSV file and pictures; then, if thorough, the checks that need work, and the report with them."""
-    from .checks import order_checks
-    from .tables import inaccessible, table
-
-    randomised = [name for name in record.plan.defences if cast.available[name].randomised]
-    rows, checks = table(record, randomised=randomised), order_checks(record)
-
-    def write() -> None:
-        found = [check._asdict() for check in checks]
-        _write_report(out / "report.json", record.plan, rows, device=device, checks=found, skipped=record.skipped)
-
-    console.print(_accuracy_table(rows))
-    for access, names in inaccessible(record).items():
-        console.print(f"No {access} attack on {', '.join(names)}: no gradient.")
-    for note in _weaknesses(record.plan, randomised):
-        console.print(f"Mind: {note}")
-    if record.skipped:
-        console.print(f"{len(record.skipped)} videos could not be read; report.json names them.")
-    write()
-    _write_csv(out / "table.csv", rows)
-    _draw_pictures(record, rows, cast, out)
-    if thorough:
-        checks += _sanity_checks(record.plan, cast)
-        write()
-    if checks:
-        console.print(_check_table(checks))
-    console.print(f"Table, report and pictures: {out}")
-
-
-def _weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
-    """What makes these attacks weaker than they could be."""
-    from .records import ADAPTIVE
-
-    attacks = [threat for threat in plan.threats if threat.access != "none"]
-    if randomised and any(threat.settings.get("eot", 1) == 1 for threat in attacks if threat.access in ADAPTIVE):
-        yield f"{', '.join(randomised)} draw anew at each call; --eot averages over several of them."
-    reach = min(threat.settings.get("steps", 1) * threat.settings.get("step_size", math.inf) for threat in attacks)
-    if reach < 2 * max(plan.eps):
-        yield f"--steps of --step-size reach {255 * reach:g}/255, less than from side to side of the largest eps."
-
-
-def _accuracy_table(rows: Sequence[Accuracy]) -> Table:
-    table = Table("defence", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
-    table.caption = "MB: the most memory held, on a CPU by the whole process"
-    table.caption_justify = "left"
-    for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    last = None
-    for row in rows:
-        title = "the least that any of these attacks left" if row.access == "adaptive" else row.threat
-        if (title, row.eps) != last:
-            table.add_section()
-            table.add_row(title + (f", eps {255 * row.eps:g}/255" if row.eps else ""))
-            last = (title, row.eps)
-        table.add_row(
-            f"  {row.defence}",
-            str(row.n),
-            f"{row.accuracy:.3f}",
-            f"{row.low:.2f}-{row.high:.2f}",
-            f"{row.worst:.3f}",
-            "-" if row.seconds_per_clip is None else f"{row.seconds_per_clip:.2g}",
-            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
-        )
-    return table
-
-
-def _check_table(checks: Sequence[Check]) -> Table:
-    table = Table("check", "", "seen", box=None, title="Can this be believed?")
-    for check in checks:
-        table.add_row(check.name, "pass" if check.passed else "FAIL", check.seen)
-    return table
-
-
-def _sanity_checks(plan: Plan, cast: _Cast) -> list[Check]:
-    """Of the plan's last defence: of its exact gradient where it has one, else of BPDA's."""
-    import torch
-
-    from .checks import Check, effort_check, gradient_check, reach_check, source_check, stand_in_check
-
-    name, eps = plan.defences[-1], plan.eps[-1]
-    defence, classifier, count = cast.available[name], cast.classifier, plan.threats[0].clips
-    batches = (cast.draw(seed, 0, min(count, _CHECKED_CLIPS)) for seed in plan.seeds)
-    clips, labels = next((batch for batch in batches if len(batch[1])), (None, None))
-    if clips is None:
-        return [Check(f"{name}: checks", False, "not made: none of the first clips could be read")]
-    exact, bpda = (defence.logits(classifier, how, torch.Generator().manual_seed(0)) for how in ("exact", "bpda"))
-    target = exact or bpda
-    todo = {"an attack that goes on": lambda: effort_check(target, clips, labels, eps=eps, steps=6)}
-    todo["an attack without bounds"] = lambda: reach_check(target, clips, labels)
-    if exact is not None:
-        todo["BPDA's gradient"] = lambda: stand_in_check(exact, bpda, clips, labels)
-    if defence.purifier is not None:
-        todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
-    if cast.other is not None:
-        more = cast.draw(plan.seeds[0], 0, min(count, _SOURCE_CLIPS))  # it is small, and two clips tell little
-        todo["the attacker's own classifier"] = lambda: source_check(cast.other, *more, eps=eps, batch=plan.batch)
-    found = []
-    with console.status("") as status:
-        for what, run in todo.items():
-            status.update(f"checking {name}: {what}")
-            try:
-                check = run()
-            except Exception as error:  # a classifier without float64, too little memory, ...
-                check = Check(what, False, f"not made: {type(error).__name__}: {str(error).splitlines()[0]}")
-            found.append(check._replace(name=f"{name}: {check.name}"))
-    return found
-
-
-def _draw_pictures(record: Record, rows: Sequence[Accuracy], cast: _Cast, out: Path) -> None:
-    """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
-    from . import pictures
-    from .evaluation import examples
-    from .tables import rescued
-
-    if all(row.access in ("none", "adaptive") for row in rows):
-        return
-    pictures.draw_accuracy(rows, out / "accuracy.svg", note="bars: 95 % intervals")
-    name = record.plan.defences[-1]
-    for threat in record.plan.threats[1:]:
-        cell = (threat, record.plan.eps[0], name)
-        if rescued(record, *cell):
-            found = examples(record, *cell, 1, cast.classifier, cast.available, cast.draw, other=cast.other)
-            met = f"{threat.title}, {255 * record.plan.eps[0]:g}/255"
-            pictures.write_strip(found, cast.classes, out / "strip.png", threat=met, defence=name)
-            return
-
-
-def _make_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"cannot write to {path}: it is a file")
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write to {path}")
-
-
-def _write_report(
-    path: Path, plan: Plan, rows: Sequence[Accuracy], *, device: torch.device | str = "cpu", **more: Any
-) -> None:
-    import torch
-
-    from .profiling import describe_device, replacing
-
-    report = {
-        "plan": asdict(plan),
-        "hash": plan.hash,
-        "versions": {name: installed(name) for name in ("videopure-fast", "torch", "diffusers")},
-        "device": describe_device(torch.device(device)),
-        "threads": torch.get_num_threads(),
-        "rows": [row._asdict() for row in rows],
-        **more,
-    }
-    with replacing(path) as file:
-        file.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _write_csv(path: Path, rows: Sequence[Accuracy]) -> None:
-    from .profiling import replacing
-    from .tables import Accuracy
-
-    with replacing(path) as file, file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(Accuracy._fields)
-        writer.writerows(rows)

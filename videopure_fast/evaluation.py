@@ -1,7 +1,7 @@
 """Accuracy of defences under attack, threat model by threat model.
 
-`defences` names what is compared, and `evaluate` works through a plan, clip by clip, into a record that survives an
-interruption.
+`defences` names what is compared, a `Setup` is who takes part, and `evaluate` works through a plan, batch by batch,
+into a record that survives an interruption.
 """
 
 from __future__ import annotations
@@ -91,27 +91,36 @@ def _purification(purifier: Purifier, *, voting: bool) -> Defence:
     return Defence(votes, logits, purifier.properties["randomised"], purifier)
 
 
+class Setup(NamedTuple):
+    """Who takes part in an evaluation.
+
+    classifier: the one that is defended. defences: by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in
+    [0, 1] and labels (count,), the same for the same numbers, on the models' device; fewer where some cannot be read.
+    other: the attacker's own classifier, for the access "transfer".
+    """
+
+    classifier: nn.Module
+    defences: Mapping[str, Defence]
+    draw: Callable[[int, int, int], tuple[Tensor, Tensor]]
+    other: nn.Module | None = None
+
+
 def evaluate(
     plan: Plan,
-    classifier: nn.Module,
-    available: Mapping[str, Defence],
-    draw: Callable[[int, int, int], tuple[Tensor, Tensor]],
+    setup: Setup,
     path: str | os.PathLike[str],
     *,
-    other: nn.Module | None = None,
     skipped: Mapping[Any, str] | None = None,
     progress: bool = False,
 ) -> Record:
     """Do what is left of a plan.
 
-    available: the plan's defences by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in [0, 1] and labels
-    (count,), the same for the same numbers, on the models' device; fewer where some cannot be read. path: the record;
-    it is continued where it is there. other: the attacker's own classifier, for the access "transfer".
-    skipped: grows while `draw` finds clips that cannot be read (`VideoDataset.skipped`), and is kept in the record.
+    path: the record; it is continued where it is there. skipped: grows while clips are drawn that cannot be read
+    (`VideoDataset.skipped`), and is kept in the record.
     """
-    if unknown := [name for name in plan.defences if name not in available]:
-        raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(available)}")
-    if other is None and any(threat.access == "transfer" for threat in plan.threats):
+    if unknown := [name for name in plan.defences if name not in setup.defences]:
+        raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(setup.defences)}")
+    if setup.other is None and any(threat.access == "transfer" for threat in plan.threats):
         raise ValueError("the access 'transfer' needs another classifier to attack, got none")
     with alone(path):
         record = Record(path, plan)
@@ -122,24 +131,21 @@ def evaluate(
                 bar.update(len(plan.defences) - len(left))
                 if not left:
                     continue
-                clips, labels = _drawn(unit, draw)
+                clips, labels = _drawn(unit, setup)
                 record.skipped |= {str(name): why for name, why in (skipped or {}).items()}
-                adaptive = unit.threat.access in ADAPTIVE
-                victim = other if unit.threat.access == "transfer" else classifier
-                attacked = None if adaptive else _attack(unit, victim, clips, labels)
+                attacked = None
                 for name in left:
                     bar.set_postfix_str(f"{unit.threat.title}, {name}")
-                    defence = available[name]
-                    if adaptive:
-                        attacked = _attack(unit, _target(unit, classifier, defence, name), clips, labels, name)
-                    record.add(unit.name(name), _judge(unit, classifier, defence, attacked, labels, name, plan.repeats))
+                    if attacked is None or unit.threat.access in ADAPTIVE:  # else one attack is on all defences
+                        attacked = _attack(unit, setup, name, clips, labels)
+                    record.add(unit.name(name), _judge(unit, setup, name, attacked, labels, plan.repeats))
                     bar.update()
     return record
 
 
-def _drawn(unit: Unit, draw: Callable[[int, int, int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _drawn(unit: Unit, setup: Setup) -> tuple[Tensor, Tensor]:
     """The unit's clips and labels: what is not what it must be would count as fooled."""
-    clips, labels = draw(unit.seed, unit.start, unit.clips)
+    clips, labels = setup.draw(unit.seed, unit.start, unit.clips)
     if len(clips) or len(labels):
         check_clips(clips, labels)
     if len(clips) > unit.clips:
@@ -147,44 +153,42 @@ def _drawn(unit: Unit, draw: Callable[[int, int, int], tuple[Tensor, Tensor]]) -
     return clips, labels
 
 
-def _target(unit: Unit, classifier: nn.Module, defence: Defence, name: str) -> Callable[[Tensor], Tensor] | None:
-    """What an attacker of the defence itself attacks; None where the defence has no such access."""
-    access = "bpda" if unit.threat.access == "query" else unit.threat.access  # the logits are the same for both
-    return defence.logits(classifier, access, unit.generator(f"noise {name}"))
+def _victim(unit: Unit, setup: Setup, name: str) -> Callable[[Tensor], Tensor] | None:
+    """What the unit's attacker of a defence asks for logits or gradients; None where there is no such access."""
+    access = unit.threat.access
+    if access not in ADAPTIVE:
+        return setup.other if access == "transfer" else setup.classifier
+    access = "bpda" if access == "query" else access  # the logits are the same for both
+    return setup.defences[name].logits(setup.classifier, access, unit.generator(f"noise {name}"))
 
 
-def _attack(
-    unit: Unit, model: Callable[[Tensor], Tensor] | None, clips: Tensor, labels: Tensor, defence: str = ""
-) -> Tensor | None:
+def _attack(unit: Unit, setup: Setup, name: str, clips: Tensor, labels: Tensor) -> Tensor | None:
+    """The unit's clips as a defence meets them; None where there is no such attack."""
     if unit.threat.access == "none" or not len(clips):
         return clips
-    if model is None:
+    victim = _victim(unit, setup, name)
+    if victim is None:
         return None
-    generator = unit.generator(f"attack {defence}")
+    generator = unit.generator(f"attack {name if unit.threat.access in ADAPTIVE else ''}")
     run = ATTACKS[unit.threat.attack].run
-    return run(model, clips, labels, eps=unit.eps, generator=generator, **unit.threat.settings)
+    return run(victim, clips, labels, eps=unit.eps, generator=generator, **unit.threat.settings)
 
 
 def _judge(
-    unit: Unit,
-    classifier: nn.Module,
-    defence: Defence,
-    attacked: Tensor | None,
-    labels: Tensor,
-    name: str,
-    repeats: int,
+    unit: Unit, setup: Setup, name: str, attacked: Tensor | None, labels: Tensor, repeats: int
 ) -> dict[str, Any]:
     """The unit's entry: for each clip how many of the repeats were right, and what they cost."""
     if attacked is None:
         return {"right": None}
     if not len(labels):
         return {"right": [], "repeats": 1, "seconds": 0.0, "peak_bytes": None}
+    defence = setup.defences[name]
     repeats = repeats if defence.randomised else 1
     generator, right = unit.generator(f"defend {name}"), torch.zeros_like(labels)
     memory, start = PeakMemory(attacked.device), time.perf_counter()
     for _ in range(repeats):
         with torch.no_grad():
-            logits = _logits(classifier, defence.votes(attacked, generator))
+            logits = _logits(setup.classifier, defence.votes(attacked, generator))
         if labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {labels.max()}, but the classifier returns {logits.shape[-1]} classes")
         right += (vote(logits) == labels).to(right)
@@ -218,21 +222,10 @@ class Examples(NamedTuple):
     purified_labels: Tensor
 
 
-def examples(
-    record: Record,
-    threat: Threat,
-    eps: float,
-    defence: str,
-    count: int,
-    classifier: nn.Module,
-    available: Mapping[str, Defence],
-    draw: Callable[[int, int, int], tuple[Tensor, Tensor]],
-    *,
-    other: nn.Module | None = None,
-) -> Examples:
+def examples(record: Record, threat: Threat, eps: float, defence: str, count: int, setup: Setup) -> Examples:
     """The first `count` of the `rescued` clips of a cell, attacked and purified as they were for the record.
 
-    The rest is as for `evaluate`. ValueError where the cell is not done in full.
+    ValueError where the cell is not done in full.
     """
     places = rescued(record, threat, eps, defence)[:count]
     if not places:
@@ -243,25 +236,15 @@ def examples(
     for seed, place in places:
         unit = units[seed, place - place % record.plan.batch]
         if unit.name() not in whole:
-            whole[unit.name()] = _replay(unit, classifier, available[defence], defence, draw, other)
+            whole[unit.name()] = _replay(unit, setup, defence)
         found.append([part[place - unit.start] for part in whole[unit.name()]])
     return Examples(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
-def _replay(
-    unit: Unit,
-    classifier: nn.Module,
-    defence: Defence,
-    name: str,
-    draw: Callable[[int, int, int], tuple[Tensor, Tensor]],
-    other: nn.Module | None,
-) -> Examples:
-    clips, labels = _drawn(unit, draw)
-    if unit.threat.access in ADAPTIVE:
-        attacked = _attack(unit, _target(unit, classifier, defence, name), clips, labels, name)
-    else:
-        attacked = _attack(unit, other if unit.threat.access == "transfer" else classifier, clips, labels)
+def _replay(unit: Unit, setup: Setup, name: str) -> Examples:
+    clips, labels = _drawn(unit, setup)
+    attacked = _attack(unit, setup, name, clips, labels)
     with torch.no_grad():
-        votes = defence.votes(attacked, unit.generator(f"defend {name}"))
-        seen = [vote(logits) for logits in (classifier(attacked), _logits(classifier, votes))]
+        votes = setup.defences[name].votes(attacked, unit.generator(f"defend {name}"))
+        seen = [vote(logits) for logits in (setup.classifier(attacked), _logits(setup.classifier, votes))]
     return Examples(clips, attacked, votes[:, -1], labels, *seen)
