@@ -249,9 +249,9 @@ def prepare(
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     check_clips(clips, labels)
-    _check_size("eps", eps)
+    check_number("eps", eps, zero=False)
     if step_size is not None:
-        _check_size("step_size", step_size)
+        check_number("step_size", step_size, zero=False)
     for name, value, least in (("steps", steps, least_steps), ("restarts", restarts, 1), ("eot", eot, 1)):
         check_count(name, value, least=least)
     if norm not in ("linf", "l2"):
@@ -291,19 +291,14 @@ def check_clips(clips: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be ({len(clips)},) of 0 or more on {clips.device}, got {seen}")
 
 
-def _check_size(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, in the clips' units, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, in the clips' units, got {value}")
-
-
-def check_number(name: str, value: float, *, most: float = math.inf) -> None:
-    """TypeError or ValueError unless it is finite, of 0 or more and at most `most`."""
+def check_number(name: str, value: float, *, zero: bool = True, most: float = math.inf) -> None:
+    """TypeError or ValueError unless it is finite and 0 (if it may be) or more, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 <= value <= most and math.isfinite(value)):
-        raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value}")
+    if not (0 <= value <= most and math.isfinite(value)) or not (value or zero):
+        least = "0 or more" if zero else "more than 0"
+        top = "finite" if most == math.inf else f"at most {most:g}"
+        raise ValueError(f"{name} must be {least} and {top}, got {value}")
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> None:
