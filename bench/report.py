@@ -62,17 +62,18 @@ def robustness(result: dict[str, Any]) -> str:
             "",
             *markdown(header, gray),
             "",
-            f"Threats that know more, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
+            f"Other threats, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
             "classifier; 200 queries by Square; the classifier's gradients; the defence taken for the identity; its "
-            "exact gradients, twice; and clip by clip the minimum over these and the table above (of ddim, which "
-            "draws, the lowest of them on the same clips). No row met every attack, and every attack could be made "
-            "stronger: these are upper bounds.",
+            "exact gradients, twice. The minimum is clip by clip, over these, the table above, and APGD-10 in the gray "
+            "box and under BPDA where the picture below has it; of ddim, which draws anew, it is the lowest of the "
+            "accuracies on the same clips. Every attack could be made stronger, and those on ddim do not average over "
+            "its draws (EOT): these are upper bounds.",
             "",
             *markdown(["defence", *columns], informed),
             "",
             *_sentences(rows),
             *([f"{'; '.join([verdict, *failed])}.", ""] if result["checks"] else []),
-            f"`make study` on {result['device']}, torch {result['torch']}; threads: {result['threads']}.",
+            *_seconds(result),
         ]
     )
 
@@ -96,6 +97,15 @@ def _sentences(rows: list[dict[str, Any]]) -> list[str]:
                 "",
             ]
     return found
+
+
+def _seconds(result: dict[str, Any]) -> list[str]:
+    """What the column of seconds is."""
+    return [
+        f"`make study`; seconds: the median of batches of {result['plans']['cost']['batch']} clips on "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
+        for machine in result["machines"].get("cost", [])
+    ] or ["`make study`."]
 
 
 def _share(row: dict[str, Any] | None, *, count: bool = False) -> str:

@@ -4,7 +4,7 @@ Interrupt it when you like: the outcome of every clip stays in bench/results/stu
 bench/results/robustness-tiny.json then holds all that is done in full, robustness-tiny.svg draws accuracy against eps
 and seconds, and `make report` makes the README's tables. --only works on one part; --only nothing just writes the
 result. --share 0.02 tries the whole way on few clips, in build. Seconds a clip are those of the part "cost", which
-wants the machine for itself.
+wants the machine for itself, and the threads that are to be told of.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
 from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check, stand_in_check
 from videopure_fast.evaluation import Defence, Setup, defences, evaluate
 from videopure_fast.pictures import draw_accuracy
-from videopure_fast.profiling import describe_device, replacing
+from videopure_fast.profiling import replacing
 from videopure_fast.records import Access, Plan, Record, Threat, weights_digest
 from videopure_fast.tables import table
 from videopure_fast.tiny.models import ActionClassifier
@@ -44,6 +44,7 @@ FILTERS = (
 )
 VARIANTS = ("videopure without guidance", "videopure without voting", "videopure with feedback")
 DEPTHS = (2, 10)  # beside the prior's own 5
+RANDOMISED = tuple(f"{name}{depth}" for name in ("ddpm", "ddim") for depth in ("", *(f", T={T}" for T in DEPTHS)))
 PARITY = tuple(
     f"videopure, crafted on {crafted}, judged on {judged}"
     for crafted in ("fast", "reference")
@@ -92,7 +93,10 @@ def plans() -> dict[str, Plan]:
         "parity": plan(PARITY, threat("bpda", 32), eps=(EPS[0], 12 / 255)),  # the second, so that some are fooled
         "gray-box ddpm": plan(("ddpm",), clean, gray, repeats=1),
         "query": plan(("none", "mean of 5 frames", *strong), threat("query", 32, "square", queries=200), eps=EPS[:1]),
-        "cost": plan((*FILTERS, *diffusing, *VARIANTS, *deep, "ddpm"), replace(clean, clips=16), repeats=1),
+        # In several batches, of which the first two warm up and are recorded.
+        "cost": replace(
+            plan((*FILTERS, *diffusing, *VARIANTS, *deep, "ddpm"), replace(clean, clips=20), repeats=1), batch=4
+        ),
     }
 
 
@@ -129,14 +133,15 @@ def crossed(fast: Defence, **settings: Any) -> dict[str, Defence]:
     return {name: Defence(judged.votes, crafted.logits) for name, (crafted, judged) in zip(PARITY, pairs, strict=True)}
 
 
-def check_models(path: Path, *models: nn.Module) -> None:
-    """ValueError where the records beside `path` are of other weights; the first run writes down whose they are."""
-    digests = [weights_digest(model) for model in models]
-    if not path.exists():
+def check_models(path: Path, **models: nn.Module) -> None:
+    """ValueError where the records beside `path` are of other weights; the first run of a model writes down its own."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    digests = {name: weights_digest(model) for name, model in models.items()}
+    if others := [name for name, digest in digests.items() if known.get(name, digest) != digest]:
+        raise ValueError(f"the records in {path.parent} are of another {', '.join(others)}: move them away")
+    if not digests.items() <= known.items():
         with replacing(path) as file:
-            file.write_text(json.dumps(digests) + "\n")
-    if json.loads(path.read_text()) != digests:
-        raise ValueError(f"the records in {path.parent} are of other weights than the packaged ones: move them away")
+            file.write_text(json.dumps(known | digests, indent=1) + "\n")
 
 
 def other_classifier() -> nn.Module:
@@ -162,26 +167,33 @@ def sanity(purifier: Purifier, classifier: nn.Module, path: Path) -> list[dict[s
             gradient_check(purifier, classifier, clips[:1], labels[:1]),
             stand_in_check(*targets, clips, labels),
             effort_check(targets[0], clips, labels, eps=EPS[0]),
-            reach_check(targets[1], clips, labels),
+            reach_check(targets[1], clips, labels),  # BPDA's: the exact gradient would take half an hour
         ]
         with replacing(path) as file:
             file.write_text(json.dumps([check._asdict() for check in checks], indent=1) + "\n")
     return json.loads(path.read_text())
 
 
-def write(records: dict[str, Record], randomised: list[str], sane: list[dict[str, Any]], path: Path) -> None:
+def record_of(name: str, folder: Path) -> Path:
+    return folder / f"{name.replace(' ', '-')}.json"
+
+
+def recorded(todo: dict[str, Plan], folder: Path) -> dict[str, Record]:
+    """By name, the parts that have been begun."""
+    return {name: Record(path, plan) for name, plan in todo.items() if (path := record_of(name, folder)).exists()}
+
+
+def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) -> None:
     """The rows of all that is done, and the checks."""
     rows = [row._asdict() | {"part": name} for name, record in records.items() for row in table(record)]
-    everything = table(*(records[name] for name in ATTACKS if name in records), randomised=randomised)
+    everything = table(*(records[name] for name in ATTACKS if name in records), randomised=RANDOMISED)
     rows += [row._asdict() | {"part": "adaptive"} for row in everything if row.access == "adaptive"]
     result = {
         "kind": "robustness",
         "rows": rows,
         "checks": sane + [check._asdict() for check in order_checks(*records.values())],
         "plans": {name: {"hash": record.plan.hash, **asdict(record.plan)} for name, record in records.items()},
-        "device": describe_device(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "machines": {name: record.machines for name, record in records.items()},
     }
     with replacing(path) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
@@ -204,21 +216,16 @@ def main(arguments: list[str] | None = None) -> None:
     purifier, classifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32), tiny.load_classifier()
     available = defences(purifier, depths=DEPTHS)
     available |= crossed(available["videopure"])
-    check_models(work / "models.json", purifier, classifier)
-    records, sane = {}, []
-    for name, plan in plans().items():
-        plan = plan if whole else shrunk(plan, options.share)
-        path = work / f"{name.replace(' ', '-')}.json"
-        if options.only in (None, name):
-            other = other_classifier() if name == "transfer" else None
-            records[name] = evaluate(plan, Setup(classifier, available, draw, other), path, progress=True)
-        elif path.exists():
-            records[name] = Record(path, plan)
+    check_models(work / "models.json", purifier=purifier, classifier=classifier)
+    todo = {name: plan if whole else shrunk(plan, options.share) for name, plan in plans().items()}
+    for name in todo if options.only is None else todo.keys() & {options.only}:
+        other = other_classifier() if name == "transfer" else None
+        if other is not None:
+            check_models(work / "models.json", attacker=other)
+        evaluate(todo[name], Setup(classifier, available, draw, other), record_of(name, work), progress=True)
     checks = work / "checks.json"
-    if options.only in (None, "checks") or checks.exists():
-        sane = sanity(purifier, classifier, checks)
-    randomised = [name for name, defence in available.items() if defence.randomised]
-    write(records, randomised, sane, RESULT if whole else work / RESULT.name)
+    sane = sanity(purifier, classifier, checks) if options.only in (None, "checks") or checks.exists() else []
+    write(recorded(todo, work), sane, RESULT if whole else work / RESULT.name)
 
 
 if __name__ == "__main__":

@@ -116,30 +116,32 @@ def test_state_is_the_models():
         ({"mean": [1, 2], "std": [1, 2]}, "mean must be a finite number or three"),
         ({"mean": 0.5, "std": [1, 0, 1]}, "std must be more than 0"),
         ({"mean": float("nan"), "std": 1}, "mean must be a finite"),
-        ({"scale": 0}, "scale must be a finite number of more than 0, got 0"),
-        ({"frames": 0}, "frames must be an int of more than 0, got 0"),
+        ({"scale": 0}, "scale must be more than 0 and finite, got 0"),
+        ({"frames": 0}, "frames must be 1 to 65536, got 0"),
         ({"frames": 4.0}, "got 4.0"),
         ({"frames": True}, "got True"),
         ({"size": (8, 8, 8)}, r"size must be a side or \(height, width\)"),
         ({"size": -8}, "got -8"),
         ({"alpha": 0}, "alpha must"),
+        ({"frames": 10**9}, "frames must be 1 to 65536, got 1000000000"),
+        ({"mean": "a", "std": "b"}, "mean must be a number or three, got 'a'"),
     ],
 )
 def test_bad_settings(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         VideoClassifier(Small(), **options)
 
 
 def test_bad_clips_and_models():
     adapter = VideoClassifier(Small())
-    for wrong in ([1], clips(1, 3, 4, 8, 8).mul(255).byte()):
-        with pytest.raises(TypeError, match=r"accepted: a float tensor \(B, 3, F, H, W\) in \[0, 1\]"):
+    for wrong in ([1], clips(1, 3, 4, 8, 8).mul(255).byte(), clips(1, 3, 4, 8, 8).to_sparse()):
+        with pytest.raises(TypeError, match=r"accepted: dense tensors \(B, 3, F, H, W\) in \[0, 1\]"):
             adapter(wrong)
     for shape in ((3, 4, 8, 8), (1, 4, 3, 8, 8), (0, 3, 4, 8, 8)):
         with pytest.raises(ValueError, match="have shape"):
             adapter(clips(*shape))
     for wrong in (clips(1, 3, 4, 8, 8) * 255, clips(1, 3, 4, 8, 8) - 0.5, clips(1, 3, 4, 8, 8) * float("nan")):
-        with pytest.raises(ValueError, match=r"values from .* accepted: a float tensor"):
+        with pytest.raises(ValueError, match=r"values from .* accepted: dense"):
             adapter(wrong)
     with pytest.raises(TypeError, match="model must be"):
         VideoClassifier("resnet")

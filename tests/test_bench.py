@@ -215,7 +215,9 @@ def test_the_tables_of_robust_accuracy():
         accuracy_row("depths", "gray-box", "videopure, T=2", 0.6, n=128),
     ]
     checks = [{"name": "sound", "passed": True, "seen": ""}, {"name": "odd", "passed": False, "seen": "0.9 and 0.1"}]
-    text = robustness({"rows": rows, "checks": checks, "device": "cpu (X)", "threads": 2, "torch": "2"})
+    where = {"device": "cpu (X)", "threads": 2, "torch": "2"}
+    result = {"rows": rows, "checks": checks, "plans": {"cost": {"batch": 4}}, "machines": {"cost": [where]}}
+    text = robustness(result)
     lines = text.splitlines()
     assert "| defence | clips | clean | attacked, 4/255 | attacked, 8/255 | s a clip |" in lines
     assert "| none | 768 | 0.990 (0.94 to 1.04) | - | - | - |" in lines
@@ -232,17 +234,16 @@ def test_the_tables_of_robust_accuracy():
     assert any(line.endswith("crafted on fast, judged on reference, 0.500 (0.45 to 0.55; 32).") for line in lines)
     assert any("ddim is right on 0.900 of 64 clips" in line and "0.750 in every draw" in line for line in lines)
     assert "1 of 2 checks passed; FAILED: odd (0.9 and 0.1)." in lines
-    assert "`make study` on cpu (X), torch 2; threads: 2." in lines
+    assert lines[-1] == "`make study`; seconds: the median of batches of 4 clips on cpu (X), 2 threads, torch 2."
+    assert robustness(result | {"machines": {}}).endswith("\n`make study`.")
 
 
-def test_the_studys_result_is_of_its_records():
-    from study import RESULT, WORK, plans
+def test_the_studys_result_is_of_its_records(tmp_path):
+    from study import RESULT, WORK, plans, recorded, write
 
-    result = json.loads(RESULT.read_text())
-    assert set(result["plans"]) <= set(plans())
-    for name, plan in result["plans"].items():
-        record = json.loads((WORK / f"{name.replace(' ', '-')}.json").read_text())
-        assert plan["hash"] == record["hash"] == plans()[name].hash, name
+    path, checks = tmp_path / RESULT.name, json.loads((WORK / "checks.json").read_text())
+    write(recorded(plans(), WORK), checks, path)
+    assert path.read_text() == RESULT.read_text()
 
 
 def test_records_of_other_weights_are_refused(tmp_path):
@@ -250,10 +251,11 @@ def test_records_of_other_weights_are_refused(tmp_path):
 
     mine, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     for _ in range(2):
-        check_models(tmp_path / "models.json", mine)
-    with pytest.raises(ValueError, match="are of other weights than the packaged ones: move them away"):
-        check_models(tmp_path / "models.json", other)
-    check_models(tmp_path / "models.json", mine)
+        check_models(tmp_path / "models.json", purifier=mine)
+    check_models(tmp_path / "models.json", attacker=other)
+    with pytest.raises(ValueError, match="are of another purifier: move them away"):
+        check_models(tmp_path / "models.json", purifier=other, attacker=other)
+    check_models(tmp_path / "models.json", purifier=mine, attacker=other)
 
 
 def test_nothing_measured_is_said(tmp_path):
@@ -265,11 +267,13 @@ def test_nothing_measured_is_said(tmp_path):
 
 
 def test_the_studys_plans_name_defences_that_exist(purifier):
-    from study import DEPTHS, PARITY, plans, shrunk
+    from study import DEPTHS, PARITY, RANDOMISED, plans, shrunk
 
     from videopure_fast.evaluation import defences
 
-    available = {*defences(purifier, depths=DEPTHS), *PARITY}
+    found = defences(purifier, depths=DEPTHS)
+    assert {name for name, defence in found.items() if defence.randomised} == set(RANDOMISED)
+    available = {*found, *PARITY}
     for plan in plans().values():
         assert set(plan.defences) <= available
         assert all(threat.clips == 1 for threat in shrunk(plan, 0.001).threats)

@@ -207,7 +207,9 @@ def test_demo(tmp_path, small_model, monkeypatch):
         for name in ("none", "VAE round trip", "mean of 5 frames", "videopure")
     ]
     assert report["plan"]["eps"] == [8 / 255] and all(row["n"] == 3 for row in report["rows"])
-    assert set(report["versions"]) == {"videopure-fast", "torch", "diffusers"} and "cpu" in report["device"]
+    (machine,) = report["machines"]
+    assert set(machine) == {"device", "threads", "videopure-fast", "torch", "diffusers"}
+    assert "cpu" in machine["device"] and machine["threads"] == torch.get_num_threads()
     assert probe(folder / "demo.mp4").frames == 3 * 16
     assert sorted(file.name for file in folder.iterdir()) == ["demo.mp4", "strip.png"]
 
@@ -375,9 +377,14 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
         ),
         (("--classifier", "some/model"), "--mean and --std are of Hugging Face models, which need both"),
         (("--mean", "0.5"), "--mean and --std are of Hugging Face models, which need both"),
-        (("--videos", "."), "the packaged clips take no --videos"),
+        (("--videos", ".", "--crop", "112"), "--dataset tiny takes no --crop or --videos"),
+        (
+            ("--dataset", "ucf101", "--videos", ".", "--annotations", ".", "--labels", "."),
+            "--dataset ucf101 takes no --labels",
+        ),
+        (("--defence", "all", "--defence", "prayer"), "unknown defences prayer"),
+        (("--depth", "99", "--model", "not/there"), "--depth must be 0 to 49, got 99"),
         (("--step-size", "nan"), "--step-size must be more than 0, in 1/255, got nan"),
-        (("--frames", "1"), "--frames must be 2 or more, got 1"),
         (("--defence", "prayer", "--model", "not/there"), "unknown defences prayer; accepted: all, none"),
         (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
     ],
@@ -401,7 +408,7 @@ def test_a_stopped_evaluation_says_how_to_go_on(tmp_path, small_model, monkeypat
 
 def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "installed", lambda name: None if name == "xformers" else "9.9.9")
+    monkeypatch.setattr("videopure_fast.profiling.installed", lambda name: None if name == "xformers" else "9.9.9")
     monkeypatch.setattr("videopure_fast.video.torchcodec_decoder", lambda: None)
     monkeypatch.setattr("videopure_fast.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
     result = run("info")

@@ -160,14 +160,14 @@ def test_the_fields_defaults():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"frames": 0}, "frames must be an int of 1 or more, got 0"),
-        ({"stride": 1.5}, "stride must be an int of 1 or more, got 1.5"),
+        ({"frames": 0}, "frames must be 1 or more, got 0"),
+        ({"stride": 1.5}, "stride must be an int, got 1.5"),
         ({"resize": 33, "crop": 32}, "even number of 16 pixels or more, got 33"),
         ({"resize": 32, "crop": 64}, "crop 64 is more than resize 32"),
     ],
 )
 def test_bad_sampling(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ClipSampling(**options)
 
 
@@ -413,6 +413,12 @@ def test_seeds_draw_videos_of_their_own(tmp_path):
     assert torch.equal(draw(0, 0, 3)[1], torch.cat([halves[0][1], halves[1][1]]))
     with pytest.raises(ValueError, match="3 clips for each seed from 0 to 2 are more than the 7 videos"):
         draw(2, 0, 3)
+    with pytest.raises(ValueError, match="a seed has 3 clips, but those from 1 to 4 were asked for"):
+        draw(0, 1, 3)  # the last would be of seed 1
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        draw(-1, 0, 3)
+    with pytest.raises(ValueError, match="clips must be 1 or more, got -1"):
+        draws(dataset, -1)
 
 
 def test_a_draw_of_unreadable_videos_is_empty(tmp_path):

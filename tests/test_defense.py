@@ -100,6 +100,22 @@ def test_bad_input(defended):
         DefendedClassifier(lambda x: x, defended.purifier)
     with pytest.raises(TypeError, match="purifier must be a Purifier, got str"):
         DefendedClassifier(Linear(), "tiny")
+    with pytest.raises(TypeError, match="surrogate must be a mapping of settings, got int"):
+        DefendedClassifier(Linear(), defended.purifier, gradient="surrogate", surrogate=3)
+    with pytest.raises(TypeError, match="early_stop must be a bool, got 'no'"):
+        DefendedClassifier(Linear(), defended.purifier, early_stop="no")
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_answers_that_are_none_are_refused(defended, early_stop):
+    class Broken(Linear):
+        def forward(self, x):
+            return super().forward(x) * float("nan")
+
+    broken = DefendedClassifier(Broken(), defended.purifier, early_stop=early_stop)
+    for ask in (broken.predict, broken.votes):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            ask(clips(1, 3, 4, 16, 16))
 
 
 # The attack and the interval of the comparison

@@ -276,15 +276,15 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
             "pgd has no stepsize; accepted: eot, loss, norm, random_start",
         ),
         (lambda: Threat("query", "square", {"eps": 1, "queries": 2}), "square has no eps; accepted: eot, loss, p_init"),
-        (lambda: Threat("exact", clips=0), "clips must be an int of 1 or more, got 0"),
+        (lambda: Threat("exact", ["pgd"]), r"unknown attack \['pgd'\]; accepted: fgsm, pgd"),
+        (lambda: Threat("exact", clips=0), "clips must be 1 or more, got 0"),
         (lambda: Threat("gray-box"), "pgd needs step_size, steps among its settings"),
-        (lambda: replace(plan(GRAY), batch=2.5), "batch must be an int of 1 or more, got 2.5"),
         (lambda: replace(plan(GRAY), eps=(4 / 255, 4.0000001 / 255)), "eps must be some, and none twice"),
         (lambda: wilson_interval(0.5, 0), "has an interval, got 0.5 on 0"),
         (lambda: plan(), "threats must be some, and none twice"),
         (lambda: plan(GRAY, GRAY), "threats must be some, and none twice"),
         (lambda: replace(plan(GRAY), eps=(4.0,)), "every eps must be more than 0 and at most 1"),
-        (lambda: replace(plan(GRAY), repeats=0), "repeats must be an int of 1 or more, got 0"),
+        (lambda: replace(plan(GRAY), repeats=0), "repeats must be 1 or more, got 0"),
         (
             lambda: evaluate(plan(GRAY, names=("nothing",)), Setup(CLASSIFIER, {}, draw), "x"),
             "unknown defences nothing",
@@ -300,6 +300,7 @@ def test_bad_plans_are_refused(make, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: replace(plan(GRAY), batch=2.5), "batch must be an int, got 2.5"),
         (lambda: replace(plan(GRAY), eps=8 / 255), r"eps must be tuple\[float, ...\], got 0.03"),
         (lambda: replace(plan(GRAY), eps=("4",)), "eps must be"),
         (lambda: replace(plan(GRAY), seeds=("a",)), r"seeds must be tuple\[int, ...\], got \('a',\)"),
@@ -322,12 +323,12 @@ def test_an_l2_threat_may_be_larger_than_a_pixel(available, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda x, y: (x * float("nan"), y), ValueError, "got nan"),
-        (lambda x, y: (x * 255, y), ValueError, r"clips must lie in \[0, 1\]"),
-        (lambda x, y: ((x * 255).byte(), y), TypeError, "clips must be float32 or float64"),
-        (lambda x, y: (x[0], y), ValueError, r"clips must be \(B, 3, F, H, W\)"),
+        (lambda x, y: (x * float("nan"), y), ValueError, "values from nan"),
+        (lambda x, y: (x * 255, y), ValueError, r"values from .* in \[0, 1\]"),
+        (lambda x, y: ((x * 255).byte(), y), TypeError, "of float32 or float64"),
+        (lambda x, y: (x[0], y), ValueError, r"shape \(3, 4, 16, 16\)"),
         (lambda x, y: (x, y[:1]), ValueError, "labels must be"),
-        (lambda x, y: (x, y.float()), TypeError, "labels must be int64"),
+        (lambda x, y: (x, y.float()), TypeError, "labels must be dense int64"),
         (lambda x, y: (x, y + 99), ValueError, "but the classifier returns 3 classes"),
         (lambda x, y: (torch.cat([x, x]), torch.cat([y, y])), ValueError, "6 clips were drawn where 3 were asked for"),
     ],
@@ -344,12 +345,88 @@ def test_answers_that_are_not_finite_are_refused(available, tmp_path):
             return super().forward(x) * float("nan")
 
     with pytest.raises(ValueError, match="logits are not finite"):
-        evaluate(plan(CLEAN), Setup(Broken(), available, draw), tmp_path / "record.json")
+        evaluate(plan(CLEAN), Setup(Broken().eval(), available, draw), tmp_path / "record.json")
 
 
 def test_transfer_needs_another_classifier(available, tmp_path):
     with pytest.raises(ValueError, match="'transfer' needs another classifier"):
         evaluate(plan(TRANSFER), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("role", ["classifier", "other"])
+def test_classifiers_in_training_mode_are_refused(role, available, tmp_path):
+    setup = Setup(CLASSIFIER, available, draw, OTHER)._replace(**{role: Classifier()})
+    with pytest.raises(ValueError, match=f"the setup's {role} is in training mode"):
+        evaluate(plan(TRANSFER), setup, tmp_path / "record.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 2, "step_size": -1.0}, "step_size must be more than 0"),
+        ({"steps": "2", "step_size": 0.1}, "steps must be an int, got '2'"),
+        (STEPS | {"loss": "cw"}, "loss must be callable or one of"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_attack(settings, message, available, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(
+            plan(CLEAN, BPDA, Threat("exact", "pgd", settings)), Setup(CLASSIFIER, available, draw), tmp_path / "r"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_for_l2_alone_is_refused():
+    with pytest.raises(ValueError, match="every eps must be more than 0 and at most 1"):
+        replace(plan(GRAY, Threat("bpda", "pgd", STEPS | {"norm": "l2"})), eps=(3.0,))
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path / "file" / "r.json", "cannot make the folder"), (tmp_path, "it is a folder")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(plan(CLEAN, names=("none",)), Setup(CLASSIFIER, {"none": None}, None), path)
+
+
+def test_a_record_says_where_it_was_made(available, tmp_path):
+    mine, path = plan(CLEAN, names=("none",)), tmp_path / "record.json"
+    evaluate(mine, Setup(CLASSIFIER, available, draw), path)
+    (machine,) = Record(path, mine).machines
+    assert machine["threads"] == torch.get_num_threads() and machine["device"].startswith("cpu")
+    saved = json.loads(path.read_text())
+    del saved["units"][next(iter(saved["units"]))]
+    path.write_text(json.dumps(saved | {"machines": [{"device": "another"}]}))
+    assert evaluate(mine, Setup(CLASSIFIER, available, draw), path).machines == [{"device": "another"}, machine]
+
+
+def test_clips_that_come_back_between_threats_are_refused(available, tmp_path):
+    """Else the clips that two attacks had in common would not be the same."""
+    calls = []
+
+    def once(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        calls.append(start)
+        drawn, labels = draw(seed, start, count)
+        return (drawn[1:], labels[1:]) if len(calls) == 1 else (drawn, labels)
+
+    mine = replace(plan(CLEAN, BPDA, names=("none",)), seeds=(0,))
+    for _ in range(2):  # what is in the record counts as what was drawn a moment ago
+        with pytest.raises(ValueError, match="of seed 0's clips from 0 on 3 could be read, and 2 before"):
+            evaluate(mine, Setup(CLASSIFIER, available, once), tmp_path / "record.json")
+
+
+def test_settings_in_another_order_are_told_of(available, tmp_path):
+    mine, path = plan(GRAY, names=("none",)), tmp_path / "record.json"
+    evaluate(mine, Setup(CLASSIFIER, available, draw), path)
+    turned = replace(GRAY, settings=dict(reversed(STEPS.items())))
+    with pytest.raises(ValueError, match="the plan has no unit 'gray-box pgd.*are settings in another order"):
+        Record(path, replace(mine, threats=(turned,)))
+
+
+def test_seconds_are_the_median_over_batches(tmp_path):
+    record = Record(tmp_path / "record.json", replace(plan(CLEAN, names=("none",)), seeds=(0, 1, 2), batch=5))
+    for unit, seconds in zip(record.plan.units(), (50.0, 5.0, 10.0), strict=True):
+        record.add(unit.name("none"), {"right": [1] * 5, "repeats": 1, "seconds": seconds, "peak_bytes": None})
+    assert table(record)[0].seconds_per_clip == 2.0
 
 
 def test_two_processes_do_not_share_a_record(available, tmp_path):
@@ -368,6 +445,6 @@ def test_what_could_not_be_read_stays_in_the_record(available, tmp_path):
 
 
 def test_logits_of_another_shape_are_refused(available, tmp_path):
-    flat = nn.Sequential(CLASSIFIER, nn.Flatten(0))
+    flat = nn.Sequential(CLASSIFIER, nn.Flatten(0)).eval()
     with pytest.raises(ValueError, match=r"must return logits \(3, K\), got \(9,\)"):
         evaluate(plan(CLEAN, names=("none",)), Setup(flat, available, draw), tmp_path / "record.json")

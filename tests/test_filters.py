@@ -94,7 +94,12 @@ def test_wrong_clips_are_refused_with_what_was_seen(function):
             function(wrong)
     holed = video.clone()
     holed[0, 1, 2, 3, 4] = float("nan")
-    for wrong, seen in ((holed, "NaN"), (video * 255, "values from"), (video - 1, "values from -"), (video / 0, "inf")):
+    for wrong, seen in (
+        (holed, "from nan"),
+        (video * 255, "values from"),
+        (video - 1, "values from -"),
+        (video / 0, "inf"),
+    ):
         with pytest.raises(ValueError, match=rf"{seen}.*accepted: "):
             function(wrong)
 
@@ -149,10 +154,10 @@ def test_median_gives_the_gradient_to_the_middle_one_of_equals():
 def test_wrong_widths(function):
     video = clips(1, 3, 4, 4, 4)
     for wrong in (2, 4, 0, -3):
-        with pytest.raises(ValueError, match=rf"width is {wrong}; accepted: "):
+        with pytest.raises(ValueError, match=rf"width must be .*, got {wrong}"):
             function(video, wrong)
     for wrong in (3.0, True, "3"):
-        with pytest.raises(TypeError, match="width is .*; accepted: ints from 1"):
+        with pytest.raises(TypeError, match="width must be an int, got"):
             function(video, wrong)
 
 
@@ -208,9 +213,9 @@ def test_wrong_generators_and_blocks():
     video = clips(1, 3, 4, 4, 4)
     with pytest.raises(TypeError, match="generator must be a torch.Generator, got int"):
         temporal_shuffle(video, generator=0)
-    with pytest.raises(ValueError, match="block is 0; accepted: ints from 1"):
+    with pytest.raises(ValueError, match="block must be 1 or more, got 0"):
         temporal_shuffle(video, generator=seeded(), block=0)
-    with pytest.raises(TypeError, match="block is 2.0; accepted: ints from 1"):
+    with pytest.raises(TypeError, match="block must be an int, got 2.0"):
         temporal_shuffle(video, generator=seeded(), block=2.0)
 
 
@@ -318,9 +323,9 @@ def test_wrong_qualities():
         (h264, "crf", -1, "0 to 51"),
         (h264, "crf", 52, "0 to 51"),
     ):
-        with pytest.raises(ValueError, match=f"{name} is {wrong}; accepted: ints from {accepted}"):
+        with pytest.raises(ValueError, match=f"{name} must be {accepted}, got {wrong}"):
             codec(video, wrong)
-        with pytest.raises(TypeError, match=f"{name} is 7.5; accepted: ints from {accepted}"):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got 7.5"):
             codec(video, 7.5)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import tiny
 from .gradients import straight_through
+from .inputs import check_clips, check_count, check_number
 from .purifier import Purifier
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from foolbox import PyTorchModel
 
 LAYOUTS = ("BCTHW", "BTCHW", "slowfast")
+_MOST_FRAMES, _MOST_SIDE = 2**16, 2**14  # a downloaded config may name any number
 
 
 class VideoClassifier(nn.Module):
@@ -70,10 +72,11 @@ class VideoClassifier(nn.Module):
         if input_name is not None and not isinstance(input_name, str):
             raise TypeError(f"input_name must be a str or None, got {type(input_name).__name__}")
         self.model, self.layout, self.input_name = model, layout, input_name
-        self.scale = _positive("scale", scale, number=True)
-        self.frames = None if frames is None else _positive("frames", frames)
+        check_number("scale", scale, zero=False)
+        check_count("frames", 1 if frames is None else frames, most=_MOST_FRAMES)
+        check_count("alpha", alpha)
+        self.scale, self.frames, self.alpha = scale, frames, alpha
         self.size = None if size is None else _sides(size)
-        self.alpha = _positive("alpha", alpha)
         # Not in the state: a classifier's own checkpoint still fits `.model`.
         self.register_buffer("mean", None if mean is None else _channels("mean", mean), persistent=False)
         self.register_buffer("std", None if std is None else _channels("std", std), persistent=False)
@@ -108,7 +111,7 @@ class VideoClassifier(nn.Module):
         return cls(model, **options, input_name=input_name)
 
     def forward(self, clips: Tensor) -> Tensor:
-        _check_clips(clips)
+        check_clips(clips)
         prepared = self.prepare(clips)
         output = self.model(prepared) if self.input_name is None else self.model(**{self.input_name: prepared})
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -187,7 +190,7 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: 
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
     if gradient not in ("bpda", "exact"):
         raise ValueError(f"gradient is {gradient!r}; accepted: bpda, exact")
-    _positive("batch_size", batch_size)
+    check_count("batch_size", batch_size)
 
     def purify(clips: Tensor) -> Tensor:
         return torch.cat([purifier(part) for part in clips.split(batch_size)])
@@ -219,7 +222,8 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: 
 def foolbox_model(module: nn.Module) -> PyTorchModel:
     """A module from clips in [0, 1] to logits as foolbox's model, put in eval mode, on its own device.
 
-    FGSM, LinfPGD, L2PGD, CW and DeepFool take clips (B, 3, F, H, W). ImportError without foolbox.
+    FGSM, LinfPGD, L2PGD, CW and DeepFool take clips (B, 3, F, H, W). Their success is the mean logits' own: of a
+    DefendedClassifier, count with `predict`, the majority. ImportError without foolbox.
     """
     library = _library("foolbox", "foolbox")
     _check_module(module)
@@ -231,7 +235,8 @@ def autoattack_model(module: nn.Module) -> nn.Module:
     """A module of images (B, 3 * F, H, W) for auto-attack, whose Square attack knows no fifth dimension.
 
     Attack `clips.flatten(1, 2)`; `images.unflatten(1, (3, -1))` are clips again. Distances in the l_inf, l2 and l1
-    norms are the same. Square's windows then span all frames, with a sign for each frame and channel.
+    norms are the same. Square's windows then span all frames, with a sign for each frame and channel. Its accuracy is
+    the mean logits' own: of a DefendedClassifier, count with `predict`, the majority.
     """
     _check_module(module)
     return _Unfolded(module)
@@ -263,40 +268,26 @@ def _spread(clips: Tensor, frames: int) -> Tensor:
     return clips if chosen == list(range(last + 1)) else torch.stack([clips[:, :, i] for i in chosen], 2)
 
 
-def _check_clips(clips: Tensor) -> None:
-    accepted = "accepted: a float tensor (B, 3, F, H, W) in [0, 1]"
-    if not isinstance(clips, Tensor) or not clips.is_floating_point():
-        seen = clips.dtype if isinstance(clips, Tensor) else type(clips).__name__
-        raise TypeError(f"clips are {seen}; {accepted}")
-    if clips.ndim != 5 or clips.shape[1] != 3 or not clips.numel():
-        raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}")
-    low, high = (bound.item() for bound in torch.aminmax(clips.detach()))
-    if not (low >= 0 and high <= 1):  # NaN fails both
-        raise ValueError(f"clips have values from {low} to {high}; {accepted}")
-
-
 def _check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module from clips to logits, got {type(module).__name__}")
-
-
-def _positive(name: str, value: Any, *, number: bool = False) -> Any:
-    kinds = (int, float) if number else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be {'a finite number' if number else 'an int'} of more than 0, got {value!r}")
-    return value
 
 
 def _sides(size: int | Sequence[int]) -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2:
         raise ValueError(f"size must be a side or (height, width), got {size!r}")
-    return _positive("size", sides[0]), _positive("size", sides[1])
+    for side in sides:
+        check_count("size", side, most=_MOST_SIDE)
+    return sides
 
 
 def _channels(name: str, value: float | Sequence[float]) -> Tensor:
     """A number, or three, as (3, 1, 1, 1)."""
-    values = torch.as_tensor(value, dtype=torch.float32).flatten()
+    try:
+        values = torch.as_tensor(value, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or three, got {value!r}") from None
     if len(values) not in (1, 3) or not values.isfinite().all():
         raise ValueError(f"{name} must be a finite number or three, got {value!r}")
     return values.expand(3).clone().view(3, 1, 1, 1)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inputs import check_clips, check_count, check_logits, check_number
+
 Model = Callable[[Tensor], Tensor]  # clips -> logits (B, K) or (B, V, K)
 Loss = str | Callable[[Tensor, Tensor], Tensor]  # a name, or (logits, labels) -> (B,)
 
@@ -122,14 +124,6 @@ class Target:
         gradient = sum(gradient_of(point, loss) for _ in range(self.eot)) / self.eot
         rate, losses = map(torch.stack, zip(*found, strict=True))
         return gradient, rate.mean(0), losses.mean(0)
-
-
-def check_logits(logits: Tensor) -> None:
-    """ValueError for logits that name no label: NaN's largest is the first, and would count as an answer."""
-    if not logits.is_floating_point() or logits.shape[-1] < 2:
-        raise ValueError(f"logits must be floats of 2 classes or more, got {logits.dtype} of {logits.shape[-1]}")
-    if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: their largest would be no answer")
 
 
 def gradient_of(point: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -248,7 +242,7 @@ def prepare(
     """Checks everything before any work. Without a step_size, all steps together are `pace` times eps."""
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
-    check_clips(clips, labels)
+    check_labelled(clips, labels)
     check_number("eps", eps, zero=False)
     if step_size is not None:
         check_number("step_size", step_size, zero=False)
@@ -270,39 +264,14 @@ def prepare(
     return Task(target, Ball(clips, eps, norm), steps, size, restarts, generator, progress)
 
 
-def check_clips(clips: Tensor, labels: Tensor) -> None:
-    """TypeError or ValueError unless clips are (B, 3, F, H, W) floats in [0, 1], and labels (B,) int64 beside them."""
-    for name, value in (("clips", clips), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_nested or value.is_meta:
-            raise TypeError(f"{name} must be a dense tensor with values, got {value.layout} on {value.device}")
-    if clips.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"clips must be float32 or float64, in [0, 1], got {clips.dtype}")
-    if clips.ndim != 5 or clips.shape[1] != 3 or 0 in clips.shape:
-        raise ValueError(f"clips must be (B, 3, F, H, W), got {tuple(clips.shape)}")
-    low, high = clips.min().item(), clips.max().item()
-    if not (low >= 0 and high <= 1):  # so that NaN is refused
-        raise ValueError(f"clips must lie in [0, 1], got {low} to {high}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+def check_labelled(clips: Tensor, labels: Tensor) -> None:
+    """TypeError or ValueError unless clips are as of `check_clips`, of 32 bits or more, and labels (B,) int64 of 0 or
+    more beside them."""
+    check_clips(clips, (torch.float32, torch.float64))
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64 or labels.layout != torch.strided or labels.is_nested:
+        raise TypeError(f"labels must be dense int64, got {labels.dtype}, {labels.layout}")
     if labels.shape != clips.shape[:1] or labels.device != clips.device or labels.min() < 0:
         seen = f"{tuple(labels.shape)} on {labels.device}, down to {labels.min() if labels.numel() else None}"
         raise ValueError(f"labels must be ({len(clips)},) of 0 or more on {clips.device}, got {seen}")
-
-
-def check_number(name: str, value: float, *, zero: bool = True, most: float = math.inf) -> None:
-    """TypeError or ValueError unless it is finite and 0 (if it may be) or more, and at most `most`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 <= value <= most and math.isfinite(value)) or not (value or zero):
-        least = "0 or more" if zero else "more than 0"
-        top = "finite" if most == math.inf else f"at most {most:g}"
-        raise ValueError(f"{name} must be {least} and {top}, got {value}")
-
-
-def check_count(name: str, value: int, *, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")

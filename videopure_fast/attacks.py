@@ -35,8 +35,6 @@ from .attack_parts import (
     Model,
     Shared,
     Task,
-    check_count,
-    check_number,
     gradient_of,
     lengths,
     prepare,
@@ -44,6 +42,7 @@ from .attack_parts import (
     unit,
 )
 from .gradients import straight_through
+from .inputs import check_count, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from .backend import use_backend
 from .inputs import LEAST_SIDE
 from .plot import Line, Panel, draw
-from .profiling import PeakMemory, describe_device, profile, replacing, synchronize
+from .profiling import PeakMemory, describe_device, installed, profile, replacing, synchronize
 from .purifier import Purifier
 
 KIND = "videopure-fast bench"
@@ -205,7 +204,7 @@ def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> 
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in names},
+            **{name: installed(name) for name in names},
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": gpu.get("driver_version"),
@@ -235,13 +234,6 @@ def _nvidia(device: torch.device) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True)
     values = done.stdout.strip().split(", ")
     return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else {}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 # Saved runs

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attack_parts import cross_entropy, gradient_of, margin, vote
+from .attack_parts import check_labelled, cross_entropy, gradient_of, margin, vote
 from .attacks import apgd, pgd
 from .defense import DefendedClassifier
+from .inputs import check_count
 from .purifier import Purifier
 from .records import Record, Threat
 from .tables import Outcome, outcome
@@ -100,6 +101,8 @@ def source_check(
             return (vote(other(x)) == y).sum().item()
 
     options = {"eps": eps, "step_size": eps / 2, "steps": steps, "generator": torch.Generator().manual_seed(0)}
+    check_labelled(clips, labels)
+    check_count("batch", batch)
     parts = list(zip(clips.split(batch), labels.split(batch), strict=True))
     clean = sum(right(x, y) for x, y in parts) / len(clips)
     attacked = sum(right(pgd(other, x, y, **options), y) for x, y in parts) / len(clips)
@@ -112,6 +115,7 @@ def effort_check(
 ) -> Check:
     """PGD in small steps on `model`, an attack's target: its gain in the mean loss must be several times what noise of
     the same size does, for noise too raises the loss of clips that are right."""
+    check_count("steps", steps)
     losses: list[float] = []
 
     def watched(logits: Tensor, labels: Tensor) -> Tensor:

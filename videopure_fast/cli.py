@@ -19,7 +19,7 @@ from rich.table import Table
 
 from . import cli_evaluate
 from .cli_evaluate import Dtype
-from .cli_report import console, installed
+from .cli_report import console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -286,6 +286,7 @@ def info() -> None:
     import torch
 
     from .backend import backends
+    from .profiling import installed
     from .video import torchcodec_decoder
 
     table = Table("what", "state", box=None, pad_edge=False)

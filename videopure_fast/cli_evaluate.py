@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_report import accuracy_table, console, make_folder, report, write_report
+from .cli_report import accuracy_table, console, report, write_report
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .datasets import ClipSampling, VideoDataset
+    from .datasets import VideoDataset
     from .records import Threat
 
 _DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
@@ -86,7 +86,7 @@ def demo(
     import tempfile
 
     from . import evaluation, pictures, tiny
-    from .profiling import check_writable
+    from .profiling import check_writable, make_folder
     from .purifier import Purifier
     from .records import Plan, Threat
     from .tables import table
@@ -114,7 +114,7 @@ def demo(
     pictures.write_side_by_side(found, tiny.CLASSES, out / "demo.mp4")
     console.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
     if json_file is not None:
-        write_report(json_file, plan, rows)
+        write_report(json_file, record, rows)
         console.print(f"Numbers: {json_file}")
 
 
@@ -163,12 +163,22 @@ def evaluate(
             rich_help_panel=_CLIPS,
         ),
     ] = None,
-    frames: Annotated[int, typer.Option(help="Frames of a data set's clip.", rich_help_panel=_CLIPS)] = 32,
-    stride: Annotated[int, typer.Option(help="Every stride-th frame of a video is taken.", rich_help_panel=_CLIPS)] = 2,
-    resize: Annotated[int, typer.Option(help="Pixels of a video's shorter side.", rich_help_panel=_CLIPS)] = 256,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=2, show_default="32", help="Frames of a data set's clip.", rich_help_panel=_CLIPS),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(show_default="2", help="Every stride-th frame of a video is taken.", rich_help_panel=_CLIPS),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(show_default="256", help="Pixels of a video's shorter side.", rich_help_panel=_CLIPS),
+    ] = None,
     crop: Annotated[
-        int, typer.Option(help="Side of the square that is cut from its centre.", rich_help_panel=_CLIPS)
-    ] = 224,
+        int | None,
+        typer.Option(show_default="224", help="Side of the square cut from its centre.", rich_help_panel=_CLIPS),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode videos.", rich_help_panel=_CLIPS)] = 0,
     threat: Annotated[
         list[ThreatName] | None,
@@ -266,19 +276,21 @@ def evaluate(
     import torch
 
     from . import datasets, evaluation, tiny
+    from .inputs import check_count
+    from .profiling import make_folder
     from .purifier import Purifier
     from .records import Plan, weights_digest
 
     if not 0 < step_size < math.inf:
         raise ValueError(f"--step-size must be more than 0, in 1/255, got {step_size}")
-    if frames < 2:
-        raise ValueError(f"--frames must be 2 or more, got {frames}")
     numbers = _numbers("eps", eps)
     if not all(0 < number <= 255 for number in numbers):
         raise ValueError(f"--eps must be more than 0 and at most 255, in 1/255, got {eps}")
+    for one in depth or ():
+        check_count("--depth", one, least=0, most=49)
     known = evaluation.defence_names(tuple(depth or ()))
     wanted = known if "all" in (defence or ()) else tuple(defence or _DEFENCES)
-    if unknown := [name for name in wanted if name not in known]:
+    if unknown := [name for name in defence or () if name not in (*known, "all")]:
         raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: all, {', '.join(known)}")
     gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
     threats = _threats(threat, attack, steps, step_size, gradient, queries, clips)
@@ -295,21 +307,22 @@ def evaluate(
         repeats=repeats,
     )
     colours = _colours((classifier, other), mean, std)
+    sampling = {"frames": frames, "stride": stride, "resize": resize, "crop": crop}
+    files = {"videos": videos, "annotations": annotations, "labels": labels, "classes": classes}
     names, draw, source = tiny.CLASSES, _draw_tiny, None
+    shape = (tiny.clips.FRAMES, tiny.clips.SIZE, tiny.clips.SIZE)
+    _check_options(dataset, sampling | files)
     if dataset is not DatasetName.tiny:
-        sampling = datasets.ClipSampling(frames, stride, resize, crop)
-        source = _dataset(dataset, videos, annotations, labels, classes, sampling)
+        source = _dataset(dataset, files, {name: value for name, value in sampling.items() if value is not None})
+        shape = (source.sampling.frames, source.sampling.crop, source.sampling.crop)
         names, draw = source.classes, datasets.draws(source, clips, workers)
         if seeds * clips > len(source):
             raise ValueError(f"{seeds} x {clips} clips are more than the data set's {len(source)} videos")
-    elif videos or annotations or labels or classes:
-        raise ValueError("the packaged clips take no --videos, --annotations, --labels or --classes: give --dataset")
     make_folder(out)
     purifier = Purifier.from_pretrained(
         model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value)
     )
     place = purifier.unet.device
-    shape = (frames, crop, crop) if source else (tiny.clips.FRAMES, tiny.clips.SIZE, tiny.clips.SIZE)
     sample = torch.full((2, 3, *shape), 0.5, device=place)
     judge, attacker = (_classifier(name, colours, sample, len(names)) for name in (classifier, other))
     subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
@@ -331,7 +344,7 @@ def evaluate(
     except KeyboardInterrupt:
         console.print(f"Stopped. What is done stays in {out / 'record.json'}: the same command goes on from there.")
         raise
-    report(record, setup, names, out, place, thorough=checks)
+    report(record, setup, names, out, thorough=checks)
 
 
 # What is asked for
@@ -363,26 +376,36 @@ def _threats(
     return tuple(found)
 
 
-def _dataset(
-    name: DatasetName,
-    videos: Path | None,
-    annotations: Path | None,
-    labels: Path | None,
-    classes: Path | None,
-    sampling: ClipSampling,
-) -> VideoDataset:
-    from .datasets import VideoDataset
+# Of each data set: the options that it needs. All but the packaged clips may have those of sampling.
+_NEEDS = {
+    DatasetName.tiny: (),
+    DatasetName.ucf101: ("videos", "annotations"),
+    DatasetName.kinetics400: ("videos", "annotations"),
+    DatasetName.something_something_v2: ("videos", "annotations", "labels"),
+}
 
-    if videos is None or annotations is None:
-        raise ValueError(f"--dataset {name.value} needs --videos and --annotations")
+
+def _check_options(dataset: DatasetName, options: dict[str, Any]) -> None:
+    """ValueError where a data set lacks an option, or would ignore one."""
+    needs, given = _NEEDS[dataset], [name for name, value in options.items() if value is not None]
+    if missing := [f"--{name}" for name in needs if name not in given]:
+        raise ValueError(f"--dataset {dataset.value} needs {' and '.join(missing)}")
+    may = () if dataset is DatasetName.tiny else ("frames", "stride", "resize", "crop")
+    may += ("classes",) if dataset is DatasetName.kinetics400 else ()
+    if ignored := [f"--{name}" for name in given if name not in (*needs, *may)]:
+        raise ValueError(f"--dataset {dataset.value} takes no {' or '.join(ignored)}")
+
+
+def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int]) -> VideoDataset:
+    from .datasets import ClipSampling, VideoDataset, read_lines
+
+    places, options = [files[option] for option in _NEEDS[name]], {"sampling": ClipSampling(**sampling)}
     if name is DatasetName.ucf101:
-        return VideoDataset.ucf101(videos, annotations, sampling=sampling)
-    if name is DatasetName.kinetics400:
-        names = None if classes is None else classes.read_text().splitlines()
-        return VideoDataset.kinetics400(videos, annotations, classes=names, sampling=sampling)
-    if labels is None:
-        raise ValueError(f"--dataset {name.value} needs --labels")
-    return VideoDataset.something_something_v2(videos, annotations, labels, sampling=sampling)
+        return VideoDataset.ucf101(*places, **options)
+    if name is DatasetName.something_something_v2:
+        return VideoDataset.something_something_v2(*places, **options)
+    classes = None if files["classes"] is None else read_lines(files["classes"])
+    return VideoDataset.kinetics400(*places, classes=classes, **options)
 
 
 def _draw_tiny(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import torch
-
     from .checks import Check
     from .evaluation import Setup
     from .records import Plan, Record
@@ -33,17 +29,7 @@ _CHECKED_CLIPS = 2
 _SOURCE_CLIPS = 32
 
 
-def installed(name: str) -> str | None:
-    """The version of a package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def report(
-    record: Record, setup: Setup, classes: Sequence[str], out: Path, device: torch.device, *, thorough: bool
-) -> None:
+def report(record: Record, setup: Setup, classes: Sequence[str], out: Path, *, thorough: bool) -> None:
     """Table, report, CSV file and pictures; then, if thorough, the checks that need work, and the report with them."""
     from .checks import order_checks
     from .tables import inaccessible, table
@@ -53,7 +39,7 @@ def report(
 
     def write() -> None:
         found = [check._asdict() for check in checks]
-        write_report(out / "report.json", record.plan, rows, device=device, checks=found, skipped=record.skipped)
+        write_report(out / "report.json", record, rows, checks=found, skipped=record.skipped)
 
     console.print(accuracy_table(rows))
     for access, names in inaccessible(record).items():
@@ -74,12 +60,14 @@ def report(
 
 
 def weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
-    """What makes these attacks weaker than they could be."""
+    """What makes these attacks, or what they leave, less than it seems."""
     from .records import ADAPTIVE
 
     attacks = [threat for threat in plan.threats if threat.access != "none"]
     if randomised and any(threat.settings.get("eot", 1) == 1 for threat in attacks if threat.access in ADAPTIVE):
         yield f"{', '.join(randomised)} draw anew at each call; --eot averages over several of them."
+    if all(threat.access != "exact" for threat in attacks):
+        yield "no attack used a defence's own gradients, which break most: --threat exact does."
     reach = min(threat.settings.get("steps", 1) * threat.settings.get("step_size", math.inf) for threat in attacks)
     if reach < 2 * max(plan.eps):
         yield f"--steps of --step-size reach {255 * reach:g}/255, less than from side to side of the largest eps."
@@ -171,27 +159,13 @@ def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, class
             return
 
 
-def make_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"cannot write to {path}: it is a file")
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write to {path}")
-
-
-def write_report(
-    path: Path, plan: Plan, rows: Sequence[Accuracy], *, device: torch.device | str = "cpu", **more: Any
-) -> None:
-    import torch
-
-    from .profiling import describe_device, replacing
+def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: Any) -> None:
+    from .profiling import replacing
 
     report = {
-        "plan": asdict(plan),
-        "hash": plan.hash,
-        "versions": {name: installed(name) for name in ("videopure-fast", "torch", "diffusers")},
-        "device": describe_device(torch.device(device)),
-        "threads": torch.get_num_threads(),
+        "plan": asdict(record.plan),
+        "hash": record.plan.hash,
+        "machines": record.machines,
         "rows": [row._asdict() for row in rows],
         **more,
     }

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .inputs import check_count
 from .video import probe, read_frames, working_size
 
 MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one
@@ -47,9 +48,7 @@ class ClipSampling:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} must be an int of 1 or more, got {value!r}")
+            check_count(field.name, getattr(self, field.name))
         working_size(self.resize, self.resize, self.resize)
         if self.crop > self.resize:
             raise ValueError(f"crop {self.crop} is more than resize {self.resize}, the shorter side")
@@ -129,7 +128,7 @@ class VideoDataset(Dataset):
         labels = _ucf101_classes(Path(splits) / "classInd.txt")
 
         def parse() -> Iterator[tuple[Path, int]]:
-            for line in _lines(source):
+            for line in read_lines(source):
                 name, stated = line, None
                 if len(parts := line.rsplit(None, 1)) == 2 and re.fullmatch("[0-9]{1,9}", parts[1]):
                     name, stated = parts
@@ -253,9 +252,8 @@ def load(
     """
     if not isinstance(dataset, VideoDataset):
         raise TypeError(f"dataset must be a VideoDataset, got {type(dataset).__name__}")
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+    check_count("batch_size", batch_size)
+    check_count("workers", workers, least=0)
     indices = range(len(dataset)) if indices is None else list(indices)
     if indices and not 0 <= min(indices) <= max(indices) < len(dataset):
         raise ValueError(f"indices are {min(indices)} to {max(indices)}; accepted: 0 to {len(dataset) - 1}")
@@ -270,11 +268,15 @@ def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int,
     """What `evaluation.evaluate` draws from: (seed, start, count) -> clips (count, 3, F, H, W) and labels (count,).
 
     The videos stand in one random order, of which each seed has the next `clips`: no video is of two seeds. Those that
-    cannot be read are missing, as for `load`. ValueError for a draw beyond the last video.
+    cannot be read are missing, as for `load`. ValueError for a draw beyond a seed's clips, or the last video.
     """
+    check_count("clips", clips)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
 
     def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        check_count("seed", seed, least=0)
+        if start + count > clips:
+            raise ValueError(f"a seed has {clips} clips, but those from {start} to {start + count} were asked for")
         first = seed * clips + start
         if first + count > len(order):
             raise ValueError(f"{clips} clips for each seed from 0 to {seed} are more than the {len(order)} videos")
@@ -337,8 +339,9 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _lines(path: Path) -> list[str]:
-    """Lines without blanks around them; empty ones are left out. Not splitlines: a name may hold U+2028."""
+def read_lines(path: Path) -> list[str]:
+    """Of a text file of bounded size, in UTF-8: its lines without blanks around them, empty ones left out."""
+    # Not splitlines: a name may hold U+2028.
     return [line for line in map(str.strip, re.split(r"\r\n|\n|\r", _text(path))) if line]
 
 
@@ -369,7 +372,7 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
 
 def _ucf101_classes(path: Path) -> dict[str, int]:
     """Labels by name, from lines "1 ApplyEyeMakeup"."""
-    matches = [re.fullmatch(r"([0-9]{1,9})\s+(.+)", line) for line in _lines(path)]
+    matches = [re.fullmatch(r"([0-9]{1,9})\s+(.+)", line) for line in read_lines(path)]
     if not all(matches):
         raise ValueError(f"{path} must have lines of a number and a class")
     return _numbered([(match[2], int(match[1]) - 1) for match in matches], path)

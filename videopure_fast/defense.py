@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .gradients import straight_through
+from .inputs import check_logits
 from .purifier import Denoised, Generators, Purifier
 
 Gradient = Literal["exact", "bpda", "surrogate"]
@@ -51,6 +52,10 @@ class DefendedClassifier(nn.Module):
             raise ValueError(f"unknown gradient {gradient!r}; accepted: {', '.join(get_args(Gradient))}")
         if surrogate is not None and gradient != "surrogate":
             raise ValueError(f"surrogate settings need gradient='surrogate', got {gradient!r}")
+        if surrogate is not None and not isinstance(surrogate, Mapping):
+            raise TypeError(f"surrogate must be a mapping of settings, got {type(surrogate).__name__}")
+        if not isinstance(early_stop, bool):
+            raise TypeError(f"early_stop must be a bool, got {early_stop!r}")
         self.classifier = classifier
         self.purifier = purifier
         self.early_stop = early_stop
@@ -79,7 +84,7 @@ class DefendedClassifier(nn.Module):
     def votes(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The label of each vote: (B, V), int64."""
         with torch.no_grad():
-            return self.vote_logits(clips, generator=generator).argmax(-1)
+            return _labels(self.vote_logits(clips, generator=generator))
 
     @torch.no_grad()
     def predict(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
@@ -91,7 +96,7 @@ class DefendedClassifier(nn.Module):
         # No majority is settled before more than half of the votes; from then on each one may settle it.
         for end in range(total // 2 + 1, total + 1) if self.early_stop else [total]:
             logits = self._logits(denoised, slice(done, end))
-            counts = counts + F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(1)
+            counts = counts + F.one_hot(_labels(logits), logits.shape[-1]).sum(1)
             done = end
             if settled(counts, total - done).all():
                 break
@@ -111,6 +116,12 @@ class DefendedClassifier(nn.Module):
         if logits[0].ndim != 2 or len(logits[0]) != len(votes):
             raise ValueError(f"the classifier must return ({len(votes)}, K) logits, got {tuple(logits[0].shape)}")
         return torch.stack(logits, 1)
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """(..., K) -> (...); ValueError for logits that name none."""
+    check_logits(logits)
+    return logits.argmax(-1)
 
 
 def _check_clips(clips: Tensor) -> None:

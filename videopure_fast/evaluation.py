@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attack_parts import check_clips, check_logits, vote
+from .attack_parts import check_labelled, vote
 from .attacks import ATTACKS, bpda
 from .defense import DefendedClassifier
 from .filters import FILTERS, reconstruct
-from .profiling import PeakMemory, synchronize
+from .inputs import check_logits
+from .profiling import PeakMemory, check_writable, describe_machine, make_folder, synchronize
 from .purifier import Purifier
 from .records import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone
 from .tables import rescued
@@ -81,8 +84,8 @@ def _filter(run: Callable[[Tensor], Tensor], *, differentiable: bool = True) -> 
 
 def _purification(purifier: Purifier, *, voting: bool) -> Defence:
     def votes(clips: Tensor, generator: torch.Generator) -> Tensor:
-        purified = purifier(clips, return_votes=True, generator=generator)
-        return purified if voting else purified[:, -1:]
+        purified = purifier(clips, return_votes=voting, generator=generator)
+        return purified if voting else purified[:, None]
 
     def logits(classifier: nn.Module, access: Access, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         of_votes = partial(DefendedClassifier(classifier, purifier, gradient=access).vote_logits, generator=generator)
@@ -116,15 +119,23 @@ def evaluate(
     """Do what is left of a plan.
 
     path: the record; it is continued where it is there. skipped: grows while clips are drawn that cannot be read
-    (`VideoDataset.skipped`), and is kept in the record.
+    (`VideoDataset.skipped`), and is kept in the record. Bad plans, setups, paths and settings of attacks end in an
+    error before any attack.
     """
     if unknown := [name for name in plan.defences if name not in setup.defences]:
         raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(setup.defences)}")
     if setup.other is None and any(threat.access == "transfer" for threat in plan.threats):
         raise ValueError("the access 'transfer' needs another classifier to attack, got none")
+    for name, module in (("classifier", setup.classifier), ("other", setup.other)):
+        if getattr(module, "training", False):
+            raise ValueError(f"the setup's {name} is in training mode, where answers differ from call to call: eval()")
+    make_folder(Path(path).parent)
+    check_writable(path)
     with alone(path):
         record = Record(path, plan)
         units = list(plan.units())
+        found = {(unit.seed, unit.start, unit.clips): n for unit in units if (n := record.clips(unit)) is not None}
+        tried = False
         with tqdm(total=len(units) * len(plan.defences), desc="evaluate", unit="batch", disable=not progress) as bar:
             for unit in units:
                 left = [name for name in plan.defences if unit.name(name) not in record.units]
@@ -132,13 +143,17 @@ def evaluate(
                 if not left:
                     continue
                 clips, labels = _drawn(unit, setup)
+                _check_same(unit, len(clips), found)
+                if not tried and len(clips):
+                    _try_attacks(plan, clips[:1], labels[:1])
+                    tried = True
                 record.skipped |= {str(name): why for name, why in (skipped or {}).items()}
-                attacked = None
+                machine, attacked = describe_machine(labels.device), None
                 for name in left:
                     bar.set_postfix_str(f"{unit.threat.title}, {name}")
                     if attacked is None or unit.threat.access in ADAPTIVE:  # else one attack is on all defences
                         attacked = _attack(unit, setup, name, clips, labels)
-                    record.add(unit.name(name), _judge(unit, setup, name, attacked, labels, plan.repeats))
+                    record.add(unit.name(name), _judge(unit, setup, name, attacked, labels, plan.repeats), machine)
                     bar.update()
     return record
 
@@ -147,10 +162,36 @@ def _drawn(unit: Unit, setup: Setup) -> tuple[Tensor, Tensor]:
     """The unit's clips and labels: what is not what it must be would count as fooled."""
     clips, labels = setup.draw(unit.seed, unit.start, unit.clips)
     if len(clips) or len(labels):
-        check_clips(clips, labels)
+        check_labelled(clips, labels)
     if len(clips) > unit.clips:
         raise ValueError(f"{len(clips)} clips were drawn where {unit.clips} were asked for")
     return clips, labels
+
+
+def _check_same(unit: Unit, clips: int, found: dict[tuple[int, int, int], int]) -> None:
+    """ValueError where a draw lacks clips that it had under another threat: their places would no longer match."""
+    if clips != (before := found.setdefault((unit.seed, unit.start, unit.clips), clips)):
+        raise ValueError(
+            f"of seed {unit.seed}'s clips from {unit.start} on {clips} could be read, and {before} before: files have "
+            "changed, and their outcomes no longer belong together; bring them back, or begin another record"
+        )
+
+
+class _Asked(Exception):
+    """A model was asked for logits."""
+
+
+def _try_attacks(plan: Plan, clips: Tensor, labels: Tensor) -> None:
+    """The errors of bad settings now and not hours later: an attack checks all it is given before it asks its model."""
+
+    def model(_: Tensor) -> Tensor:
+        raise _Asked
+
+    for threat in plan.threats:
+        for eps in plan.eps if threat.access != "none" else ():
+            with suppress(_Asked):
+                run = ATTACKS[threat.attack].run
+                run(model, clips, labels, eps=eps, generator=torch.Generator(), **threat.settings)
 
 
 def _victim(unit: Unit, setup: Setup, name: str) -> Callable[[Tensor], Tensor] | None:

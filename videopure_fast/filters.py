@@ -8,7 +8,6 @@ No axis has a least size. Gradients flow through all but the two codecs, `jpeg` 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -18,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inputs import check_clips, check_count
+
 if TYPE_CHECKING:
     import numpy as np
     from av import Packet
 
     from .purifier import Purifier
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _RATE = 25  # frames per second told to H.264, whose rate control depends on it
 # One thread is not enough to be deterministic: with x264's macroblock tree (core 165), 22 of 108 small clips came out
 # with differing bits among eight runs, as memory happened to be; without the tree, or without SIMD code, none did.
@@ -37,7 +37,7 @@ def temporal_mean(clips: Tensor, width: int) -> Tensor:
 
     width: odd, 1 or more; it may exceed the frames.
     """
-    _check(clips)
+    check_clips(clips)
     return _neighbours(clips, width).mean(-1).contiguous()
 
 
@@ -47,7 +47,7 @@ def temporal_median(clips: Tensor, width: int) -> Tensor:
     Feature squeezing's median smoothing (arXiv 1704.01155), along time. width: odd, 1 or more; it may exceed the
     frames. The gradient goes to the frame that the median is from, the middle one of equals.
     """
-    _check(clips)
+    check_clips(clips)
     # Not Tensor.median: which of equal frames it takes, and so its gradient, differs by device.
     ordered = _neighbours(clips, width).sort(dim=-1, stable=True).values
     return ordered[..., width // 2].contiguous()
@@ -63,7 +63,7 @@ def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | 
     block: frames move only within consecutive blocks of this many frames (the last may be shorter), so that motion
         survives on a coarser scale. None: within the whole clip.
     """
-    _check(clips)
+    check_clips(clips)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator.device.type != "cpu":
@@ -71,7 +71,7 @@ def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | 
     frames = clips.shape[2]
     if block is None:
         block = frames
-    _check_int("block", block, 1)
+    check_count("block", block)
     orders = [_order(frames, block, generator).to(clips.device) for _ in clips]
     return torch.stack([clip.index_select(1, order) for clip, order in zip(clips, orders, strict=True)])
 
@@ -83,8 +83,8 @@ def jpeg(clips: Tensor, quality: int = 75) -> Tensor:
     a gradient would be lost in silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the
     same.
     """
-    _check(clips)
-    _check_int("quality", quality, 1, 95)
+    check_clips(clips)
+    check_count("quality", quality, most=95)
     _refuse_gradient(clips, "jpeg")
     pictures = _to_bytes(clips)
     for clip in pictures:
@@ -102,8 +102,8 @@ def h264(clips: Tensor, crf: int = 23) -> Tensor:
     silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the same. RuntimeError also where
     PyAV was built without libx264.
     """
-    _check(clips)
-    _check_int("crf", crf, 0, 51)
+    check_clips(clips)
+    check_count("crf", crf, least=0, most=51)
     _refuse_gradient(clips, "h264")
     pictures = _to_bytes(_pad_sides(clips, 2))  # chroma has half the resolution
     for clip in pictures:
@@ -113,7 +113,7 @@ def h264(clips: Tensor, crf: int = 23) -> Tensor:
 
 def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
     """The VAE alone: encode and decode, no diffusion. Sides are padded to the VAE's factor and cropped back."""
-    _check(clips)
+    check_clips(clips)
     padded = _pad_sides(clips.to(purifier.vae.device), purifier.vae_factor)
     decoded = purifier.decode(purifier.encode(padded))
     return decoded[..., : clips.shape[3], : clips.shape[4]].to(clips).contiguous()
@@ -121,7 +121,7 @@ def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
 
 def _shuffle_alike(clips: Tensor) -> Tensor:
     """Every clip in the order of one seed: a known, fixed order, the same alone and in any batch."""
-    _check(clips)
+    check_clips(clips)
     shuffled = [
         temporal_shuffle(clip, generator=torch.Generator().manual_seed(_SHUFFLE_SEED)) for clip in clips.split(1)
     ]
@@ -142,9 +142,9 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _neighbours(clips: Tensor, width: int) -> Tensor:
     """(B, 3, F, H, W) -> (B, 3, F, H, W, width): the frames around each, in order."""
-    _check_int("width", width, 1)
+    check_count("width", width)
     if width % 2 == 0:
-        raise ValueError(f"width is {width}; accepted: odd widths, which have a frame in the middle")
+        raise ValueError(f"width must be odd, to have a frame in the middle, got {width}")
     beyond = (-1, -1, width // 2, -1, -1)
     # Not F.pad: on CUDA its gradient is not deterministic.
     padded = torch.cat([clips[:, :, :1].expand(beyond), clips, clips[:, :, -1:].expand(beyond)], 2)
@@ -227,25 +227,3 @@ def _refuse_gradient(clips: Tensor, name: str) -> None:
             f"{name} has no gradient, and the clips require one; use attacks.bpda(filters.{name}, model) to attack "
             "through it, or torch.no_grad()"
         )
-
-
-def _check(clips: Tensor) -> None:
-    accepted = "accepted: dense float tensors (B, 3, F, H, W) in [0, 1], no axis empty"
-    if not isinstance(clips, Tensor):
-        raise TypeError(f"clips must be a torch.Tensor, got {type(clips).__name__}; {accepted}")
-    if clips.layout != torch.strided or clips.is_nested or clips.is_meta or clips.dtype not in _DTYPES:
-        raise TypeError(f"clips are {clips.dtype}, {clips.layout} on {clips.device}; {accepted}")
-    if clips.ndim != 5 or clips.shape[1] != 3 or not clips.numel():
-        raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}")
-    low, high = (bound.item() for bound in torch.aminmax(clips.detach()))
-    if math.isnan(low) or low < 0 or high > 1:
-        seen = "NaN" if math.isnan(low) else f"values from {low} to {high}"
-        raise ValueError(f"clips have {seen}; {accepted}")
-
-
-def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
-    accepted = f"accepted: ints from {low}" + (f" to {high}" if high is not None else "")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; {accepted}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; {accepted}")

@@ -1,9 +1,9 @@
-"""What a purifier accepts: clips, models, embeddings, settings and devices. All else is refused before any work."""
+"""What is accepted: clips, logits, numbers, models, embeddings, settings, devices. All else is refused at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import PurifyConfig
 
 LEAST_SIDE = 16  # pixels
-_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_video(video: Tensor) -> None:
@@ -23,7 +23,7 @@ def check_video(video: Tensor) -> None:
         raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
     if video.layout != torch.strided or video.is_nested or video.is_meta:
         raise TypeError(f"video is a {video.layout} tensor on {video.device}; accepted: dense tensors with values")
-    if video.dtype not in _DTYPES:
+    if video.dtype not in (torch.uint8, *FLOATS):
         raise TypeError(f"video is {video.dtype}; accepted: floats of 16 bits or more in [0, 1], or uint8 in 0..255")
     shape = tuple(video.shape)
     if video.ndim not in (4, 5) or video.shape[-4] != 3:
@@ -38,6 +38,48 @@ def check_video(video: Tensor) -> None:
             raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
         if low < 0 or high > 1:
             raise ValueError(f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8")
+
+
+def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """TypeError or ValueError unless clips are (B, 3, F, H, W) of one of the dtypes, in [0, 1]."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    accepted = f"accepted: dense tensors (B, 3, F, H, W) in [0, 1] of {names}, no axis empty"
+    if not isinstance(clips, Tensor):
+        raise TypeError(f"clips must be a torch.Tensor, got {type(clips).__name__}; {accepted}")
+    if clips.layout != torch.strided or clips.is_nested or clips.is_meta or clips.dtype not in dtypes:
+        raise TypeError(f"clips are {clips.dtype}, {clips.layout} on {clips.device}; {accepted}")
+    if clips.ndim != 5 or clips.shape[1] != 3 or not clips.numel():
+        raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}")
+    low, high = (bound.item() for bound in torch.aminmax(clips.detach()))
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise ValueError(f"clips have values from {low} to {high}; {accepted}")
+
+
+def check_logits(logits: Tensor) -> None:
+    """ValueError for logits that name no label: NaN's largest is the first, and would count as an answer."""
+    if not logits.is_floating_point() or logits.shape[-1] < 2:
+        raise ValueError(f"logits must be floats of 2 classes or more, got {logits.dtype} of {logits.shape[-1]}")
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: their largest would be no answer")
+
+
+def check_number(name: str, value: float, *, zero: bool = True, most: float = math.inf) -> None:
+    """TypeError or ValueError unless it is finite and 0 (if it may be) or more, and at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (0 <= value <= most and math.isfinite(value)) or not (value or zero):
+        least = "0 or more" if zero else "more than 0"
+        top = "finite" if most == math.inf else f"at most {most:g}"
+        raise ValueError(f"{name} must be {least} and {top}, got {value}")
+
+
+def check_count(name: str, value: int, *, least: int = 1, most: int | None = None) -> None:
+    """TypeError or ValueError unless it is an int from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        accepted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} must be {accepted}, got {value}")
 
 
 def check_models(unet: nn.Module, vae: nn.Module) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -366,6 +367,20 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type} ({name})" if name else device.type
 
 
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what something was measured, for its record."""
+    versions = {name: installed(name) for name in ("videopure-fast", "torch", "diffusers")}
+    return {"device": describe_device(device), "threads": torch.get_num_threads(), **versions}
+
+
+def installed(name: str) -> str | None:
+    """The version of a package."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _processor() -> str:
     try:
         named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -439,6 +454,16 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """With its parents, if absent. ValueError where there can be none, or where nothing can be written to it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write to {path}")
 
 
 @contextmanager

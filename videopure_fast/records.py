@@ -24,6 +24,7 @@ from torch import nn
 
 from .attack_parts import Shared
 from .attacks import ATTACKS
+from .inputs import check_count
 from .profiling import replacing
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
@@ -48,12 +49,10 @@ class Threat:
     clips: int = 100
 
     def __post_init__(self) -> None:
-        if self.access not in get_args(Access):
-            raise ValueError(f"unknown access {self.access!r}; accepted: {', '.join(get_args(Access))}")
-        if self.attack not in ATTACKS:
-            raise ValueError(f"unknown attack {self.attack!r}; accepted: {', '.join(ATTACKS)}")
-        if isinstance(self.clips, bool) or not isinstance(self.clips, int) or self.clips < 1:
-            raise ValueError(f"clips must be an int of 1 or more, got {self.clips!r}")
+        for name, value, accepted in (("access", self.access, get_args(Access)), ("attack", self.attack, (*ATTACKS,))):
+            if value not in accepted:  # tuples: a value that has no hash is no name either
+                raise ValueError(f"unknown {name} {value!r}; accepted: {', '.join(accepted)}")
+        check_count("clips", self.clips)
         if not isinstance(self.settings, Mapping):
             raise TypeError(f"settings must be a mapping of names to values, got {type(self.settings).__name__}")
         known, needed = _options(self.attack)
@@ -95,7 +94,7 @@ def _options(attack: str) -> tuple[set[str], set[str]]:
 class Plan:
     """What is measured. source: where the clips come from, in words: part of the record's identity.
 
-    eps: in the clips' units; at most 1 unless a threat is of the l2 norm. repeats: predictions of each clip by a
+    eps: in the clips' units; at most 1 unless all attacks are of the l2 norm. repeats: predictions of each clip by a
     randomised defence, for its mean and its worst accuracy.
     """
 
@@ -116,13 +115,12 @@ class Plan:
         for name, values in {**names, "defences": self.defences, "seeds": self.seeds}.items():
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be some, and none twice, got {values}")
-        most = math.inf if any(threat.settings.get("norm") == "l2" for threat in self.threats) else 1
+        norms = {threat.settings.get("norm", "linf") for threat in self.threats if threat.access != "none"}
+        most = math.inf if norms == {"l2"} else 1
         if not all(0 < eps <= most for eps in self.eps):
             raise ValueError(f"every eps must be more than 0 and at most {most}, in the clips' units, got {self.eps}")
         for name in ("batch", "repeats"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of 1 or more, got {value!r}")
+            check_count(name, getattr(self, name))
 
     @property
     def hash(self) -> str:
@@ -161,14 +159,15 @@ class Unit(NamedTuple):
 class Record:
     """The units that are done, in a JSON file that is replaced whole, never edited in place.
 
-    skipped: why clips could not be read, by their names. ValueError for a file that is no record, or one of another
-    plan.
+    skipped: why clips could not be read, by their names. machines: those that the units were done on, with their
+    versions. ValueError for a file that is no record, or one of another plan.
     """
 
     def __init__(self, path: str | os.PathLike[str], plan: Plan) -> None:
         self._path, self.plan = Path(path), plan
         self.units: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
+        self.machines: list[dict[str, Any]] = []
         if not self._path.exists():
             return
         if self._path.stat().st_size > _MOST_RECORD:
@@ -176,8 +175,11 @@ class Record:
         try:
             saved = json.loads(self._path.read_text())
             self.units, self.skipped = dict(saved["units"]), dict(saved.get("skipped", {}))
+            self.machines = [dict(machine) for machine in saved.get("machines", [])]
             if (known := saved["hash"]) == plan.hash:
                 sizes = {unit.name(name): unit.clips for unit in plan.units() for name in plan.defences}
+                if unknown := sorted(self.units.keys() - sizes.keys()):
+                    raise ValueError(f"the plan has no unit {unknown[0]!r}: are settings in another order?")
                 for name, entry in self.units.items():
                     _check_entry(sizes[name], **entry)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
@@ -188,12 +190,23 @@ class Record:
                 "name another file or folder"
             )
 
-    def add(self, name: str, unit: dict[str, Any]) -> None:
+    def add(self, name: str, unit: dict[str, Any], machine: dict[str, Any] | None = None) -> None:
         self.units[name] = unit
-        content = {"hash": self.plan.hash, "plan": asdict(self.plan), "skipped": self.skipped, "units": self.units}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.machines += [] if machine is None or machine in self.machines else [machine]
+        content = {
+            "hash": self.plan.hash,
+            "plan": asdict(self.plan),
+            "machines": self.machines,
+            "skipped": self.skipped,
+            "units": self.units,
+        }
         with replacing(self._path) as file:
             file.write_text(json.dumps(content))
+
+    def clips(self, unit: Unit) -> int | None:
+        """How many of a unit's clips could be read; None where none of its entries tells."""
+        entries = (self.units.get(unit.name(name)) for name in self.plan.defences)
+        return next((len(entry["right"]) for entry in entries if entry and entry["right"] is not None), None)
 
 
 @contextmanager

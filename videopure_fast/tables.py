@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -88,7 +89,8 @@ def inaccessible(record: Record) -> dict[str, list[str]]:
 
 
 class Outcome(NamedTuple):
-    """Of each clip, by seed and place among the seed's, the share of repeats that were right; and what they cost."""
+    """Of each clip, by seed and place among the seed's, the share of repeats that were right; and what they cost: the
+    median over batches, of which the first warms up, and the most memory."""
 
     shares: dict[tuple[int, int], float]
     seconds_per_clip: float | None
@@ -100,14 +102,15 @@ def outcome(record: Record, threat: Threat, eps: float, defence: str) -> Outcome
     units = [unit for unit in record.plan.units() if (unit.threat, unit.eps) == (threat, eps)]
     entries = [record.units.get(unit.name(defence)) for unit in units]
     if any(entry is None or entry["right"] is None for entry in entries):
-        return Outcome({}, 0.0, None)
+        return Outcome({}, None, None)
     shares = {
         (unit.seed, unit.start + i): right / entry["repeats"]
         for unit, entry in zip(units, entries, strict=True)
         for i, right in enumerate(entry["right"])
     }
-    seconds = sum(entry["seconds"] for entry in entries)
-    return Outcome(shares, seconds / max(len(shares), 1), _most(entry["peak_bytes"] for entry in entries))
+    seconds = [entry["seconds"] / len(entry["right"]) for entry in entries if entry["right"]]
+    middle = statistics.median(seconds) if seconds else None
+    return Outcome(shares, middle, _most(entry["peak_bytes"] for entry in entries))
 
 
 def _most(peaks: Iterable[int | None]) -> int | None:
