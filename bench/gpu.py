@@ -39,7 +39,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache, cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +59,7 @@ from tqdm import tqdm  # noqa: E402
 from videopure_fast import Purifier, PurifyConfig, ops, reference  # noqa: E402
 from videopure_fast.backend import FORMS, full_float32, use_backend  # noqa: E402
 from videopure_fast.flow import RaftFlow  # noqa: E402
+from videopure_fast.profiling import installed, nvidia_smi  # noqa: E402
 from videopure_fast.schedule import Schedule  # noqa: E402
 
 STAGES = ("test", "bench", "compile")
@@ -632,37 +632,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        **smi(device, **SMI_FIELDS),
+        **nvidia_smi(device, **SMI_FIELDS),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        **{name: version_of(name) for name in ("triton", "diffusers", "xformers")},
+        **{name: installed(name) for name in ("triton", "diffusers", "xformers")},
         "python": platform.python_version(),
         "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def smi(device: torch.device, **fields: str) -> dict[str, str | None]:
-    """nvidia-smi's fields by names of our own; None where it does not tell."""
-    nothing = dict.fromkeys(fields)
-    if device.type != "cuda":
-        return nothing
-    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = f"--query-gpu={','.join(fields.values())}"
-    command = ["nvidia-smi", "-i", which, query, "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return nothing
-    return nothing | dict(zip(fields, said.strip().split(", "), strict=False))
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @cache
@@ -762,7 +740,7 @@ def run_all(todo: list[Task], subject: Subject, file: Path, *, again: bool, seco
             row = attempt(task, left)
             subject.forget()
             row = {"stage": task.stage, "model": "small" if subject.quick else "full", **row, **where}
-            row |= smi(subject.device, sm_mhz_just_after="clocks.sm")
+            row |= nvidia_smi(subject.device, sm_mhz_just_after="clocks.sm")
             results["rows"][task.name] = row
             write(file, results)
             if "CUDA error" in row.get("error", "") and "out of memory" not in row["error"]:

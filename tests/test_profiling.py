@@ -1,5 +1,6 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast import profiling
-from videopure_fast.profiling import PeakMemory, measure_ceilings
+from videopure_fast.profiling import PeakMemory, measure_ceilings, nvidia_smi
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,3 +191,20 @@ def test_on_a_gpu_the_chain_is_one_graph(dtype, trace):
     assert profile.call.launches < profile.staged.launches
     assert all(stage.launches > 0 for stage in profile.stages[:-1] if stage.name != "flow")
     assert profile.call.peak_bytes > 0 and profile.staged.of_floor < 1
+
+
+def test_what_nvidia_smi_tells_and_what_it_does_not(monkeypatch):
+    asked = []
+
+    def run(command, **options):
+        asked.append(command)
+        return SimpleNamespace(stdout="580.65.06, 700.00\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    fields = {"driver": "driver_version", "power_limit_w": "power.limit"}
+    monkeypatch.setattr(profiling.subprocess, "run", run)
+    assert nvidia_smi(torch.device("cuda"), **fields) == {"driver": "580.65.06", "power_limit_w": "700.00"}
+    assert {"GPU-12-34", "--query-gpu=driver_version,power.limit"} <= set(asked[0])
+    monkeypatch.setattr(profiling.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    nothing = dict.fromkeys(fields)
+    assert nvidia_smi(torch.device("cuda"), **fields) == nvidia_smi(torch.device("cpu"), **fields) == nothing

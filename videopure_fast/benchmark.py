@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -22,7 +20,7 @@ from tqdm.auto import tqdm
 from .backend import use_backend
 from .inputs import LEAST_SIDE
 from .plot import Line, Panel, draw
-from .profiling import PeakMemory, describe_device, installed, profile, replacing, synchronize
+from .profiling import PeakMemory, describe_device, installed, nvidia_smi, profile, replacing, synchronize
 from .purifier import Purifier
 
 KIND = "videopure-fast bench"
@@ -189,7 +187,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> dict[str, Any]:
     device = purifier.unet.device
-    gpu = _nvidia(device)
+    gpu = nvidia_smi(device, driver="driver_version", power_limit_w="power.limit", most_sm_mhz="clocks.max.sm")
     names = ("videopure-fast", "torch", "diffusers", "triton", "opencv-python-headless", "xformers")
     return {
         "kind": KIND,
@@ -200,14 +198,15 @@ def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> 
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
-            **{name: gpu[name] for name in ("power.limit", "clocks.max.sm") if name in gpu},
+            "power_limit_w": gpu["power_limit_w"],
+            "most_sm_mhz": gpu["most_sm_mhz"],
         },
         "versions": {
             "python": platform.python_version(),
             **{name: installed(name) for name in names},
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": gpu.get("driver_version"),
+            "driver": gpu["driver"],
         },
         "settings": {
             "model": str(model),
@@ -221,19 +220,6 @@ def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> 
         "limits": limits._asdict(),
         "rows": [],
     }
-
-
-def _nvidia(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi knows of a GPU; nothing where it is missing."""
-    program = shutil.which("nvidia-smi")
-    if device.type != "cuda" or program is None:
-        return {}
-    names = ("driver_version", "power.limit", "clocks.max.sm")
-    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={identity}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    values = done.stdout.strip().split(", ")
-    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else {}
 
 
 # Saved runs

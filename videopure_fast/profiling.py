@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -371,6 +372,21 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Where and with what something was measured, for its record."""
     versions = {name: installed(name) for name in ("videopure-fast", "torch", "diffusers")}
     return {"device": describe_device(device), "threads": torch.get_num_threads(), **versions}
+
+
+def nvidia_smi(device: torch.device, **fields: str) -> dict[str, str | None]:
+    """nvidia-smi's fields of a GPU, without units, by names of the caller's own; None where it does not tell."""
+    nothing = dict.fromkeys(fields)
+    if device.type != "cuda":
+        return nothing
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = f"--query-gpu={','.join(fields.values())}"
+    command = ["nvidia-smi", "-i", which, query, "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return nothing
+    return nothing | dict(zip(fields, said.strip().split(", "), strict=False))
 
 
 def installed(name: str) -> str | None:
