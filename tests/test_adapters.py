@@ -330,7 +330,7 @@ def test_art_attacks(attack, gradient, purifier, batch):
 def test_art_refuses(purifier):
     with pytest.raises(ValueError, match="gradient is 'none'; accepted: bpda, exact"):
         art_preprocessor(purifier, gradient="none")
-    with pytest.raises(ValueError, match="batch_size must be an int"):
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         art_preprocessor(purifier, batch_size=0)
     with pytest.raises(TypeError, match="must be a Purifier, got str"):
         art_preprocessor("tiny")

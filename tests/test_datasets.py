@@ -226,8 +226,8 @@ def test_random_starts_follow_the_generator_alone(damaged):
 
 def test_load_refuses(damaged):
     for options, message in (
-        ({"batch_size": 0}, "batch_size must be an int of 1 or more, got 0"),
-        ({"batch_size": 2, "workers": -1}, "workers must be an int of 0 or more, got -1"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"batch_size": 2, "workers": -1}, "workers must be 0 or more, got -1"),
         ({"batch_size": 2, "indices": [0, 6]}, "indices are 0 to 6; accepted: 0 to 5"),
     ):
         with pytest.raises(ValueError, match=message):
