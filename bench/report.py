@@ -65,9 +65,9 @@ def robustness(result: dict[str, Any]) -> str:
             f"Other threats, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
             "classifier; 200 queries by Square; the classifier's gradients; the defence taken for the identity; its "
             "exact gradients, twice. The minimum is clip by clip, over these, the table above and, for "
-            "five of the defences, APGD-10 in the gray box and under BPDA; of ddim, which draws anew, it is the lowest "
-            "of the accuracies on the same clips. Every attack could be made stronger, and those on ddim do not "
-            "average over its draws (EOT): these are upper bounds.",
+            "five of the defences, APGD-10 in the gray box and under BPDA (the picture); of ddim, which draws anew, it "
+            "is the lowest of the accuracies on the same clips. Every attack could be made stronger, and those on ddim "
+            "do not average over its draws (EOT): these are upper bounds.",
             "",
             *markdown(["defence", *columns], informed),
             "",

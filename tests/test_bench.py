@@ -244,6 +244,7 @@ def test_the_studys_result_is_of_its_records(tmp_path):
     path, checks = tmp_path / RESULT.name, json.loads((WORK / "checks.json").read_text())
     write(recorded(plans(), WORK), checks, path)
     assert path.read_text() == RESULT.read_text()
+    assert path.with_suffix(".svg").read_text() == RESULT.with_suffix(".svg").read_text()
 
 
 def test_records_of_other_weights_are_refused(tmp_path):

@@ -64,10 +64,11 @@ def test_a_video_shows_three_sides_of_every_clip(tmp_path):
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_accuracy_is_drawn_against_eps_and_latency(tmp_path, suffix):
     path = tmp_path / f"accuracy{suffix}"
-    draw_accuracy(ROWS, path, note="a note")
+    draw_accuracy(ROWS, path, eps=0.2, note="a note")
     if suffix == ".svg":
         text = path.read_text()
         assert text.count(">seconds a clip<") == 2 and text.count(">eps, 1/255<") == 1
+        assert "bpda pgd, eps 51/255<" in text and "exact pgd, eps 25.5/255<" in text  # the exact attack has no other
         assert (
             ">accuracy, bpda pgd<" in text and "clean" not in text and "both &lt;&amp;&gt;" in text and "a note" in text
         )

@@ -54,13 +54,21 @@ def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.P
             writer.write(frame)
 
 
-def draw_accuracy(rows: Sequence[Accuracy], path: str | os.PathLike[str], *, note: str = "") -> None:
-    """Robust accuracy against eps, a panel for each threat, and against seconds a clip at the smallest eps: .svg or
-    .png; at last the minimum over all attacks. Bars are 95 % intervals. ValueError where no row is of an attack."""
+def draw_accuracy(
+    rows: Sequence[Accuracy], path: str | os.PathLike[str], *, eps: float | None = None, note: str = ""
+) -> None:
+    """Robust accuracy against eps, a panel for each threat, and against seconds a clip at one eps: .svg or .png.
+
+    At last the minimum over all attacks. Bars are 95 % intervals.
+
+    eps: at which accuracy stands against seconds; a threat's smallest where it is None, or the threat lacks it.
+    ValueError where no row is of an attack.
+    """
     attacked = [row for row in rows if row.access != "none"]
     if not attacked:
         raise ValueError("there is no accuracy under attack to draw")
-    attacked = [row._replace(threat="minimum") if row.access == "adaptive" else row for row in attacked]
+    title = "minimum over all attacks"
+    attacked = [row._replace(threat=title) if row.access == "adaptive" else row for row in attacked]
     names = list(dict.fromkeys(row.defence for row in attacked))
     # One latency for all of a defence's rows: the minimum has none of its own.
     seconds = {row.defence: row.seconds_per_clip for row in reversed(rows) if row.seconds_per_clip is not None}
@@ -68,12 +76,14 @@ def draw_accuracy(rows: Sequence[Accuracy], path: str | os.PathLike[str], *, not
     panels = [
         panel
         for threat in dict.fromkeys(row.threat for row in attacked)
-        for panel in _panels([row for row in attacked if row.threat == threat], colours, seconds)
+        for panel in _panels([row for row in attacked if row.threat == threat], colours, seconds, eps)
     ]
     draw(panels, names, path, note=note)
 
 
-def _panels(rows: Sequence[Accuracy], colours: dict[str, int], seconds: dict[str, float]) -> Iterator[Panel]:
+def _panels(
+    rows: Sequence[Accuracy], colours: dict[str, int], seconds: dict[str, float], eps: float | None
+) -> Iterator[Panel]:
     """Of one threat: accuracy against eps, if there is more than one, and against latency."""
     sizes = sorted({row.eps for row in rows})
     title = f"accuracy, {rows[0].threat}"
@@ -85,14 +95,15 @@ def _panels(rows: Sequence[Accuracy], colours: dict[str, int], seconds: dict[str
             lines += [Line(sorted((x, row.accuracy) for x, row in places), colour)] if places else []
             lines += [_bar(x, row, colour) for x, row in places]
         yield Panel(title, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines, top=1)
-    first = [row for row in rows if row.eps == sizes[0]]
+    eps = eps if eps in sizes else sizes[0]
+    alike = [row for row in rows if row.eps == eps]
     # A logarithmic axis: its places are powers of ten.
-    times = {row.defence: math.log10(max(seconds[row.defence], 1e-4)) for row in first}
+    times = {row.defence: math.log10(max(seconds[row.defence], 1e-4)) for row in alike}
     least, most = math.floor(min(times.values())), math.ceil(max(times.values()) + 1e-9)
-    lines = [Line([(times[row.defence] - least, row.accuracy)], colours[row.defence]) for row in first]
-    lines += [_bar(times[row.defence] - least, row, colours[row.defence]) for row in first]
+    lines = [Line([(times[row.defence] - least, row.accuracy)], colours[row.defence]) for row in alike]
+    lines += [_bar(times[row.defence] - least, row, colours[row.defence]) for row in alike]
     ticks = [f"{10.0**power:g}" for power in range(least, most + 1)]
-    yield Panel(f"{title}, eps {255 * sizes[0]:g}/255", "seconds a clip", ticks, lines, top=1)
+    yield Panel(f"{title}, eps {255 * eps:g}/255", "seconds a clip", ticks, lines, top=1)
 
 
 def _bar(x: float, row: Accuracy, colour: int) -> Line:
