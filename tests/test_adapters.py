@@ -155,8 +155,10 @@ def test_bad_clips_and_models():
     "output, error, message",
     [
         (lambda x: (x, x), TypeError, "have .logits, got tuple"),
-        (lambda x: x.flatten(), ValueError, r"must return \(2, K\) logits"),
+        (lambda x: x.flatten(), ValueError, r"logits \(2, K\), got \(1536,\)"),
         (lambda x: x[0].flatten(1), ValueError, r"got \(3, 256\)"),
+        (lambda x: x.flatten(1) * float("nan"), ValueError, "logits are not finite"),
+        (lambda x: x.flatten(1).long(), ValueError, "logits must be floats"),
     ],
 )
 def test_outputs_that_are_no_logits(output, error, message):
@@ -328,7 +330,7 @@ def test_art_attacks(attack, gradient, purifier, batch):
 
 
 def test_art_refuses(purifier):
-    with pytest.raises(ValueError, match="gradient is 'none'; accepted: bpda, exact"):
+    with pytest.raises(ValueError, match="gradient is 'none'; accepted: exact, bpda"):
         art_preprocessor(purifier, gradient="none")
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         art_preprocessor(purifier, batch_size=0)

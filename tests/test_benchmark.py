@@ -241,7 +241,7 @@ def test_command(tmp_path, monkeypatch, small_model):
         **{"method": "videopure", "inversion_steps": 0},
     }
     assert [row["batch"] for row in load(numbers)["rows"]] == [1, 2] and picture.is_file()
-    for word in ("warm-up s", "clips/s", "p99 s/clip", "peak MB", "2x16x20", "guidance", "Numbers:", "Picture:"):
+    for word in ("warm-up s", "clips/s", "p99 s/clip", "peak MiB", "2x16x20", "guidance", "Numbers:", "Picture:"):
         assert word in done.output
     compared = bench("--compare", numbers, numbers)
     assert compared.exit_code == 0 and "reference float32 full 2x2x16x20" in compared.output

@@ -84,6 +84,8 @@ def test_an_attack_that_goes_on_must_gain_more_than_noise(broken):
     check = effort_check(CLASSIFIER, *batch(), eps=8 / 255, steps=6)
     assert check.passed and "half way" in check.seen
     assert not effort_check(broken, *batch(), eps=8 / 255, steps=6).passed
+    with pytest.raises(ValueError, match="steps must be 2 or more, got 1"):
+        effort_check(CLASSIFIER, *batch(), eps=8 / 255, steps=1)
 
 
 def fragile(x: Tensor) -> Tensor:
@@ -132,7 +134,8 @@ def test_the_attackers_own_classifier_must_be_accurate_and_fooled():
 
 def record(folder: Path, access: str, right: list[int], **given) -> Record:
     """Of one attack on videopure: which of the clips it left right."""
-    attack = {"attack": "pgd", "settings": {"steps": 10, "step_size": 0.1}} | given
+    pgd = {"attack": "pgd", "settings": {"steps": 10, "step_size": 0.1}}
+    attack = ({"attack": "square"} if access == "query" else pgd) | given
     threat = Threat(access, **attack, clips=len(right))
     plan = Plan("test", (threat,), ("none", "videopure"), seeds=(0,), batch=len(right))
     found = Record(folder / f"{access} {plan.hash}.json", plan)

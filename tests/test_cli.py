@@ -385,6 +385,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
         ),
         (("--defence", "all", "--defence", "prayer"), "unknown defences prayer"),
         (("--depth", "99", "--model", "not/there"), "--depth must be 0 to 49, got 99"),
+        (("--depth", "2", "--defence", "none"), "--depth 2 is of no defence asked for; say --defence 'videopure, T=2'"),
         (("--step-size", "nan"), "--step-size must be more than 0, in 1/255, got nan"),
         (("--defence", "prayer", "--model", "not/there"), "unknown defences prayer; accepted: all, none"),
         (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
@@ -405,6 +406,15 @@ def test_a_stopped_evaluation_says_how_to_go_on(tmp_path, small_model, monkeypat
     status, stdout, _ = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path)
     assert status not in (None, 0)
     assert f"stays in {tmp_path / 'record.json'}: the same command goes on" in stdout
+
+
+def test_running_out_of_memory_names_the_batch(tmp_path, small_model, monkeypatch, capsys):
+    def stop(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("videopure_fast.evaluation.evaluate", stop)
+    status, _, stderr = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path)
+    assert status == 1 and "try a smaller --batch" in stderr and stderr.count("\n") == 1
 
 
 def test_info(monkeypatch):

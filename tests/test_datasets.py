@@ -132,6 +132,14 @@ def test_sampled_frames(total, place, expected):
     assert SMALL.indices(total, place) == expected
 
 
+def test_places_outside_a_video_are_refused():
+    for place in (-1.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"place must be in \[0, 1\), got"):
+            SMALL.indices(13, place)
+    with pytest.raises(ValueError, match="total must be 1 or more, got 0"):
+        SMALL.indices(0)
+
+
 @pytest.mark.parametrize("frames, expected", [(13, [3, 5, 7, 9]), (4, [0, 2, 3, 3])])
 def test_short_videos_repeat_their_last_frame(tmp_path, frames, expected):
     write(tmp_path / "a.mp4", frames=frames)
@@ -417,6 +425,10 @@ def test_seeds_draw_videos_of_their_own(tmp_path):
         draw(0, 1, 3)  # the last would be of seed 1
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
         draw(-1, 0, 3)
+    with pytest.raises(ValueError, match="start must be 0 or more, got -1"):
+        draw(0, -1, 2)
+    with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
+        draw(0, 0, 0)
     with pytest.raises(ValueError, match="clips must be 1 or more, got -1"):
         draws(dataset, -1)
 

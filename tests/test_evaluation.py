@@ -244,7 +244,8 @@ def test_codecs_have_no_exact_gradient(available, tmp_path):
         *({UNIT: ENTRY | {"right": [3]}}, {UNIT: ENTRY | {"right": [1] * 4}}, {UNIT: ENTRY | {"right": ""}}),
         *({UNIT: ENTRY | {"right": {}}}, {UNIT: ENTRY | {"right": [True]}}, {UNIT: ENTRY | {"repeats": True}}),
         *({UNIT: ENTRY | {"seconds": -1}}, {UNIT: ENTRY | {"peak_bytes": "x"}}, {UNIT: ENTRY | {"right": None}}),
-        *({UNIT: ENTRY | {"other": 1}}, {UNIT: ENTRY | {"seconds": "1"}}),
+        *({UNIT: ENTRY | {"other": 1}}, {UNIT: ENTRY | {"seconds": "1"}}, {UNIT: ENTRY | {"seconds": 10**400}}),
+        {UNIT: ENTRY | {"peak_bytes": -1}},
     ],
     ids=lambda content: str(content)[:80],
 )
@@ -276,6 +277,11 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
             "pgd has no stepsize; accepted: eot, loss, norm, random_start",
         ),
         (lambda: Threat("query", "square", {"eps": 1, "queries": 2}), "square has no eps; accepted: eot, loss, p_init"),
+        (
+            lambda: Threat("query", "pgd", {"steps": 1, "step_size": 0.1}),
+            "'query' gives no gradients, which pgd needs; accepted: square",
+        ),
+        (lambda: Threat("exact", "pgd", {1: 2}), "pgd has no 1; accepted: eot"),
         (lambda: Threat("exact", ["pgd"]), r"unknown attack \['pgd'\]; accepted: fgsm, pgd"),
         (lambda: Threat("exact", clips=0), "clips must be 1 or more, got 0"),
         (lambda: Threat("gray-box"), "pgd needs step_size, steps among its settings"),
@@ -306,6 +312,8 @@ def test_bad_plans_are_refused(make, message):
         (lambda: replace(plan(GRAY), seeds=("a",)), r"seeds must be tuple\[int, ...\], got \('a',\)"),
         (lambda: replace(plan(GRAY), threats=("none",)), "threats must be"),
         (lambda: Threat("exact", "pgd", ["steps"]), "settings must be a mapping of names to values, got list"),
+        (lambda: evaluate(None, Setup(CLASSIFIER, {}, draw), "x"), "plan must be a Plan, got NoneType"),
+        (lambda: evaluate(plan(GRAY), None, "x"), "setup must be a Setup, got NoneType"),
         (lambda: Threat("exact", "fgsm", {"loss": len}), "loss must be a number, a word or a bool, got builtin"),
     ],
 )
@@ -355,9 +363,12 @@ def test_transfer_needs_another_classifier(available, tmp_path):
 
 @pytest.mark.parametrize("role", ["classifier", "other"])
 def test_classifiers_in_training_mode_are_refused(role, available, tmp_path):
-    setup = Setup(CLASSIFIER, available, draw, OTHER)._replace(**{role: Classifier()})
-    with pytest.raises(ValueError, match=f"the setup's {role} is in training mode"):
-        evaluate(plan(TRANSFER), setup, tmp_path / "record.json")
+    part = nn.Sequential(Classifier(), nn.Dropout()).eval()
+    part[1].train()
+    for module in (Classifier(), part):
+        setup = Setup(CLASSIFIER, available, draw, OTHER)._replace(**{role: module})
+        with pytest.raises(ValueError, match=f"the setup's {role} is in training mode"):
+            evaluate(plan(TRANSFER), setup, tmp_path / "record.json")
 
 
 @pytest.mark.parametrize(

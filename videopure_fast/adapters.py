@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import tiny
 from .gradients import straight_through
-from .inputs import check_clips, check_count, check_number
+from .inputs import check_clips, check_count, check_logits, check_number
 from .purifier import Purifier
 
 if TYPE_CHECKING:
@@ -115,10 +115,9 @@ class VideoClassifier(nn.Module):
         prepared = self.prepare(clips)
         output = self.model(prepared) if self.input_name is None else self.model(**{self.input_name: prepared})
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
+        if logits is None:
             raise TypeError(f"the model must return a tensor or have .logits, got {type(output).__name__}")
-        if logits.ndim != 2 or len(logits) != len(clips):
-            raise ValueError(f"the model must return ({len(clips)}, K) logits, got {tuple(logits.shape)}")
+        check_logits(logits, len(clips))
         return logits
 
     def prepare(self, clips: Tensor) -> Tensor | list[Tensor]:
@@ -172,7 +171,7 @@ def load_classifier(
     return model.eval().requires_grad_(False)
 
 
-def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: int = 8) -> PreprocessorPyTorch:
+def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size: int = 8) -> PreprocessorPyTorch:
     """The purifier as ART's preprocessor: `PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[it])`.
 
     ART differentiates through `forward` where all preprocessors are of PyTorch, else through `estimate_forward`; both
@@ -180,7 +179,8 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: 
 
     Args:
         purifier: its last vote is what the classifier sees. The vote over all is a DefendedClassifier.
-        gradient: "bpda", the identity, or "exact", the purification's own.
+        gradient: "exact", the purification's own, or "bpda", the identity: cheap, and no measure of a purifier, whose
+            perturbations it may well make smaller.
         batch_size: clips purified at once; ART hands over whole data sets.
 
     It is applied in predictions and attacks, not in `fit`: the defence needs no training. ImportError without ART.
@@ -188,8 +188,8 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "bpda", batch_size: 
     base = _library("art.defences.preprocessor.preprocessor", "art").PreprocessorPyTorch
     if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
-    if gradient not in ("bpda", "exact"):
-        raise ValueError(f"gradient is {gradient!r}; accepted: bpda, exact")
+    if gradient not in ("exact", "bpda"):
+        raise ValueError(f"gradient is {gradient!r}; accepted: exact, bpda")
     check_count("batch_size", batch_size)
 
     def purify(clips: Tensor) -> Tensor:

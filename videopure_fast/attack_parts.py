@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import check_clips, check_count, check_logits, check_number
+from .inputs import check_clips, check_count, check_generator, check_logits, check_number
 
 Model = Callable[[Tensor], Tensor]  # clips -> logits (B, K) or (B, V, K)
 Loss = str | Callable[[Tensor, Tensor], Tensor]  # a name, or (logits, labels) -> (B,)
@@ -89,17 +89,16 @@ class Target:
 
     def losses(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """One call of the model: whether each clip is fooled, as 0 or 1, and its loss. Both (B,)."""
-        logits, count = self.model(clips), len(clips)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"the model must return a tensor of logits, got {type(logits).__name__}")
-        if logits.ndim not in (2, 3) or len(logits) != count or 0 in logits.shape:
-            raise ValueError(f"the model must return ({count}, K) or ({count}, V, K), got {tuple(logits.shape)}")
-        check_logits(logits)
+        logits = self.model(clips)
+        check_logits(logits, len(clips), votes=True)
         if self.labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {self.labels.max()}, but the model returns {logits.shape[-1]} classes")
         loss = self.loss(logits, self.labels)
-        if not isinstance(loss, Tensor) or loss.shape != (count,):
-            raise ValueError(f"the loss must be a tensor ({count},), got {getattr(loss, 'shape', type(loss))}")
+        if not isinstance(loss, Tensor) or loss.shape != clips.shape[:1] or not loss.is_floating_point():
+            seen = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be floats ({len(clips)},), got {seen}")
+        if loss.isnan().any():  # it is never the larger: the attack would keep the clips that it began with
+            raise ValueError("the loss is NaN")
         return (vote(logits.detach()) != self.labels).to(loss.dtype), loss
 
     def score(self, clips: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,9 +253,8 @@ def prepare(
         raise ValueError(f"eps must be at most 1 in l_inf, in the clips' units (4/255, not 4), got {eps}")
     if not callable(loss) and loss not in list(_LOSSES):
         raise ValueError(f"loss must be callable or one of {', '.join(_LOSSES)}, got {loss!r}")
-    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
-        seen = getattr(generator, "device", type(generator).__name__)
-        raise ValueError(f"generator must be a torch.Generator on the CPU, got {seen}")
+    if generator is not None:
+        check_generator(generator)
     with torch.inference_mode(False):  # so that the model may save the labels for its backward pass
         clips, labels = clips.detach().clone(), labels.clone()
     target = Target(model, labels, loss if callable(loss) else _LOSSES[loss], eot)

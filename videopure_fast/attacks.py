@@ -77,14 +77,8 @@ def pgd(
     random_start: bool = True,
     **shared: Unpack[Shared],
 ) -> Tensor:
-    """Projected gradient descent, untargeted (PGD, arXiv 1706.06083).
-
-    0 steps give its start. The bounds of its l_inf ball are rounded to nearest, as they were when the results at hand
-    were recorded: a pixel may leave the ball by its own rounding, 2**-25 in float32. All other balls round inwards.
-    """
+    """Projected gradient descent, untargeted (PGD, arXiv 1706.06083). 0 steps give its start."""
     task = prepare(model, clips, labels, eps, steps=steps, least_steps=0, step_size=step_size, **shared)
-    ball = task.ball
-    ball.low, ball.high = (ball.clips - eps).clamp(min=0), (ball.clips + eps).clamp(max=1)
     return _restart("pgd", task, _climber(task, task.target.gradient), random_start)
 
 
@@ -259,8 +253,7 @@ def one_frame(
     """
     task = prepare(model, clips, labels, eps, steps=steps, step_size=step_size, **shared)
     clips, count = task.ball.clips, clips.shape[2]
-    if frame is not None and (isinstance(frame, bool) or not isinstance(frame, int) or not 0 <= frame < count):
-        raise ValueError(f"frame must be None or one of 0..{count - 1}, got {frame!r}")
+    check_count("frame", 0 if frame is None else frame, least=0, most=count - 1)
     if frame is None:
         frames = lengths(task.target.gradient(clips).transpose(1, 2).flatten(0, 1)).view(-1, count).argmax(1)
     else:
@@ -289,8 +282,7 @@ def patch(
     """
     task = prepare(model, clips, labels, eps, steps=steps, step_size=step_size, **shared)
     height, width = clips.shape[-2:]
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= min(height, width):
-        raise ValueError(f"size must be an int of 1..{min(height, width)} for frames of {height}x{width}, got {size!r}")
+    check_count("size", size, most=min(height, width))
     room = (height - size, width - size)
     if corner is None:
         top, left = (torch.randint(most + 1, (len(clips),), generator=shared.get("generator")) for most in room)
@@ -409,7 +401,7 @@ def _shift_weights(kind: str, most: int) -> dict[int, float]:
         "linear": lambda s: 1 - abs(s) / (most + 1),
         "uniform": lambda s: 1.0,
     }
-    if kind not in kinds:
+    if kind not in list(kinds):
         raise ValueError(f"weights must be one of {', '.join(kinds)}, got {kind!r}")
     raw = {s: kinds[kind](s) for s in range(-most, most + 1)}
     return {s: w / sum(raw.values()) for s, w in raw.items()}

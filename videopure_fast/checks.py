@@ -48,6 +48,9 @@ def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, lab
     the gradient's own sign would not. A confident classifier's cross-entropy is flatter than its rounding; the margin
     is not.
     """
+    if not isinstance(purifier, Purifier):
+        raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
+    check_labelled(clips, labels)
     unet, vae, decoder, judge = (
         None if module is None else copy.deepcopy(module).double()
         for module in (purifier.unet, purifier.vae, purifier.decoder, classifier)
@@ -115,7 +118,7 @@ def effort_check(
 ) -> Check:
     """PGD in small steps on `model`, an attack's target: its gain in the mean loss must be several times what noise of
     the same size does, for noise too raises the loss of clips that are right."""
-    check_count("steps", steps)
+    check_count("steps", steps, least=2)  # the loss is seen before each step, not after the last
     losses: list[float] = []
 
     def watched(logits: Tensor, labels: Tensor) -> Tensor:

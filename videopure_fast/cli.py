@@ -435,7 +435,7 @@ def _bench_table(run: dict[str, Any]) -> Table:
     )
     for column in ("backend", "dtype", "decoder"):
         table.add_column(column)
-    for column in ("clip", "batch", "warm-up s", "clips/s", "p50", "p95", "p99 s/clip", "calls", "peak MB"):
+    for column in ("clip", "batch", "warm-up s", "clips/s", "p50", "p95", "p99 s/clip", "calls", "peak MiB"):
         table.add_column(column, justify="right")
     for row in run["rows"]:
         shape = f"{row['frames']}x{row['height']}x{row['width']}"

@@ -292,6 +292,8 @@ def evaluate(
     wanted = known if "all" in (defence or ()) else tuple(defence or _DEFENCES)
     if unknown := [name for name in defence or () if name not in (*known, "all")]:
         raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: all, {', '.join(known)}")
+    if idle := [one for one in depth or () if not any(name.endswith(f", T={one}") for name in wanted)]:
+        raise ValueError(f"--depth {idle[0]} is of no defence asked for; say --defence 'videopure, T={idle[0]}'")
     gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
     threats = _threats(threat, attack, steps, step_size, gradient, queries, clips)
     if any(one.access == "transfer" for one in threats) != (other is not None):
@@ -344,6 +346,8 @@ def evaluate(
     except KeyboardInterrupt:
         console.print(f"Stopped. What is done stays in {out / 'record.json'}: the same command goes on from there.")
         raise
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{batch} clips do not fit in the accelerator's memory; try a smaller --batch") from error
     report(record, setup, names, out, thorough=checks)
 
 

@@ -75,9 +75,9 @@ def weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
 
 def accuracy_table(rows: Sequence[Accuracy]) -> Table:
     table = Table("defence", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
-    table.caption = "MB: the most memory held, on a CPU by the whole process"
+    table.caption = "MiB: the most memory held, on a CPU by the whole process"
     table.caption_justify = "left"
-    for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MB"):
+    for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     last = None
     for row in rows:

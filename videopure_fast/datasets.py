@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .inputs import check_count
+from .inputs import check_count, check_generator
 from .video import probe, read_frames, working_size
 
 MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one
@@ -55,6 +55,9 @@ class ClipSampling:
 
     def indices(self, total: int, place: float = 0.5) -> list[int]:
         """Frames of a clip from a video of `total`; place in [0, 1): 0.5 is the centre, 0 the earliest start."""
+        check_count("total", total)
+        if not 0 <= place < 1:
+            raise ValueError(f"place must be in [0, 1), got {place}")
         starts = max(1, total - (self.frames - 1) * self.stride)
         return [min(int(place * starts) + i * self.stride, total - 1) for i in range(self.frames)]
 
@@ -259,6 +262,7 @@ def load(
         raise ValueError(f"indices are {min(indices)} to {max(indices)}; accepted: 0 to {len(dataset) - 1}")
     places = [0.5] * len(indices)
     if generator is not None:
+        check_generator(generator)
         places = torch.rand(len(indices), generator=generator, dtype=torch.float64).tolist()
     jobs = _Jobs(dataset, list(zip(indices, places, strict=True)))
     return _batches(dataset, DataLoader(jobs, batch_size=batch_size, num_workers=workers, collate_fn=list))
@@ -274,7 +278,8 @@ def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int,
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
 
     def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-        check_count("seed", seed, least=0)
+        for name, value, least in (("seed", seed, 0), ("start", start, 0), ("count", count, 1)):
+            check_count(name, value, least=least)
         if start + count > clips:
             raise ValueError(f"a seed has {clips} clips, but those from {start} to {start + count} were asked for")
         first = seed * clips + start

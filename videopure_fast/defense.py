@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .gradients import straight_through
-from .inputs import check_logits
+from .inputs import check_clips, check_logits
 from .purifier import Denoised, Generators, Purifier
 
 Gradient = Literal["exact", "bpda", "surrogate"]
@@ -69,7 +69,7 @@ class DefendedClassifier(nn.Module):
 
     def vote_logits(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The logits of each vote: (B, V, K), differentiable."""
-        _check_clips(clips)
+        check_clips(clips)
         differentiable = torch.is_grad_enabled() and clips.requires_grad
         if self.gradient == "exact" or not differentiable:
             return self._logits(self.purifier.denoise(clips, generator=generator))
@@ -79,55 +79,44 @@ class DefendedClassifier(nn.Module):
             path = clips[:, None]
         else:
             path = self.purifier.variant(**self._surrogate)(clips, return_votes=True, generator=generator)
-        return self._classify(_with_gradient_of(path, votes))
+        return classify_votes(self.classifier, _with_gradient_of(path, votes))
 
     def votes(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The label of each vote: (B, V), int64."""
         with torch.no_grad():
-            return _labels(self.vote_logits(clips, generator=generator))
+            return self.vote_logits(clips, generator=generator).argmax(-1)
 
     @torch.no_grad()
     def predict(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The most frequent label over the votes, the smallest of equals: (B,), int64."""
-        _check_clips(clips)
+        check_clips(clips)
         denoised = self.purifier.denoise(clips, generator=generator)
         total = denoised.votes
         counts, done = 0, 0
         # No majority is settled before more than half of the votes; from then on each one may settle it.
         for end in range(total // 2 + 1, total + 1) if self.early_stop else [total]:
             logits = self._logits(denoised, slice(done, end))
-            counts = counts + F.one_hot(_labels(logits), logits.shape[-1]).sum(1)
+            counts = counts + F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(1)
             done = end
             if settled(counts, total - done).all():
                 break
         return counts.argmax(-1)
 
     def _logits(self, denoised: Denoised, votes: slice = slice(None)) -> Tensor:
-        return self._classify(self.purifier.decode_votes(denoised, votes))
-
-    def _classify(self, votes: Tensor) -> Tensor:
-        """Votes (B, V, 3, F, H, W) -> logits (B, V, K)."""
-        classify = self.classifier
-        if torch.is_grad_enabled() and votes.requires_grad and not classify.training:
-            classify = partial(checkpoint, classify, use_reentrant=False)  # one vote's activations at a time
-        logits = [classify(vote.contiguous()) for vote in votes.unbind(1)]
-        if not isinstance(logits[0], Tensor):
-            raise TypeError(f"the classifier must return a tensor of logits, got {type(logits[0]).__name__}")
-        if logits[0].ndim != 2 or len(logits[0]) != len(votes):
-            raise ValueError(f"the classifier must return ({len(votes)}, K) logits, got {tuple(logits[0].shape)}")
-        return torch.stack(logits, 1)
+        return classify_votes(self.classifier, self.purifier.decode_votes(denoised, votes))
 
 
-def _labels(logits: Tensor) -> Tensor:
-    """(..., K) -> (...); ValueError for logits that name none."""
-    check_logits(logits)
-    return logits.argmax(-1)
-
-
-def _check_clips(clips: Tensor) -> None:
-    if not isinstance(clips, Tensor) or clips.ndim != 5 or not clips.is_floating_point():
-        seen = f"{clips.dtype} {tuple(clips.shape)}" if isinstance(clips, Tensor) else type(clips).__name__
-        raise TypeError(f"clips must be a float tensor (B, 3, F, H, W) in [0, 1], got {seen}")
+def classify_votes(classifier: nn.Module, votes: Tensor) -> Tensor:
+    """Votes (B, V, 3, F, H, W) -> logits (B, V, K). TypeError or ValueError where the classifier returns no logits."""
+    classify = classifier
+    if torch.is_grad_enabled() and votes.requires_grad and not classifier.training:
+        classify = partial(checkpoint, classify, use_reentrant=False)  # one vote's activations at a time
+    logits = [classify(vote.contiguous()) for vote in votes.unbind(1)]
+    for one in logits:
+        check_logits(one, len(votes))
+        if one.shape != logits[0].shape:
+            raise ValueError(f"the model returns {len(logits[0][0])} classes for one vote, {len(one[0])} for another")
+    return torch.stack(logits, 1)
 
 
 def _with_gradient_of(path: Tensor, votes: Tensor) -> Tensor:

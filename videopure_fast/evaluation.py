@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 
 from .attack_parts import check_labelled, vote
 from .attacks import ATTACKS, bpda
-from .defense import DefendedClassifier
+from .defense import DefendedClassifier, classify_votes
 from .filters import FILTERS, reconstruct
-from .inputs import check_logits
 from .profiling import PeakMemory, check_writable, describe_machine, make_folder, synchronize
 from .purifier import Purifier
 from .records import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone
@@ -122,12 +121,15 @@ def evaluate(
     (`VideoDataset.skipped`), and is kept in the record. Bad plans, setups, paths and settings of attacks end in an
     error before any attack.
     """
+    for name, value, kind in (("plan", plan, Plan), ("setup", setup, Setup)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if unknown := [name for name in plan.defences if name not in setup.defences]:
         raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(setup.defences)}")
     if setup.other is None and any(threat.access == "transfer" for threat in plan.threats):
         raise ValueError("the access 'transfer' needs another classifier to attack, got none")
     for name, module in (("classifier", setup.classifier), ("other", setup.other)):
-        if getattr(module, "training", False):
+        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
             raise ValueError(f"the setup's {name} is in training mode, where answers differ from call to call: eval()")
     make_folder(Path(path).parent)
     check_writable(path)
@@ -229,24 +231,13 @@ def _judge(
     memory, start = PeakMemory(attacked.device), time.perf_counter()
     for _ in range(repeats):
         with torch.no_grad():
-            logits = _logits(setup.classifier, defence.votes(attacked, generator))
+            logits = classify_votes(setup.classifier, defence.votes(attacked, generator))
         if labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {labels.max()}, but the classifier returns {logits.shape[-1]} classes")
         right += (vote(logits) == labels).to(right)
     synchronize(attacked.device)
     seconds = (time.perf_counter() - start) / repeats
     return {"right": right.tolist(), "repeats": repeats, "seconds": seconds, "peak_bytes": memory.read()}
-
-
-def _logits(classifier: nn.Module, votes: Tensor) -> Tensor:
-    """Votes (B, V, 3, F, H, W) -> logits (B, V, K)."""
-    logits = [classifier(one.contiguous()) for one in votes.unbind(1)]
-    if not isinstance(logits[0], Tensor) or logits[0].ndim != 2 or len(logits[0]) != len(votes):
-        seen = tuple(logits[0].shape) if isinstance(logits[0], Tensor) else type(logits[0]).__name__
-        raise ValueError(f"the classifier must return logits ({len(votes)}, K), got {seen}")
-    logits = torch.stack(logits, 1)
-    check_logits(logits)
-    return logits
 
 
 # Examples, for pictures
@@ -287,5 +278,5 @@ def _replay(unit: Unit, setup: Setup, name: str) -> Examples:
     attacked = _attack(unit, setup, name, clips, labels)
     with torch.no_grad():
         votes = setup.defences[name].votes(attacked, unit.generator(f"defend {name}"))
-        seen = [vote(logits) for logits in (setup.classifier(attacked), _logits(setup.classifier, votes))]
+        seen = [vote(logits) for logits in (setup.classifier(attacked), classify_votes(setup.classifier, votes))]
     return Examples(clips, attacked, votes[:, -1], labels, *seen)

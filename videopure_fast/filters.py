@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import check_clips, check_count
+from .inputs import check_clips, check_count, check_generator
+from .purifier import Purifier
 
 if TYPE_CHECKING:
     import numpy as np
     from av import Packet
-
-    from .purifier import Purifier
 
 _RATE = 25  # frames per second told to H.264, whose rate control depends on it
 # One thread is not enough to be deterministic: with x264's macroblock tree (core 165), 22 of 108 small clips came out
@@ -64,10 +63,7 @@ def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | 
         survives on a coarser scale. None: within the whole clip.
     """
     check_clips(clips)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator is on {generator.device}; accepted: a generator on the CPU")
+    check_generator(generator)
     frames = clips.shape[2]
     if block is None:
         block = frames
@@ -113,6 +109,8 @@ def h264(clips: Tensor, crf: int = 23) -> Tensor:
 
 def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
     """The VAE alone: encode and decode, no diffusion. Sides are padded to the VAE's factor and cropped back."""
+    if not isinstance(purifier, Purifier):
+        raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
     check_clips(clips)
     padded = _pad_sides(clips.to(purifier.vae.device), purifier.vae_factor)
     decoded = purifier.decode(purifier.encode(padded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .config import PurifyConfig
 
 LEAST_SIDE = 16  # pixels
+MOST_FRAMES = 1024  # of a window
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,8 +57,14 @@ def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
         raise ValueError(f"clips have values from {low} to {high}; {accepted}")
 
 
-def check_logits(logits: Tensor) -> None:
-    """ValueError for logits that name no label: NaN's largest is the first, and would count as an answer."""
+def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:
+    """TypeError or ValueError unless logits are (clips, K), or with votes also (clips, V, K), and each row names a
+    label: NaN's largest is the first, and would count as an answer."""
+    accepted = f"({clips}, K) or ({clips}, V, K)" if votes else f"({clips}, K)"
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model must return logits {accepted}, got {type(logits).__name__}")
+    if logits.ndim not in ((2, 3) if votes else (2,)) or len(logits) != clips or 0 in logits.shape:
+        raise ValueError(f"the model must return logits {accepted}, got {tuple(logits.shape)}")
     if not logits.is_floating_point() or logits.shape[-1] < 2:
         raise ValueError(f"logits must be floats of 2 classes or more, got {logits.dtype} of {logits.shape[-1]}")
     if not logits.isfinite().all():
@@ -67,7 +75,7 @@ def check_number(name: str, value: float, *, zero: bool = True, most: float = ma
     """TypeError or ValueError unless it is finite and 0 (if it may be) or more, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 <= value <= most and math.isfinite(value)) or not (value or zero):
+    if not 0 <= value <= min(most, sys.float_info.max) or not (value or zero):
         least = "0 or more" if zero else "more than 0"
         top = "finite" if most == math.inf else f"at most {most:g}"
         raise ValueError(f"{name} must be {least} and {top}, got {value}")
@@ -80,6 +88,14 @@ def check_count(name: str, value: int, *, least: int = 1, most: int | None = Non
     if value < least or (most is not None and value > most):
         accepted = f"{least} or more" if most is None else f"{least} to {most}"
         raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def check_generator(generator: torch.Generator) -> None:
+    """TypeError or ValueError unless it is on the CPU, so that its draws do not depend on the clips' device."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator on the CPU, got {type(generator).__name__}")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator must be a torch.Generator on the CPU, got one on {generator.device}")
 
 
 def check_models(unet: nn.Module, vae: nn.Module) -> None:

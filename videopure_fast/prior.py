@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import PurifyConfig
+from .inputs import MOST_FRAMES, check_count
 
 _PACKAGED = {"tiny": Path(__file__).with_name("tiny") / "weights"}
 _DECODERS = {"taesd": "madebyollin/taesd"}
@@ -69,8 +70,10 @@ def read_settings(folder: Path) -> Settings:
     if unknown:
         raise ValueError(f"{folder / 'purifier.json'} has unknown settings: {', '.join(sorted(unknown))}")
     scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
+    max_frames = given.get("max_frames", 32)
     try:
-        return Settings(PurifyConfig(**config), given.get("flow"), given.get("max_frames", 32), scheduler_config)
+        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
+        return Settings(PurifyConfig(**config), given.get("flow"), max_frames, scheduler_config)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"{folder / 'purifier.json'}: {error}") from error
 

@@ -122,7 +122,7 @@ class Profile:
 
     def __str__(self) -> str:
         counted = "launches" if self.device.startswith("cuda") else "operations"
-        header = ("stage", "ms", "share", counted, "GFLOP", "floor ms", "of floor", "peak MB")
+        header = ("stage", "ms", "share", counted, "GFLOP", "floor ms", "of floor", "peak MiB")
         whole = (self.staged, *(() if self.chain is None else (self.chain,)), self.call)
         rows = [header, *map(self._cells, (*self.stages, *whole))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

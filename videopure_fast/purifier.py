@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,16 @@ from .backend import full_float32
 from .config import PurifyConfig
 from .engine import Engine, SideStream, Walk
 from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
-from .inputs import check_decoder, check_embeddings, check_models, check_video, override, usable_device
+from .inputs import (
+    MOST_FRAMES,
+    check_count,
+    check_decoder,
+    check_embeddings,
+    check_models,
+    check_video,
+    override,
+    usable_device,
+)
 from .layers import attention_function
 from .prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
@@ -28,7 +37,6 @@ from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
 if TYPE_CHECKING:
     from .profiling import Profile
 
-_MOST_FRAMES = 1024  # of a window
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[str, int, int, Tensor], None]
 
@@ -87,8 +95,7 @@ class Purifier(nn.Module):
         check_models(unet, vae)
         check_decoder(vae, decoder)
         check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
-        if isinstance(max_frames, bool) or not isinstance(max_frames, int) or not 2 <= max_frames <= _MOST_FRAMES:
-            raise ValueError(f"max_frames must be an int from 2 to {_MOST_FRAMES}, got {max_frames!r}")
+        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
         self.unet, self.vae, self.decoder = unet, vae, decoder
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = negative_prompt_embeds.detach().clone().to(unet.device)
@@ -596,8 +603,12 @@ def purify(
     """
     check_video(video)
     override(PurifyConfig() if config is None else config, overrides)
+    options = {"device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
+    for name, value in {"model": model, **options}.items():
+        if not isinstance(value, Hashable):  # a key of the kept models
+            raise TypeError(f"{name} is a {type(value).__name__}; accepted: what Purifier.from_pretrained takes")
     # A copy shares the models, and its settings are its own.
-    purifier = copy.copy(_loaded(model, device=device, dtype=dtype, flow=flow, decoder=decoder))
+    purifier = copy.copy(_loaded(model, **options))
     purifier.config = override(purifier.config if config is None else config, overrides)
     return purifier(video)
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from .attack_parts import Shared
 from .attacks import ATTACKS
-from .inputs import check_count
+from .inputs import check_count, check_number
 from .profiling import replacing
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
@@ -52,11 +52,13 @@ class Threat:
         for name, value, accepted in (("access", self.access, get_args(Access)), ("attack", self.attack, (*ATTACKS,))):
             if value not in accepted:  # tuples: a value that has no hash is no name either
                 raise ValueError(f"unknown {name} {value!r}; accepted: {', '.join(accepted)}")
+        if self.access == "query" and self.attack != "square":
+            raise ValueError(f"'query' gives no gradients, which {self.attack} needs; accepted: square")
         check_count("clips", self.clips)
         if not isinstance(self.settings, Mapping):
             raise TypeError(f"settings must be a mapping of names to values, got {type(self.settings).__name__}")
         known, needed = _options(self.attack)
-        if unknown := sorted(set(self.settings) - known):
+        if unknown := sorted(map(str, set(self.settings) - known)):
             raise ValueError(f"{self.attack} has no {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
         if self.access != "none" and (missing := sorted(needed - set(self.settings))):
             raise ValueError(f"{self.attack} needs {', '.join(missing)} among its settings")
@@ -247,10 +249,8 @@ def _check_counts(clips: int, right: list[int], *, repeats: int, seconds: float,
     counts = [repeats, *right] if isinstance(right, list) else [None]
     if not all(type(n) is int and 0 <= n <= repeats for n in counts) or repeats < 1 or len(right) > clips:
         raise ValueError(f"a unit of {clips} clips has {right!r} right of {repeats!r}")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-        raise ValueError(f"a unit took {seconds!r} seconds")
-    if peak_bytes is not None and not isinstance(peak_bytes, int):
-        raise ValueError(f"a unit held {peak_bytes!r} bytes")
+    check_number("seconds", seconds)
+    check_count("peak_bytes", 0 if peak_bytes is None else peak_bytes, least=0)
 
 
 def weights_digest(module: nn.Module) -> str:
