@@ -22,6 +22,14 @@ VAE = {
 }
 
 
+TINY_DECODER = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
 def shift_flow(prev, next):
     """A flow estimator that depends on the frames, and on nothing else."""
     motion = (next - prev).mean((1, 2, 3))

@@ -4,13 +4,15 @@ import xml.dom.minidom
 
 import pytest
 import torch
-from conftest import build_purifier
+from conftest import TINY_DECODER, build_purifier
+from diffusers import AutoencoderTiny
 from PIL import Image
 from typer.testing import CliRunner
 
 from videopure_fast import benchmark, cli, profiling
 from videopure_fast.benchmark import Limits, Setting, compare, load, measure, plot, save, sweep
 from videopure_fast.plot import COLOURS, _ticks
+from videopure_fast.prior import load_decoder
 from videopure_fast.purifier import Purifier
 
 USUAL = {"backends": ["reference"], "dtypes": ["float32"], "sizes": [(16, 16)], "frames": [2], "batches": [1]}
@@ -21,9 +23,11 @@ def small_model():
     """A small random purifier in place of the packaged one; returns what was asked for, load by load."""
     asked = []
 
-    def from_pretrained(name, *, device=None, dtype=None, flow=None, **overrides):
+    def from_pretrained(name, *, device=None, dtype=None, flow=None, decoder=None, **overrides):
         asked.append({"name": name, "device": device, "dtype": dtype, "flow": flow, **overrides})
-        return build_purifier(dtype=dtype, **{"inversion_steps": 0} | overrides)
+        purifier = build_purifier(dtype=dtype, **{"inversion_steps": 0} | overrides)
+        purifier.decoder = None if decoder is None else load_decoder(decoder, dtype=dtype)
+        return purifier
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Purifier, "from_pretrained", from_pretrained)
@@ -111,6 +115,19 @@ def test_the_difference_is_that_of_the_first_clip(monkeypatch):
         assert benchmark._difference(purifier, video[:1], purified[:1] + 0.25, True) == pytest.approx(0.25, abs=1e-6)
 
 
+def test_a_lossy_decoders_row_has_its_error(tmp_path, monkeypatch):
+    AutoencoderTiny(**TINY_DECODER).save_pretrained(tmp_path / "decoder")
+    settings = sweep(**USUAL | {"decoders": ["full", str(tmp_path / "decoder")]})
+    full, lossy = run_bench(settings, limits=Limits(3, 0), stages=False, device="cpu")["rows"]
+    assert full["mean_difference_from_full_decoder"] is None
+    assert lossy["mean_difference_from_full_decoder"] > 0.01 > lossy["mean_difference_from_reference"]
+    with pytest.raises(ValueError, match="cannot be read"):
+        run_bench(sweep(**USUAL | {"decoders": ["full", str(tmp_path)]}))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = bench(*SMALL, "--batch", 1, "--decoder", tmp_path / "decoder", "--no-stages")
+    assert done.exit_code == 0 and "decoder's error" in done.output
+
+
 def test_quantiles():
     found = benchmark._quantiles([float(i) for i in range(101)][::-1])
     assert found == {"mean": 50, "min": 0, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -133,7 +150,6 @@ def test_sweep_is_every_combination_once():
     [
         ({"backends": ["fast"]}, "unknown backend 'fast'; accepted: auto"),
         ({"dtypes": ["int8"]}, "unknown dtype int8; accepted: float16"),
-        ({"decoders": ["half"]}, "unknown decoder half; accepted: full"),
         ({"batches": [0]}, "batch must be 1 or more, got 0"),
         ({"frames": [1]}, "frames must be 2 or more, got 1"),
         ({"sizes": [(32, 15)]}, "size must be 16 or more, got 15"),

@@ -6,19 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import build_purifier, clips
+from conftest import TINY_DECODER, build_purifier, clips
 from diffusers import AutoencoderTiny
 
 from videopure_fast import Purifier
 from videopure_fast.unet import FastUNet, PlainUNet
 from videopure_fast.vae import FastVAE
-
-TINY_DECODER = {
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "num_encoder_blocks": (1, 1),
-    "num_decoder_blocks": (1, 1),
-}
 
 
 def rebuilt(purifier, **options):

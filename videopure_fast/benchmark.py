@@ -18,13 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backend import use_backend
-from .inputs import LEAST_SIDE
+from .inputs import LEAST_SIDE, check_decoder
 from .plot import Line, Panel, draw
+from .prior import load_decoder
 from .profiling import PeakMemory, describe_device, installed, nvidia_smi, profile, replacing, synchronize
 from .purifier import Purifier
 
 KIND = "videopure-fast bench"
-DECODERS = ("full",)
+FULL_DECODER = "full"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PERCENTILES = (50, 95, 99)
 # The mean distance of pixels in [0, 1] that a backend may have from the reference. Half precision rounds elsewhere.
@@ -33,7 +34,10 @@ _LEAST_CALLS = 3
 
 
 class Setting(NamedTuple):
-    """One place of the sweep. backend: as of `use_backend`. Those that need the models anew stand first."""
+    """One place of the sweep. Those that need the models anew stand first.
+
+    backend: as of `use_backend`. decoder: "full", the VAE's own, or a lossy one as of `Purifier.from_pretrained`.
+    """
 
     backend: str
     dtype: str
@@ -59,7 +63,7 @@ def sweep(
     *,
     backends: Sequence[str],
     dtypes: Sequence[str],
-    decoders: Sequence[str] = DECODERS,
+    decoders: Sequence[str] = (FULL_DECODER,),
     sizes: Sequence[tuple[int, int]],
     frames: Sequence[int],
     batches: Sequence[int],
@@ -68,9 +72,8 @@ def sweep(
     for name in backends:
         with use_backend(name):
             pass
-    for what, given, accepted in (("dtype", dtypes, DTYPES), ("decoder", decoders, DECODERS)):
-        if unknown := set(given) - set(accepted):
-            raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+    if unknown := set(dtypes) - set(DTYPES):
+        raise ValueError(f"unknown dtype {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}")
     for what, given, least in (
         ("batch", batches, 1),
         ("frames", frames, 2),
@@ -102,13 +105,16 @@ def measure(
 
     A setting's first call stands apart; it may load, compile and capture. A row whose backend cannot serve it, whose
     memory does not suffice, or whose first clip does not equal the reference backend's, says so under "not_measured"
-    and has no times.
+    and has no times. A lossy decoder's row has its mean distance from the full one's first clip.
     """
 
     def purifier_of(setting: Setting) -> Purifier:
-        return Purifier.from_pretrained(model, dtype=getattr(torch, setting.dtype), **options)
+        decoder = None if setting.decoder == FULL_DECODER else setting.decoder
+        return Purifier.from_pretrained(model, dtype=getattr(torch, setting.dtype), decoder=decoder, **options)
 
     purifier: Purifier | None = purifier_of(settings[0])
+    for decoder in {setting.decoder for setting in settings} - {FULL_DECODER}:
+        check_decoder(purifier.vae, load_decoder(decoder, dtype=torch.float32))  # now rather than hours later
     yield _run(model, purifier, limits, return_votes)
     with tqdm(total=len(settings) * limits.repeats, unit="call", disable=not progress) as bar:
         # A captured graph keeps the backend it was captured with: a new backend takes a new purifier.
@@ -145,10 +151,12 @@ def _measure_one(
 
     with torch.no_grad():
         first_seconds, purified = call()
-        difference = _difference(purifier, clips[:1], purified[:1], return_votes)
+        with use_backend("reference"):
+            difference = _difference(purifier, clips[:1], purified[:1], return_votes)
         if not difference <= TOLERANCE[setting.dtype]:  # nor NaN
             allowed = f"more than {TOLERANCE[setting.dtype]:g}"
             return {"not_measured": f"differs from the reference by {difference:.3g} a pixel on average, {allowed}"}
+        loss = None if purifier.decoder is None else _decoder_loss(purifier, clips[:1], purified[:1], return_votes)
         del purified
         memory = PeakMemory(device)
         seconds: list[float] = []
@@ -165,16 +173,26 @@ def _measure_one(
         "seconds_per_clip": _quantiles([second / setting.batch for second in seconds]),
         "peak_bytes": peak,
         "mean_difference_from_reference": difference,
+        "mean_difference_from_full_decoder": loss,
         "profile": profile(purifier, clips, return_votes=return_votes).to_dict() if stages else None,
     }
 
 
 def _difference(purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool) -> float:
-    """The mean distance of a purified clip from what the reference backend makes of the clip alone."""
-    generator = torch.Generator().manual_seed(0)
-    with use_backend("reference"):  # a callback keeps the purifier from capturing a graph of it
-        expected = purifier(clip, return_votes=return_votes, generator=generator, callback=lambda *_: None)
+    """The mean distance of a purified clip from what the purifier makes of the clip alone, as it is now."""
+    # A callback keeps it from capturing a graph.
+    options = {"generator": torch.Generator().manual_seed(0), "callback": lambda *_: None}
+    expected = purifier(clip, return_votes=return_votes, **options)
     return (purified.double() - expected.double()).abs().mean().item()
+
+
+def _decoder_loss(purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool) -> float:
+    """The mean distance of a purified clip from what the full decoder makes of it."""
+    lossy, purifier.decoder = purifier.decoder, None
+    try:
+        return _difference(purifier, clip, purified, return_votes)
+    finally:
+        purifier.decoder = lossy
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -48,10 +48,6 @@ class Method(str, Enum):
     ddpm = "ddpm"
 
 
-class Decoder(str, Enum):
-    full = "full"
-
-
 class Votes(str, Enum):
     all = "all"
     last = "last"
@@ -173,7 +169,13 @@ def bench(
             help='Code of the ops: auto, reference, cpu, triton, or in order "cuda,triton". May be given repeatedly.',
         ),
     ] = None,
-    decoder: Annotated[list[Decoder] | None, typer.Option(show_default="full", help="Decoder of the votes.")] = None,
+    decoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default="full",
+            help="Decoder of the votes: full, or the lossy taesd, a folder or a repository. May be given repeatedly.",
+        ),
+    ] = None,
     votes: Annotated[
         Votes, typer.Option(help="Decode all votes, as a defended classifier needs them, or the last alone.")
     ] = Votes.all,
@@ -219,6 +221,7 @@ def bench(
       videopure-fast bench
       videopure-fast bench --batch 1,2,4,8 --backend auto --backend reference --json run.json --plot run.svg
       videopure-fast bench --model ali-vilab/text-to-video-ms-1.7b --frames 16,32 --dtype float16,bfloat16
+      videopure-fast bench --model ali-vilab/text-to-video-ms-1.7b --decoder full --decoder taesd
       videopure-fast bench --compare before.json after.json
     ```
     """
@@ -239,7 +242,7 @@ def bench(
     settings = benchmark.sweep(
         backends=backend or ["auto"],
         dtypes=_listed(dtype) if dtype else [_usual_dtype(device)],
-        decoders=[choice.value for choice in decoder or [Decoder.full]],
+        decoders=decoder or [benchmark.FULL_DECODER],
         sizes=[_size(text) for text in _listed(size or ("32x32" if tiny else "224x224"))],
         frames=_numbers("frames", frames or ("16" if tiny else "32")),
         batches=_numbers("batch", batch),
@@ -435,7 +438,9 @@ def _bench_table(run: dict[str, Any]) -> Table:
     )
     for column in ("backend", "dtype", "decoder"):
         table.add_column(column)
-    for column in ("clip", "batch", "warm-up s", "clips/s", "p50", "p95", "p99 s/clip", "calls", "peak MiB"):
+    lossy = any(row.get("mean_difference_from_full_decoder") is not None for row in run["rows"])
+    last = ("calls", "peak MiB", *(("decoder's error",) if lossy else ()))
+    for column in ("clip", "batch", "warm-up s", "clips/s", "p50", "p95", "p99 s/clip", *last):
         table.add_column(column, justify="right")
     for row in run["rows"]:
         shape = f"{row['frames']}x{row['height']}x{row['width']}"
@@ -450,6 +455,7 @@ def _bench_table(run: dict[str, Any]) -> Table:
             *(f"{row['seconds_per_clip'][p]:.4g}" for p in ("p50", "p95", "p99")),
             str(row["calls"]),
             "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+            *([f"{row['mean_difference_from_full_decoder'] or 0:.3g}"] if lossy else []),
         )
     if reasons := {row["not_measured"] for row in run["rows"] if "not_measured" in row}:
         table.caption = "not measured: " + "; ".join(sorted(reasons))
