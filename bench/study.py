@@ -5,6 +5,9 @@ bench/results/robustness-tiny.json then holds all that is done in full, robustne
 and seconds, and `make report` makes the README's tables. --only works on one part; --only nothing just writes the
 result. --share 0.02 tries the whole way on few clips, in build. Seconds a clip are those of the part "cost", which
 wants the machine for itself, and the threads that are to be told of.
+
+The records at hand are of a PGD whose l_inf box was rounded to nearest: a pixel could leave it by its own rounding, at
+most 2**-25.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ def random_gradient(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", ["videopure", "ddim"])
 def test_the_exact_gradient_passes(method):
     purifier = build_purifier(method=method, prompts=2, cfg_denoise=2.0)
+    with pytest.raises(TypeError, match="purifier must be a Purifier, got NoneType"):
+        gradient_check(None, CLASSIFIER, *batch())
     check = gradient_check(purifier, CLASSIFIER, *(part[:1] for part in batch()))
     assert check.passed and check.seen.count(" for ") == 3
     assert purifier.unet.dtype is torch.float32 and CLASSIFIER.head.weight.dtype is torch.float32

@@ -413,8 +413,9 @@ def test_running_out_of_memory_names_the_batch(tmp_path, small_model, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("videopure_fast.evaluation.evaluate", stop)
-    status, _, stderr = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path)
-    assert status == 1 and "try a smaller --batch" in stderr and stderr.count("\n") == 1
+    for batch, advice in ((8, "a smaller --batch, with another --out"), (1, "fewer --frames or a smaller --crop")):
+        status, _, stderr = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path, "--batch", batch)
+        assert status == 1 and f"try {advice}\n" in stderr and stderr.count("\n") == 1
 
 
 def test_info(monkeypatch):

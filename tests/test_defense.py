@@ -113,7 +113,7 @@ def test_bad_input(defended):
         flat(clips(1, 3, 4, 16, 16))
     with pytest.raises(TypeError, match=r"must return logits \(1, K\), got tuple"):
         DefendedClassifier(Split(), defended.purifier)(clips(1, 3, 4, 16, 16))
-    with pytest.raises(ValueError, match="2 classes for one vote, 3 for another"):
+    with pytest.raises(ValueError, match=r"of several shapes for votes of one: \[\(1, 2\), \(1, 3\)"):
         DefendedClassifier(Growing(), defended.purifier)(clips(1, 3, 4, 16, 16))
     with pytest.raises(TypeError, match="classifier must be a torch.nn.Module, got function"):
         DefendedClassifier(lambda x: x, defended.purifier)

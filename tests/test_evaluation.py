@@ -367,7 +367,7 @@ def test_classifiers_in_training_mode_are_refused(role, available, tmp_path):
     part[1].train()
     for module in (Classifier(), part):
         setup = Setup(CLASSIFIER, available, draw, OTHER)._replace(**{role: module})
-        with pytest.raises(ValueError, match=f"the setup's {role} is in training mode"):
+        with pytest.raises(ValueError, match=f"the setup's {role}, or a part of it, is in training mode"):
             evaluate(plan(TRANSFER), setup, tmp_path / "record.json")
 
 

@@ -347,6 +347,8 @@ def test_reconstruct_is_encode_and_decode(purifier):
     video = clips(2, 3, 4, 16, 18)
     assert torch.equal(reconstruct(purifier, video), purifier.decode(purifier.encode(video)))
     assert reconstruct(purifier, video.double()).dtype == torch.float64
+    with pytest.raises(TypeError, match="purifier must be a Purifier, got str"):
+        reconstruct("tiny", video)
 
 
 def test_reconstruct_pads_sides_and_crops_back(purifier):

@@ -647,6 +647,11 @@ HOSTILE = {
     "large": ("purifier.json", " " * (1 << 21), "bytes"),
     "flow a list": ("purifier.json", '{"flow": ["dis"]}', "unknown flow"),
     "max_frames a string": ("purifier.json", '{"flow": "none", "max_frames": "8"}', "max_frames"),
+    "max_frames 1": (
+        "purifier.json",
+        '{"flow": "none", "max_frames": 1}',
+        "purifier.json: max_frames must be 2 to",
+    ),
     "max_frames huge": ("purifier.json", '{"flow": "none", "max_frames": 1000000000}', "max_frames"),
     "no embeddings": ("prompt_embeds.safetensors", "", "cannot be read"),
     "broken unet": ("unet/config.json", '{"norm_num_groups": 0}', "unet cannot be read"),

@@ -126,6 +126,9 @@ def test_purify_is_one_call(purifier):
         purify([clips])
     with pytest.raises(ValueError, match="unknown method"):
         purify(clips, method="magic")
+    for wrong in ({"flow": []}, {"model": (["tiny"],)}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} is a .* no hash to keep the model by"):
+            purify(clips, **wrong)
 
 
 def test_defended_classifier_votes(purifier):

@@ -179,8 +179,8 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size:
 
     Args:
         purifier: its last vote is what the classifier sees. The vote over all is a DefendedClassifier.
-        gradient: "exact", the purification's own, or "bpda", the identity: cheap, and no measure of a purifier, whose
-            perturbations it may well make smaller.
+        gradient: "exact", the purification's own, or "bpda", the identity: cheap, and no measure, for against a
+            purifier it may lead to safer clips.
         batch_size: clips purified at once; ART hands over whole data sets.
 
     It is applied in predictions and attacks, not in `fit`: the defence needs no training. ImportError without ART.

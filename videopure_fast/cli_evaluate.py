@@ -347,7 +347,8 @@ def evaluate(
         console.print(f"Stopped. What is done stays in {out / 'record.json'}: the same command goes on from there.")
         raise
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{batch} clips do not fit in the accelerator's memory; try a smaller --batch") from error
+        less = "a smaller --batch, with another --out" if batch > 1 else "fewer --frames or a smaller --crop"
+        raise ValueError(f"a batch of {batch} does not fit in the accelerator's memory; try {less}") from error
     report(record, setup, names, out, thorough=checks)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .inputs import check_count, check_generator
+from .inputs import check_count, check_generator, check_number
 from .video import probe, read_frames, working_size
 
 MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one
@@ -56,8 +56,9 @@ class ClipSampling:
     def indices(self, total: int, place: float = 0.5) -> list[int]:
         """Frames of a clip from a video of `total`; place in [0, 1): 0.5 is the centre, 0 the earliest start."""
         check_count("total", total)
-        if not 0 <= place < 1:
-            raise ValueError(f"place must be in [0, 1), got {place}")
+        check_number("place", place)
+        if place >= 1:
+            raise ValueError(f"place must be less than 1, got {place}")
         starts = max(1, total - (self.frames - 1) * self.stride)
         return [min(int(place * starts) + i * self.stride, total - 1) for i in range(self.frames)]
 

@@ -112,11 +112,12 @@ def classify_votes(classifier: nn.Module, votes: Tensor) -> Tensor:
     if torch.is_grad_enabled() and votes.requires_grad and not classifier.training:
         classify = partial(checkpoint, classify, use_reentrant=False)  # one vote's activations at a time
     logits = [classify(vote.contiguous()) for vote in votes.unbind(1)]
-    for one in logits:
-        check_logits(one, len(votes))
-        if one.shape != logits[0].shape:
-            raise ValueError(f"the model returns {len(logits[0][0])} classes for one vote, {len(one[0])} for another")
-    return torch.stack(logits, 1)
+    check_logits(logits[0], len(votes))
+    if len(shapes := {tuple(one.shape) for one in logits}) > 1:
+        raise ValueError(f"the model returns logits of several shapes for votes of one: {sorted(shapes)}")
+    logits = torch.stack(logits, 1)
+    check_logits(logits, len(votes), votes=True)
+    return logits
 
 
 def _with_gradient_of(path: Tensor, votes: Tensor) -> Tensor:

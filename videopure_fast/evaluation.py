@@ -129,8 +129,10 @@ def evaluate(
     if setup.other is None and any(threat.access == "transfer" for threat in plan.threats):
         raise ValueError("the access 'transfer' needs another classifier to attack, got none")
     for name, module in (("classifier", setup.classifier), ("other", setup.other)):
-        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
-            raise ValueError(f"the setup's {name} is in training mode, where answers differ from call to call: eval()")
+        parts = module.modules() if isinstance(module, nn.Module) else [module]
+        if any(getattr(part, "training", False) for part in parts):
+            whole = f"the setup's {name}, or a part of it,"
+            raise ValueError(f"{whole} is in training mode, where answers differ from call to call: eval()")
     make_folder(Path(path).parent)
     check_writable(path)
     with alone(path):

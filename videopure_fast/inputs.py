@@ -68,7 +68,7 @@ def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:
     if not logits.is_floating_point() or logits.shape[-1] < 2:
         raise ValueError(f"logits must be floats of 2 classes or more, got {logits.dtype} of {logits.shape[-1]}")
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: their largest would be no answer")
+        raise ValueError("the model's logits are not finite")
 
 
 def check_number(name: str, value: float, *, zero: bool = True, most: float = math.inf) -> None:

@@ -74,7 +74,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
         return Settings(PurifyConfig(**config), given.get("flow"), max_frames, scheduler_config)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / 'purifier.json'}: {error}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -605,8 +605,11 @@ def purify(
     override(PurifyConfig() if config is None else config, overrides)
     options = {"device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
     for name, value in {"model": model, **options}.items():
-        if not isinstance(value, Hashable):  # a key of the kept models
-            raise TypeError(f"{name} is a {type(value).__name__}; accepted: what Purifier.from_pretrained takes")
+        try:
+            hash(value)
+        except TypeError as error:
+            seen = f"{name} is a {type(value).__name__}, which has no hash to keep the model by"
+            raise TypeError(f"{seen}; Purifier.from_pretrained needs none") from error
     # A copy shares the models, and its settings are its own.
     purifier = copy.copy(_loaded(model, **options))
     purifier.config = override(purifier.config if config is None else config, overrides)
