@@ -105,8 +105,13 @@ class Growing(nn.Module):
 
 
 def test_bad_input(defended):
-    for wrong in (clips(3, 4, 16, 16), (clips(1, 3, 4, 16, 16) * 255).byte(), [1], clips(1, 3, 4, 16, 16) * 2):
-        with pytest.raises((TypeError, ValueError), match=r"\(B, 3, F, H, W\)"):
+    for wrong, error in (
+        (clips(3, 4, 16, 16), ValueError),
+        (clips(1, 3, 4, 16, 16) * 2, ValueError),
+        ((clips(1, 3, 4, 16, 16) * 255).byte(), TypeError),
+        ([1], TypeError),
+    ):
+        with pytest.raises(error, match=r"\(B, 3, F, H, W\)"):
             defended(wrong)
     flat = DefendedClassifier(nn.Flatten(0), defended.purifier)
     with pytest.raises(ValueError, match=r"logits \(1, K\), got"):
