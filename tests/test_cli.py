@@ -420,7 +420,7 @@ def test_running_out_of_memory_names_the_batch(tmp_path, small_model, monkeypatc
 
 def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("videopure_fast.profiling.installed", lambda name: None if name == "xformers" else "9.9.9")
+    monkeypatch.setattr("videopure_fast.machine.installed", lambda name: None if name == "xformers" else "9.9.9")
     monkeypatch.setattr("videopure_fast.video.torchcodec_decoder", lambda: None)
     monkeypatch.setattr("videopure_fast.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
     result = run("info")

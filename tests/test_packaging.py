@@ -19,9 +19,22 @@ PACKAGE = ROOT / "videopure_fast"
 
 # Imports go one way: a module may import those before it. The package's own __init__ stands at the end.
 ORDER = (
-    *("config", "inputs", "schedule", "reference", "kernels", "_C", "native", "backend", "ops"),
+    *(
+        "config",
+        "inputs",
+        "files",
+        "machine",
+        "schedule",
+        "windows",
+        "reference",
+        "kernels",
+        "_C",
+        "native",
+        "backend",
+        "ops",
+    ),
     *("tiny", "flow", "prior", "layers", "unet", "vae", "replay", "engine", "profiling", "purifier"),
-    *("gradients", "video", "datasets", "defense", "adapters"),
+    *("gradients", "video", "datasets", "streaming", "defense", "adapters"),
     *("attack_parts", "attacks", "filters", "records", "tables", "evaluation", "checks", "plot", "pictures"),
     *("benchmark", "cli_report", "cli_evaluate", "cli", "__main__", "__init__"),
 )

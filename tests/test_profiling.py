@@ -8,8 +8,10 @@ from conftest import build_purifier, clips
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from videopure_fast import profiling
-from videopure_fast.profiling import PeakMemory, measure_ceilings, nvidia_smi
+from videopure_fast import machine, profiling
+from videopure_fast.files import replacing
+from videopure_fast.machine import PeakMemory, nvidia_smi
+from videopure_fast.profiling import measure_ceilings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,7 +158,7 @@ def test_bad_input_comes_before_work(purifier, tmp_path):
 def test_a_failed_trace_leaves_the_old_file(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), profiling.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -202,9 +204,9 @@ def test_what_nvidia_smi_tells_and_what_it_does_not(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
     fields = {"driver": "driver_version", "power_limit_w": "power.limit"}
-    monkeypatch.setattr(profiling.subprocess, "run", run)
+    monkeypatch.setattr(machine.subprocess, "run", run)
     assert nvidia_smi(torch.device("cuda"), **fields) == {"driver": "580.65.06", "power_limit_w": "700.00"}
     assert {"GPU-12-34", "--query-gpu=driver_version,power.limit"} <= set(asked[0])
-    monkeypatch.setattr(profiling.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
     nothing = dict.fromkeys(fields)
     assert nvidia_smi(torch.device("cuda"), **fields) == nvidia_smi(torch.device("cpu"), **fields) == nothing

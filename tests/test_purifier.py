@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from videopure_fast import Purifier, PurifyConfig, reference
-from videopure_fast.purifier import window_starts, window_weights
 from videopure_fast.schedule import Schedule, Transition
+from videopure_fast.windows import window_starts, window_weights
 
 METHODS = ("videopure", "ddim_inversion", "ddim", "ddpm")
 

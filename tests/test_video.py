@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from videopure_fast import video
-from videopure_fast.purifier import window_starts, window_weights
-from videopure_fast.video import VideoWriter, check_output, probe, purify_stream, read_frames, working_size
+from videopure_fast.streaming import purify_stream
+from videopure_fast.video import VideoWriter, check_output, probe, read_frames, working_size
+from videopure_fast.windows import window_starts, window_weights
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"
 NTSC = Fraction(30000, 1001)

@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backend import use_backend
+from .files import replacing
 from .inputs import LEAST_SIDE, check_decoder
+from .machine import PeakMemory, describe_device, installed, nvidia_smi, synchronize
 from .plot import Line, Panel, draw
 from .prior import load_decoder
-from .profiling import PeakMemory, describe_device, installed, nvidia_smi, profile, replacing, synchronize
+from .profiling import profile
 from .purifier import Purifier
 
 KIND = "videopure-fast bench"

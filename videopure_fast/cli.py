@@ -108,7 +108,8 @@ def purify(
     import torch
 
     from .purifier import Purifier
-    from .video import VideoWriter, check_output, probe, purify_stream, read_frames, working_size
+    from .streaming import purify_stream
+    from .video import VideoWriter, check_output, probe, read_frames, working_size
 
     check_output(output)
     video = probe(source)
@@ -226,8 +227,8 @@ def bench(
     ```
     """
     from . import benchmark
+    from .files import check_writable
     from .plot import check_picture
-    from .profiling import check_writable
 
     if compare is not None:
         a, b = map(benchmark.load, compare)
@@ -289,7 +290,7 @@ def info() -> None:
     import torch
 
     from .backend import backends
-    from .profiling import installed
+    from .machine import installed
     from .video import torchcodec_decoder
 
     table = Table("what", "state", box=None, pad_edge=False)
@@ -341,7 +342,7 @@ class _Pace:
     def __init__(self, purifier: Purifier, frames: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from .purifier import window_starts
+        from .windows import window_starts
 
         self._evaluations = purifier.evaluations  # of one window
         self._windows = len(window_starts(frames, purifier.max_frames, purifier.config.window_overlap))

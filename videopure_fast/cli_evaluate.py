@@ -86,7 +86,7 @@ def demo(
     import tempfile
 
     from . import evaluation, pictures, tiny
-    from .profiling import check_writable, make_folder
+    from .files import check_writable, make_folder
     from .purifier import Purifier
     from .records import Plan, Threat
     from .tables import table
@@ -276,8 +276,8 @@ def evaluate(
     import torch
 
     from . import datasets, evaluation, tiny
+    from .files import make_folder
     from .inputs import check_count
-    from .profiling import make_folder
     from .purifier import Purifier
     from .records import Plan, weights_digest
 

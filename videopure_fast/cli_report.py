@@ -160,7 +160,7 @@ def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, class
 
 
 def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: Any) -> None:
-    from .profiling import replacing
+    from .files import replacing
 
     report = {
         "plan": asdict(record.plan),
@@ -174,7 +174,7 @@ def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: A
 
 
 def _write_csv(path: Path, rows: Sequence[Accuracy]) -> None:
-    from .profiling import replacing
+    from .files import replacing
     from .tables import Accuracy
 
     with replacing(path) as file, file.open("w", newline="") as stream:

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from .attack_parts import check_labelled, vote
 from .attacks import ATTACKS, bpda
 from .defense import DefendedClassifier, classify_votes
+from .files import check_writable, make_folder
 from .filters import FILTERS, reconstruct
-from .profiling import PeakMemory, check_writable, describe_machine, make_folder, synchronize
+from .machine import PeakMemory, describe_machine, synchronize
 from .purifier import Purifier
 from .records import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone
 from .tables import rescued

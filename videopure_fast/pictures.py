@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .evaluation import Examples
+from .files import replacing
 from .plot import Line, Panel, draw
-from .profiling import replacing
 from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16

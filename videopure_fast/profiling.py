@@ -5,19 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .backend import full_float32
+from .files import check_writable, replacing
+from .machine import PeakMemory, describe_device, synchronize
 
 STAGES = ("encode", "inversion", "denoising", "flow", "guidance", "decode", "rest")
 
@@ -351,84 +348,6 @@ def _trace(
     return launches
 
 
-# The device
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all that the device was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def describe_device(device: torch.device) -> str:
-    """ "cpu (its model)" or "cuda (its name)"."""
-    if device.type == "cpu":
-        return f"cpu ({_processor()})"
-    name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)
-    return f"{device.type} ({name})" if name else device.type
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what something was measured, for its record."""
-    versions = {name: installed(name) for name in ("videopure-fast", "torch", "diffusers")}
-    return {"device": describe_device(device), "threads": torch.get_num_threads(), **versions}
-
-
-def nvidia_smi(device: torch.device, **fields: str) -> dict[str, str | None]:
-    """nvidia-smi's fields of a GPU, without units, by names of the caller's own; None where it does not tell."""
-    nothing = dict.fromkeys(fields)
-    if device.type != "cuda":
-        return nothing
-    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = f"--query-gpu={','.join(fields.values())}"
-    command = ["nvidia-smi", "-i", which, query, "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return nothing
-    return nothing | dict(zip(fields, said.strip().split(", "), strict=False))
-
-
-def installed(name: str) -> str | None:
-    """The version of a package."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-class PeakMemory:
-    """The most memory held since this was made: torch's on a CUDA GPU; on the CPU, on Linux, the process's resident."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        elif device.type == "cpu":
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
-                self._readable = True
-            except OSError:
-                self._readable = False
-
-    def read(self) -> int | None:
-        """Bytes; None where it cannot be known."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        if self._device.type != "cpu" or not self._readable:
-            return None
-        mark = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(mark[1]) * 1024 if mark else None
-
-
 @torch.no_grad()
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The best of square matrix products and of a copy too large for caches, in under a second."""
@@ -458,37 +377,3 @@ def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
         synchronize(device)
         least = min(least, (time.perf_counter() - start) / together)
     return least
-
-
-# Files
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """ValueError for a file whose folder does not exist, or that is a folder."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-
-
-def make_folder(path: str | os.PathLike[str]) -> None:
-    """With its parents, if absent. ValueError where there can be none, or where nothing can be written to it."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write to {path}")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, of the same extension, which takes its place when the block has succeeded."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

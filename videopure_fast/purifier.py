@@ -33,6 +33,7 @@ from .inputs import (
 from .layers import attention_function
 from .prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
+from .windows import window_starts, window_weights
 
 if TYPE_CHECKING:
     from .profiling import Profile
@@ -619,20 +620,6 @@ def purify(
 @functools.lru_cache(maxsize=2)
 def _loaded(model: str | os.PathLike[str], **options: Any) -> Purifier:
     return Purifier.from_pretrained(model, **options)
-
-
-def window_starts(frames: int, length: int, overlap: int) -> list[int]:
-    """First frames of the windows that cover a clip; the last window is aligned to the clip's end."""
-    if frames <= length:
-        return [0]
-    return [*range(0, frames - length, length - overlap), frames - length]
-
-
-def window_weights(length: int, overlap: int) -> Tensor:
-    """Blending weights (length,) of a window: ramps over the overlaps, so that neighbours cross-fade."""
-    position = torch.arange(length)
-    ramp = torch.minimum(position, length - 1 - position) + 1
-    return ramp.clamp(max=overlap + 1) / (overlap + 1)
 
 
 def _normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -24,8 +24,8 @@ from torch import nn
 
 from .attack_parts import Shared
 from .attacks import ATTACKS
+from .files import replacing
 from .inputs import check_count, check_number
-from .profiling import replacing
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
 ADAPTIVE: tuple[Access, ...] = ("query", "bpda", "exact")  # the attacker asks the defence itself
