@@ -8,13 +8,7 @@ from conftest import clips
 from torch import nn
 
 from videopure_fast import DefendedClassifier
-from videopure_fast.adapters import (
-    VideoClassifier,
-    art_preprocessor,
-    autoattack_model,
-    foolbox_model,
-    load_classifier,
-)
+from videopure_fast.adapters import VideoClassifier, art_preprocessor, autoattack_model, foolbox_model, load_classifier
 
 EPS = 4 / 255
 HEADS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 5}

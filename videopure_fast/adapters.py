@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import tiny
-from .gradients import straight_through
 from .inputs import check_clips, check_count, check_logits, check_number
 from .purifier import Purifier
+from .straight_through import straight_through
 
 if TYPE_CHECKING:
     from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
