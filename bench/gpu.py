@@ -58,8 +58,8 @@ from tqdm import tqdm  # noqa: E402
 
 from videopure_fast import Purifier, PurifyConfig, ops, reference  # noqa: E402
 from videopure_fast.backend import FORMS, full_float32, use_backend  # noqa: E402
-from videopure_fast.flow import RaftFlow  # noqa: E402
 from videopure_fast.machine import installed, nvidia_smi  # noqa: E402
+from videopure_fast.models.flow import RaftFlow  # noqa: E402
 from videopure_fast.schedule import Schedule  # noqa: E402
 
 STAGES = ("test", "bench", "compile")

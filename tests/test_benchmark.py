@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from videopure_fast import benchmark, cli, profiling
 from videopure_fast.benchmark import Limits, Setting, compare, load, measure, plot, save, sweep
+from videopure_fast.models.prior import load_decoder
 from videopure_fast.plot import COLOURS, _ticks
-from videopure_fast.prior import load_decoder
 from videopure_fast.purifier import Purifier
 
 USUAL = {"backends": ["reference"], "dtypes": ["float32"], "sizes": [(16, 16)], "frames": [2], "batches": [1]}

@@ -10,8 +10,8 @@ from conftest import TINY_DECODER, build_purifier, clips
 from diffusers import AutoencoderTiny
 
 from videopure_fast import Purifier
-from videopure_fast.unet import FastUNet, PlainUNet
-from videopure_fast.vae import FastVAE
+from videopure_fast.models.unet import FastUNet, PlainUNet
+from videopure_fast.models.vae import FastVAE
 
 
 def rebuilt(purifier, **options):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import clips
 
-from videopure_fast.flow import RaftFlow, dis_flow, flow_name, load_flow, no_flow, resize_flow
+from videopure_fast.models.flow import RaftFlow, dis_flow, flow_name, load_flow, no_flow, resize_flow
 
 
 def shifted_pair(height, width, dx, dy):

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast.backend import use_backend
-from videopure_fast.layers import Unsupported
-from videopure_fast.unet import FastMotionUNet, FastUNet
-from videopure_fast.vae import FastVAE
+from videopure_fast.models.layers import Unsupported
+from videopure_fast.models.unet import FastMotionUNet, FastUNet
+from videopure_fast.models.vae import FastVAE
 
 # Relative to 1 + |reference|.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -21,8 +21,8 @@ from .backend import use_backend
 from .files import replacing
 from .inputs import LEAST_SIDE, check_decoder
 from .machine import PeakMemory, describe_device, installed, nvidia_smi, synchronize
+from .models.prior import load_decoder
 from .plot import Line, Panel, draw
-from .prior import load_decoder
 from .profiling import profile
 from .purifier import Purifier
 

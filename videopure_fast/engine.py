@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend, ops
-from .layers import Attend, Unsupported
+from .models.layers import Attend, Unsupported
+from .models.unet import Constants, FastMotionUNet, FastUNet, PlainUNet
+from .models.vae import FastVAE, PlainVAE
 from .replay import Recording
 from .schedule import Transition
-from .unet import Constants, FastMotionUNet, FastUNet, PlainUNet
-from .vae import FastVAE, PlainVAE
 
 _MOST_WALKS = 16
 _MOST_GRAPHS = 4  # each keeps the activations of its shape

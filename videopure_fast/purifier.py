@@ -19,7 +19,6 @@ from . import ops, reference
 from .backend import full_float32
 from .config import PurifyConfig
 from .engine import Engine, SideStream, Walk
-from .flow import Flow, flow_name, load_flow, no_flow, resize_flow
 from .inputs import (
     MOST_FRAMES,
     check_count,
@@ -30,8 +29,9 @@ from .inputs import (
     override,
     usable_device,
 )
-from .layers import attention_function
-from .prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
+from .models.flow import Flow, flow_name, load_flow, no_flow, resize_flow
+from .models.layers import attention_function
+from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
 from .windows import window_starts, window_weights
 
@@ -61,7 +61,7 @@ class Purifier(nn.Module):
         vae: diffusers AutoencoderKL; kept untouched as `.vae`.
         prompt_embeds: (1, tokens, dim), the text embedding of the prompt, which is empty in the paper.
         negative_prompt_embeds: the same shape; classifier-free guidance runs only if it differs from `prompt_embeds`.
-        flow: callable `(prev, next) -> flow` or a name of `videopure_fast.flow.FLOWS`; None is no flow. Frames
+        flow: callable `(prev, next) -> flow` or a name of `videopure_fast.models.flow.FLOWS`; None is no flow. Frames
             (N, 3, H, W) in [0, 1], flow (N, 2, H, W) in pixels from prev to next; called once for every clip
             (or window) with its F-1 pairs in order, in float32, on the padded clip.
         config: settings of the method.

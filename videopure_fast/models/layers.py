@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .backend import serves
+from .. import ops
+from ..backend import serves
 
 # Of queries, keys and values (N, heads, tokens, head size), with scale 1/sqrt(head size).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import PurifyConfig
-from .inputs import MOST_FRAMES, check_count
+from ..config import PurifyConfig
+from ..inputs import MOST_FRAMES, check_count
 
 _PACKAGED = {"tiny": Path(__file__).with_name("tiny") / "weights"}
 _DECODERS = {"taesd": "madebyollin/taesd"}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from .. import ops
 from .layers import (
     Attend,
     Unsupported,
