@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast import Purifier, ops, use_backend
-from videopure_fast.replay import Recording
+from videopure_fast.runtime.replay import Recording
 
 WEIGHT, BIAS = clips(12, 12) - 0.5, clips(12, seed=1) - 0.5
 
@@ -160,7 +160,7 @@ def test_shapes_in_turn_are_not_recorded_over_and_over(purifier, monkeypatch):
         made.append(tuple(x.shape))
         return Recording(function, x)
 
-    monkeypatch.setattr("videopure_fast.engine.Recording", record)
+    monkeypatch.setattr("videopure_fast.runtime.engine.Recording", record)
     for _ in range(5):
         for frames in range(2, 8):  # more than are kept
             purifier(clips(3, frames, 16, 16))
@@ -205,7 +205,7 @@ def test_other_forms_and_large_clips_run_as_they_are(purifier, monkeypatch):
     for _ in range(3):
         plain(clips(3, 4, 16, 16))
     assert not captured(plain)
-    monkeypatch.setattr("videopure_fast.engine._MOST_REPLAYED", 4 * 8 * 8 * 8 - 1)
+    monkeypatch.setattr("videopure_fast.runtime.engine._MOST_REPLAYED", 4 * 8 * 8 * 8 - 1)
     for _ in range(3):
         purifier(clips(3, 4, 16, 16))
     assert not captured(purifier)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backend, ops
-from .models.layers import Attend, Unsupported
-from .models.unet import Constants, FastMotionUNet, FastUNet, PlainUNet
-from .models.vae import FastVAE, PlainVAE
+from .. import backend, ops
+from ..models.layers import Attend, Unsupported
+from ..models.unet import Constants, FastMotionUNet, FastUNet, PlainUNet
+from ..models.vae import FastVAE, PlainVAE
+from ..schedule import Transition
 from .replay import Recording
-from .schedule import Transition
 
 _MOST_WALKS = 16
 _MOST_GRAPHS = 4  # each keeps the activations of its shape
