@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from videopure_fast import backend
+from videopure_fast.ops import backend
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
 try:

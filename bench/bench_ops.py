@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from videopure_fast import ops, reference
-from videopure_fast.backend import use_backend
 from videopure_fast.config import PurifyConfig
+from videopure_fast.ops.backend import use_backend
 from videopure_fast.schedule import Schedule
 
 # (B, C, F, h, w) of latents, and (B, F, H, W, C) with heads and groups of activations.

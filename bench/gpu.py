@@ -57,9 +57,9 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from videopure_fast import Purifier, PurifyConfig, ops, reference  # noqa: E402
-from videopure_fast.backend import FORMS, full_float32, use_backend  # noqa: E402
 from videopure_fast.machine import installed, nvidia_smi  # noqa: E402
 from videopure_fast.models.flow import RaftFlow  # noqa: E402
+from videopure_fast.ops.backend import FORMS, full_float32, use_backend  # noqa: E402
 from videopure_fast.schedule import Schedule  # noqa: E402
 
 STAGES = ("test", "bench", "compile")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from videopure_fast import ops, reference
-from videopure_fast.backend import use_backend
+from videopure_fast.ops.backend import use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter takes milliseconds a program.

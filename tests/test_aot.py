@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 
-from videopure_fast.backend import FORMS
+from videopure_fast.ops.backend import FORMS
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]

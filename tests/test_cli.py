@@ -422,7 +422,7 @@ def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("videopure_fast.machine.installed", lambda name: None if name == "xformers" else "9.9.9")
     monkeypatch.setattr("videopure_fast.video.torchcodec_decoder", lambda: None)
-    monkeypatch.setattr("videopure_fast.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
+    monkeypatch.setattr("videopure_fast.ops.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
     result = run("info")
     assert result.exit_code == 0, result.output
     assert "pip install xformers" in result.output

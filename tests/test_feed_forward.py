@@ -10,7 +10,7 @@ from op_cases import EXAMPLES, LAYOUTS, check, dtypes, every_backend, laid_out, 
 from torch import Tensor
 
 from videopure_fast import ops
-from videopure_fast.backend import use_backend
+from videopure_fast.ops.backend import use_backend
 
 
 def inputs(*shape: int, hidden: int, seed: int = 0, mean: float = 0.0) -> tuple[Tensor, ...]:

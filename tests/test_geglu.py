@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, TOLERANCE, check, dtypes, every_backend, laid_out, normal
 
 from videopure_fast import reference
-from videopure_fast.backend import use_backend
 from videopure_fast.ops import geglu, linear_geglu
+from videopure_fast.ops.backend import use_backend
 
 # Rows of any number of axes, D of one value, of a power of two, and of neither.
 LEADING = [(1,), (7,), (1, 5), (2, 3, 1, 4, 2)]

@@ -15,9 +15,9 @@ from op_cases import INTERPRETED
 from safetensors.torch import load_file
 
 from videopure_fast import reference
-from videopure_fast.backend import FORMS, use_backend
 from videopure_fast.config import PurifyConfig
 from videopure_fast.models.flow import resize_flow
+from videopure_fast.ops.backend import FORMS, use_backend
 from videopure_fast.purifier import Purifier
 from videopure_fast.schedule import Schedule, VoteCoefficients, read_scheduler
 

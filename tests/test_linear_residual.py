@@ -10,7 +10,7 @@ from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, dtypes, every_backen
 from torch import Tensor
 
 from videopure_fast import ops
-from videopure_fast.backend import use_backend
+from videopure_fast.ops.backend import use_backend
 
 
 def inputs(shape: tuple[int, ...], k: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from op_cases import INTERPRETED, LAYOUTS, check, laid_out, normal
 from torch import Tensor
 
-from videopure_fast import native
+from videopure_fast.ops import native
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the cpu backend")
 EPSILON = torch.finfo(torch.float32).eps

@@ -16,8 +16,9 @@ from op_cases import INTERPRETED, normal
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from videopure_fast import backend, native, ops, reference
-from videopure_fast.backend import FORMS, choose, use_backend
+from videopure_fast import ops, reference
+from videopure_fast.ops import backend, native
+from videopure_fast.ops.backend import FORMS, choose, use_backend
 
 TESTS = Path(__file__).resolve().parent
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the door, not a kernel")

@@ -10,7 +10,7 @@ from op_cases import EXAMPLES, LAYOUTS, check, dtypes, every_backend, laid_out, 
 from torch import Tensor
 
 from videopure_fast import ops, reference
-from videopure_fast.backend import use_backend
+from videopure_fast.ops.backend import use_backend
 
 # Clips, frames, height, width, heads and head size: short and long clips, tiles with a rest, heads wider than a block.
 SIZES = [

@@ -13,7 +13,7 @@ from op_cases import EXAMPLES, LAYOUTS, TOLERANCE, check, dtypes, every_backend,
 from torch import Tensor, nn
 
 from videopure_fast import ops
-from videopure_fast.backend import use_backend
+from videopure_fast.ops.backend import use_backend
 
 # Frames, height and width.
 SIZES = [(1, 1, 1), (1, 5, 9), (2, 5, 9), (7, 1, 1), (7, 5, 9), (16, 1, 1), (16, 2, 3)]

@@ -12,10 +12,10 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from videopure_fast.backend import use_backend
 from videopure_fast.models.layers import Unsupported
 from videopure_fast.models.unet import FastMotionUNet, FastUNet
 from videopure_fast.models.vae import FastVAE
+from videopure_fast.ops.backend import use_backend
 
 # Relative to 1 + |reference|.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

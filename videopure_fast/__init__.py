@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import tiny
-    from .backend import use_backend
     from .config import PurifyConfig
     from .defense import DefendedClassifier
+    from .ops.backend import use_backend
     from .purifier import Purifier, purify
 
 __version__ = "0.1.0"

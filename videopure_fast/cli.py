@@ -289,8 +289,8 @@ def info() -> None:
     """
     import torch
 
-    from .backend import backends
     from .machine import installed
+    from .ops.backend import backends
     from .video import torchcodec_decoder
 
     table = Table("what", "state", box=None, pad_edge=False)

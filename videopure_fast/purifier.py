@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from . import ops, reference
-from .backend import full_float32
 from .config import PurifyConfig
 from .inputs import (
     MOST_FRAMES,
@@ -31,6 +30,7 @@ from .inputs import (
 from .models.flow import Flow, flow_name, load_flow, no_flow, resize_flow
 from .models.layers import attention_function
 from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
+from .ops.backend import full_float32
 from .runtime.engine import Engine, SideStream, Walk
 from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
 from .windows import window_starts, window_weights

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..backend import serves
+from ..ops.backend import serves
 
 # Of queries, keys and values (N, heads, tokens, head size), with scale 1/sqrt(head size).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

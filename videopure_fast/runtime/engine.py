@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backend, ops
+from .. import ops
 from ..models.layers import Attend, Unsupported
 from ..models.unet import Constants, FastMotionUNet, FastUNet, PlainUNet
 from ..models.vae import FastVAE, PlainVAE
+from ..ops import backend
 from ..schedule import Transition
 from .replay import Recording
 

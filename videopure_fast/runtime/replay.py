@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import native
+from ..ops import native
 
 _ALIGNMENT = 64
 _ARENA = 2**28  # bytes of addresses; only what is used becomes memory

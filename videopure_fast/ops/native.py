@@ -23,7 +23,7 @@ _NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def load() -> tuple[ModuleType | None, str]:
     """The extension, or None and why it did not load."""
     try:
-        from . import _C
+        from .. import _C
     except ImportError as error:
         return None, str(error)
     return _C, ""

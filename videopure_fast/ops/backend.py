@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
+from .. import reference
+from . import native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BACKEND_VARIABLE = "VIDEOPURE_FAST_BACKEND"

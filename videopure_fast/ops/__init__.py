@@ -25,7 +25,8 @@ from torch.library import custom_op, infer_schema
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native, reference
+from .. import reference
+from . import native
 from .backend import choose
 
 
