@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from videopure_fast import attack_parts, attacks
+from videopure_fast import attacks
 from videopure_fast.attacks import ATTACKS, apgd, bpda, fgsm, flicker, mim, one_frame, patch, pgd, square
+from videopure_fast.attacks import base as attack_parts
 
 CLASSES = 5
 MINIMAL = {"pgd": {"step_size": 0.01, "steps": 2}, "patch": {"size": 3}, "square": {"queries": 8}}

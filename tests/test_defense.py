@@ -6,8 +6,8 @@ from conftest import build_purifier, clips
 from torch import nn
 
 from videopure_fast import DefendedClassifier, Purifier
-from videopure_fast.attack_parts import vote
 from videopure_fast.attacks import pgd
+from videopure_fast.attacks.base import vote
 from videopure_fast.defense import settled
 from videopure_fast.tables import wilson_interval
 

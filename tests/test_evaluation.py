@@ -10,8 +10,8 @@ import torch
 from conftest import build_purifier, clips
 from torch import Tensor, nn
 
-from videopure_fast.attack_parts import vote
 from videopure_fast.attacks import pgd
+from videopure_fast.attacks.base import vote
 from videopure_fast.evaluation import Setup, defence_names, defences, evaluate, examples
 from videopure_fast.records import Plan, Record, Threat
 from videopure_fast.tables import inaccessible, outcome, rescued, table, wilson_interval

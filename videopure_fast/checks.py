@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attack_parts import check_labelled, cross_entropy, gradient_of, margin, vote
 from .attacks import apgd, pgd
+from .attacks.base import check_labelled, cross_entropy, gradient_of, margin, vote
 from .defense import DefendedClassifier
 from .inputs import check_count
 from .purifier import Purifier

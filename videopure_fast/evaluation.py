@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attack_parts import check_labelled, vote
 from .attacks import ATTACKS, bpda
+from .attacks.base import check_labelled, vote
 from .defense import DefendedClassifier, classify_votes
 from .files import check_writable, make_folder
 from .filters import FILTERS, reconstruct

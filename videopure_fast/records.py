@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from .attack_parts import Shared
 from .attacks import ATTACKS
+from .attacks.base import Shared
 from .files import replacing
 from .inputs import check_count, check_number
 

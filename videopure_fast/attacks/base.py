@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import check_clips, check_count, check_generator, check_logits, check_number
+from ..inputs import check_clips, check_count, check_generator, check_logits, check_number
 
 Model = Callable[[Tensor], Tensor]  # clips -> logits (B, K) or (B, V, K)
 Loss = str | Callable[[Tensor, Tensor], Tensor]  # a name, or (logits, labels) -> (B,)

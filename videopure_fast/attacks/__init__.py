@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attack_parts import Best, Loss, Model, Shared, Task, gradient_of, lengths, prepare, shift, unit
-from .inputs import check_count, check_number
-from .straight_through import straight_through
+from ..inputs import check_count, check_number
+from ..straight_through import straight_through
+from .base import Best, Loss, Model, Shared, Task, gradient_of, lengths, prepare, shift, unit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
