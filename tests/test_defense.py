@@ -8,7 +8,7 @@ from torch import nn
 from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import vote
-from videopure_fast.defense import settled
+from videopure_fast.defense.classifier import settled
 from videopure_fast.tables import wilson_interval
 
 

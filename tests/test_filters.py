@@ -8,7 +8,15 @@ import torch
 from conftest import build_purifier, clips
 from PIL import Image
 
-from videopure_fast.filters import FILTERS, h264, jpeg, reconstruct, temporal_mean, temporal_median, temporal_shuffle
+from videopure_fast.defense.filters import (
+    FILTERS,
+    h264,
+    jpeg,
+    reconstruct,
+    temporal_mean,
+    temporal_median,
+    temporal_shuffle,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((2, 3, 5, 6, 8), (1, 3, 1, 1, 1), (3, 3, 4, 7, 5), (1, 3, 2, 33, 18))  # odd sides, single frames and pixels

@@ -69,7 +69,9 @@ def test_computing_again_changes_nothing(settings, frames, monkeypatch):
     defended, x = defend(double(**settings)), video(2, 3, frames, 16, 18)
     checkpointed = gradient(defended, x)
     monkeypatch.setattr(Purifier, "_without_keeping", lambda self, function, *inputs: function(*inputs))
-    monkeypatch.setattr("videopure_fast.defense.checkpoint", lambda function, *inputs, **_: function(*inputs))
+    monkeypatch.setattr(
+        "videopure_fast.defense.classifier.checkpoint", lambda function, *inputs, **_: function(*inputs)
+    )
     torch.testing.assert_close(checkpointed, gradient(defended, x), rtol=0, atol=1e-15)
     assert checkpointed.abs().sum() > 0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import tiny
     from .config import PurifyConfig
-    from .defense import DefendedClassifier
+    from .defense.classifier import DefendedClassifier
     from .ops.backend import use_backend
     from .purifier import Purifier, purify
 

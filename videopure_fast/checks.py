@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attacks import apgd, pgd
 from .attacks.base import check_labelled, cross_entropy, gradient_of, margin, vote
-from .defense import DefendedClassifier
+from .defense.classifier import DefendedClassifier
 from .inputs import check_count
 from .purifier import Purifier
 from .records import Record, Threat

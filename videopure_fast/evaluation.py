@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from .attacks import ATTACKS, bpda
 from .attacks.base import check_labelled, vote
-from .defense import DefendedClassifier, classify_votes
+from .defense.classifier import DefendedClassifier, classify_votes
+from .defense.filters import FILTERS, reconstruct
 from .files import check_writable, make_folder
-from .filters import FILTERS, reconstruct
 from .machine import PeakMemory, describe_machine, synchronize
 from .purifier import Purifier
 from .records import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .inputs import check_clips, check_logits
-from .purifier import Denoised, Generators, Purifier
-from .straight_through import straight_through
+from ..inputs import check_clips, check_logits
+from ..purifier import Denoised, Generators, Purifier
+from ..straight_through import straight_through
 
 Gradient = Literal["exact", "bpda", "surrogate"]
 

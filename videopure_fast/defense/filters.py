@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import check_clips, check_count, check_generator
-from .purifier import Purifier
+from ..inputs import check_clips, check_count, check_generator
+from ..purifier import Purifier
 
 if TYPE_CHECKING:
     import numpy as np
