@@ -11,9 +11,9 @@ from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
 from videopure_fast import cli, cli_report, purifier
+from videopure_fast.data.video import VideoWriter, probe
 from videopure_fast.evaluation import Setup, defences
 from videopure_fast.records import Plan, Threat
-from videopure_fast.video import VideoWriter, probe
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"
 
@@ -117,7 +117,7 @@ def test_default_size(tmp_path, small_model, short_clip, monkeypatch):
         sizes.append(size)
         raise ValueError("enough")
 
-    monkeypatch.setattr("videopure_fast.video.working_size", working_size)
+    monkeypatch.setattr("videopure_fast.data.video.working_size", working_size)
     run("purify", short_clip, "-o", tmp_path / "out.mp4")
     run("purify", short_clip, "-o", tmp_path / "out.mp4", "--model", "some/model")
     assert sizes == [64, 224]
@@ -421,7 +421,7 @@ def test_running_out_of_memory_names_the_batch(tmp_path, small_model, monkeypatc
 def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("videopure_fast.machine.installed", lambda name: None if name == "xformers" else "9.9.9")
-    monkeypatch.setattr("videopure_fast.video.torchcodec_decoder", lambda: None)
+    monkeypatch.setattr("videopure_fast.data.video.torchcodec_decoder", lambda: None)
     monkeypatch.setattr("videopure_fast.ops.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})
     result = run("info")
     assert result.exit_code == 0, result.output

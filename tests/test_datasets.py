@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from videopure_fast import datasets
-from videopure_fast.datasets import Batch, ClipSampling, VideoDataset, draws, load
-from videopure_fast.video import VideoWriter
+from videopure_fast.data import datasets
+from videopure_fast.data.datasets import Batch, ClipSampling, VideoDataset, draws, load
+from videopure_fast.data.video import VideoWriter
 
 SMALL = ClipSampling(frames=4, stride=2, resize=32, crop=24)
 

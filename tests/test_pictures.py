@@ -9,10 +9,10 @@ import torch
 from conftest import clips
 from PIL import Image
 
+from videopure_fast.data.video import probe, read_frames
 from videopure_fast.evaluation import Examples
 from videopure_fast.pictures import draw_accuracy, write_side_by_side, write_strip
 from videopure_fast.tables import Accuracy
-from videopure_fast.video import probe, read_frames
 
 CLASSES = ("left", "right")
 

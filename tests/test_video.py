@@ -10,9 +10,9 @@ from conftest import build_purifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videopure_fast import video
+from videopure_fast.data import video
+from videopure_fast.data.video import VideoWriter, check_output, probe, read_frames, working_size
 from videopure_fast.streaming import purify_stream
-from videopure_fast.video import VideoWriter, check_output, probe, read_frames, working_size
 from videopure_fast.windows import window_starts, window_weights
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"

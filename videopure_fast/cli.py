@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .benchmark import Pair
+    from .data.video import VideoInfo
     from .purifier import Purifier
-    from .video import VideoInfo
 
 app = typer.Typer(
     help="Removes adversarial perturbations from videos with a text-to-video diffusion model (arXiv 2501.14999).",
@@ -107,9 +107,9 @@ def purify(
     """
     import torch
 
+    from .data.video import VideoWriter, check_output, probe, read_frames, working_size
     from .purifier import Purifier
     from .streaming import purify_stream
-    from .video import VideoWriter, check_output, probe, read_frames, working_size
 
     check_output(output)
     video = probe(source)
@@ -289,9 +289,9 @@ def info() -> None:
     """
     import torch
 
+    from .data.video import torchcodec_decoder
     from .machine import installed
     from .ops.backend import backends
-    from .video import torchcodec_decoder
 
     table = Table("what", "state", box=None, pad_edge=False)
     table.add_row("videopure-fast", installed("videopure-fast") or "not installed; running from its source")

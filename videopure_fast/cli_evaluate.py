@@ -19,7 +19,7 @@ from .cli_report import accuracy_table, console, report, write_report
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .datasets import VideoDataset
+    from .data.datasets import VideoDataset
     from .records import Threat
 
 _DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
@@ -275,7 +275,8 @@ def evaluate(
     """
     import torch
 
-    from . import datasets, evaluation, tiny
+    from . import evaluation, tiny
+    from .data import datasets
     from .files import make_folder
     from .inputs import check_count
     from .purifier import Purifier
@@ -402,7 +403,7 @@ def _check_options(dataset: DatasetName, options: dict[str, Any]) -> None:
 
 
 def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int]) -> VideoDataset:
-    from .datasets import ClipSampling, VideoDataset, read_lines
+    from .data.datasets import ClipSampling, VideoDataset, read_lines
 
     places, options = [files[option] for option in _NEEDS[name]], {"sampling": ClipSampling(**sampling)}
     if name is DatasetName.ucf101:

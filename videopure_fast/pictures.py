@@ -45,7 +45,7 @@ def write_strip(
 
 def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
     """A video of clean | attacked | purified, one clip after another."""
-    from .video import VideoWriter
+    from .data.video import VideoWriter
 
     frames = list(_side_by_side(found, classes))
     height, width = frames[0].shape[1:]

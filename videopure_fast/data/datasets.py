@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .inputs import check_count, check_generator, check_number
+from ..inputs import check_count, check_generator, check_number
 from .video import probe, read_frames, working_size
 
 MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one

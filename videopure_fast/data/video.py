@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import LEAST_SIDE
+from ..inputs import LEAST_SIDE
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
