@@ -9,10 +9,12 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from typer.testing import CliRunner
 
-from videopure_fast import benchmark, cli, profiling
-from videopure_fast.benchmark import Limits, Setting, compare, load, measure, plot, save, sweep
+from videopure_fast import cli
+from videopure_fast.measure import benchmark
+from videopure_fast.measure import profile as profiling
+from videopure_fast.measure.benchmark import Limits, Setting, compare, load, measure, plot, save, sweep
+from videopure_fast.measure.plot import COLOURS, _ticks
 from videopure_fast.models.prior import load_decoder
-from videopure_fast.plot import COLOURS, _ticks
 from videopure_fast.purifier import Purifier
 
 USUAL = {"backends": ["reference"], "dtypes": ["float32"], "sizes": [(16, 16)], "frames": [2], "batches": [1]}

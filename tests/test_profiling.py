@@ -8,10 +8,11 @@ from conftest import build_purifier, clips
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from videopure_fast import machine, profiling
+from videopure_fast import machine
 from videopure_fast.files import replacing
 from videopure_fast.machine import PeakMemory, nvidia_smi
-from videopure_fast.profiling import measure_ceilings
+from videopure_fast.measure import profile as profiling
+from videopure_fast.measure.profile import measure_ceilings
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,8 +24,8 @@ from .cli_report import console
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .benchmark import Pair
     from .data.video import VideoInfo
+    from .measure.benchmark import Pair
     from .purifier import Purifier
 
 app = typer.Typer(
@@ -226,9 +226,9 @@ def bench(
       videopure-fast bench --compare before.json after.json
     ```
     """
-    from . import benchmark
     from .files import check_writable
-    from .plot import check_picture
+    from .measure import benchmark
+    from .measure.plot import check_picture
 
     if compare is not None:
         a, b = map(benchmark.load, compare)
@@ -465,8 +465,8 @@ def _bench_table(run: dict[str, Any]) -> Table:
 
 def _stage_table(run: dict[str, Any]) -> Table:
     """Milliseconds of each stage, one after another, of one call."""
-    from .benchmark import Setting
-    from .profiling import STAGES
+    from .measure.benchmark import Setting
+    from .measure.profile import STAGES
 
     table = Table("setting", title="Milliseconds of a call's stages, each run to its end; percent of the floor")
     for stage in STAGES:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .evaluation import Examples
 from .files import replacing
-from .plot import Line, Panel, draw
+from .measure.plot import Line, Panel, draw
 from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16

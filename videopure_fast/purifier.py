@@ -36,7 +36,7 @@ from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
 from .windows import window_starts, window_weights
 
 if TYPE_CHECKING:
-    from .profiling import Profile
+    from .measure.profile import Profile
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[str, int, int, Tensor], None]
@@ -313,7 +313,7 @@ class Purifier(nn.Module):
             return_votes: decode all votes, as a DefendedClassifier needs them, or the last alone.
             trace: also write a torch.profiler trace to this file, for chrome://tracing or Perfetto.
         """
-        from .profiling import profile
+        from .measure.profile import profile
 
         return profile(self, video, return_votes=return_votes, trace=trace)
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .files import replacing
-from .inputs import LEAST_SIDE, check_decoder
-from .machine import PeakMemory, describe_device, installed, nvidia_smi, synchronize
-from .models.prior import load_decoder
-from .ops.backend import use_backend
+from ..files import replacing
+from ..inputs import LEAST_SIDE, check_decoder
+from ..machine import PeakMemory, describe_device, installed, nvidia_smi, synchronize
+from ..models.prior import load_decoder
+from ..ops.backend import use_backend
+from ..purifier import Purifier
 from .plot import Line, Panel, draw
-from .profiling import profile
-from .purifier import Purifier
+from .profile import profile
 
 KIND = "videopure-fast bench"
 FULL_DECODER = "full"

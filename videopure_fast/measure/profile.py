@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .files import check_writable, replacing
-from .machine import PeakMemory, describe_device, synchronize
-from .ops.backend import full_float32
+from ..files import check_writable, replacing
+from ..machine import PeakMemory, describe_device, synchronize
+from ..ops.backend import full_float32
 
 STAGES = ("encode", "inversion", "denoising", "flow", "guidance", "decode", "rest")
 
