@@ -25,12 +25,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from videopure_fast import DefendedClassifier, Purifier, tiny, use_backend
-from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check, stand_in_check
-from videopure_fast.evaluation import Defence, Setup, defences, evaluate
+from videopure_fast.evaluation.checks import (
+    effort_check,
+    gradient_check,
+    order_checks,
+    reach_check,
+    source_check,
+    stand_in_check,
+)
+from videopure_fast.evaluation.figures import draw_accuracy
+from videopure_fast.evaluation.record import Access, Plan, Record, Threat, weights_digest
+from videopure_fast.evaluation.runner import Defence, Setup, defences, evaluate
+from videopure_fast.evaluation.tables import table
 from videopure_fast.files import replacing
-from videopure_fast.pictures import draw_accuracy
-from videopure_fast.records import Access, Plan, Record, Threat, weights_digest
-from videopure_fast.tables import table
 from videopure_fast.tiny.models import ActionClassifier
 from videopure_fast.tiny.train import train_classifier
 

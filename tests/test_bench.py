@@ -181,9 +181,9 @@ def test_what_fools_one_path_fools_the_other(tmp_path):
     from study import PARITY, crossed, draw
 
     from videopure_fast import Purifier, tiny
-    from videopure_fast.evaluation import Setup, defences, evaluate
-    from videopure_fast.records import Plan, Threat
-    from videopure_fast.tables import table
+    from videopure_fast.evaluation.record import Plan, Threat
+    from videopure_fast.evaluation.runner import Setup, defences, evaluate
+    from videopure_fast.evaluation.tables import table
 
     config = {"inversion_steps": 1}
     available = crossed(defences(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)
@@ -270,7 +270,7 @@ def test_nothing_measured_is_said(tmp_path):
 def test_the_studys_plans_name_defences_that_exist(purifier):
     from study import DEPTHS, PARITY, RANDOMISED, plans, shrunk
 
-    from videopure_fast.evaluation import defences
+    from videopure_fast.evaluation.runner import defences
 
     found = defences(purifier, depths=DEPTHS)
     assert {name for name, defence in found.items() if defence.randomised} == set(RANDOMISED)

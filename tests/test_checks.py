@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from conftest import build_purifier, clips
 from torch import Tensor, nn
 
-from videopure_fast.checks import effort_check, gradient_check, order_checks, reach_check, source_check, stand_in_check
-from videopure_fast.records import Plan, Record, Threat
+from videopure_fast.evaluation.checks import (
+    effort_check,
+    gradient_check,
+    order_checks,
+    reach_check,
+    source_check,
+    stand_in_check,
+)
+from videopure_fast.evaluation.record import Plan, Record, Threat
 
 
 class Classifier(nn.Module):

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from videopure_fast import cli, cli_report, purifier
 from videopure_fast.data.video import VideoWriter, probe
-from videopure_fast.evaluation import Setup, defences
-from videopure_fast.records import Plan, Threat
+from videopure_fast.evaluation.record import Plan, Threat
+from videopure_fast.evaluation.runner import Setup, defences
 
 CLIP = Path(__file__).parent / "data" / "part_0.mp4"
 
@@ -402,7 +402,7 @@ def test_a_stopped_evaluation_says_how_to_go_on(tmp_path, small_model, monkeypat
     def stop(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("videopure_fast.evaluation.evaluate", stop)
+    monkeypatch.setattr("videopure_fast.evaluation.runner.evaluate", stop)
     status, stdout, _ = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path)
     assert status not in (None, 0)
     assert f"stays in {tmp_path / 'record.json'}: the same command goes on" in stdout
@@ -412,7 +412,7 @@ def test_running_out_of_memory_names_the_batch(tmp_path, small_model, monkeypatc
     def stop(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("videopure_fast.evaluation.evaluate", stop)
+    monkeypatch.setattr("videopure_fast.evaluation.runner.evaluate", stop)
     for batch, advice in ((8, "a smaller --batch, with another --out"), (1, "fewer --frames or a smaller --crop")):
         status, _, stderr = run_main(monkeypatch, capsys, "evaluate", "--out", tmp_path, "--batch", batch)
         assert status == 1 and f"try {advice}\n" in stderr and stderr.count("\n") == 1

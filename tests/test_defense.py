@@ -9,7 +9,7 @@ from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import vote
 from videopure_fast.defense.classifier import settled
-from videopure_fast.tables import wilson_interval
+from videopure_fast.evaluation.tables import wilson_interval
 
 
 class Linear(nn.Module):

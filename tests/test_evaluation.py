@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import vote
-from videopure_fast.evaluation import Setup, defence_names, defences, evaluate, examples
-from videopure_fast.records import Plan, Record, Threat
-from videopure_fast.tables import inaccessible, outcome, rescued, table, wilson_interval
+from videopure_fast.evaluation.record import Plan, Record, Threat
+from videopure_fast.evaluation.runner import Setup, defence_names, defences, evaluate, examples
+from videopure_fast.evaluation.tables import inaccessible, outcome, rescued, table, wilson_interval
 
 STEPS = {"steps": 2, "step_size": 2 / 255}
 CLEAN, GRAY, EXACT = Threat("none", clips=5), Threat("gray-box", "pgd", STEPS, 5), Threat("exact", "pgd", STEPS, 3)

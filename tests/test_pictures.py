@@ -10,9 +10,9 @@ from conftest import clips
 from PIL import Image
 
 from videopure_fast.data.video import probe, read_frames
-from videopure_fast.evaluation import Examples
-from videopure_fast.pictures import draw_accuracy, write_side_by_side, write_strip
-from videopure_fast.tables import Accuracy
+from videopure_fast.evaluation.figures import draw_accuracy, write_side_by_side, write_strip
+from videopure_fast.evaluation.runner import Examples
+from videopure_fast.evaluation.tables import Accuracy
 
 CLASSES = ("left", "right")
 

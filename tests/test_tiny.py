@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from videopure_fast import DefendedClassifier, Purifier, PurifyConfig, purify, reference, tiny
-from videopure_fast.evaluation import Setup, defences, evaluate
-from videopure_fast.records import Plan, Threat
-from videopure_fast.tables import table
+from videopure_fast.evaluation.record import Plan, Threat
+from videopure_fast.evaluation.runner import Setup, defences, evaluate
+from videopure_fast.evaluation.tables import table
 from videopure_fast.tiny.models import WEIGHTS
 
 

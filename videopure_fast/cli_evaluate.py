@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .data.datasets import VideoDataset
-    from .records import Threat
+    from .evaluation.record import Threat
 
 _DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
 _DEMO_CLIPS = 4  # in its video
@@ -85,11 +85,13 @@ def demo(
     """
     import tempfile
 
-    from . import evaluation, pictures, tiny
+    from . import tiny
+    from .evaluation import figures as pictures
+    from .evaluation import runner as evaluation
+    from .evaluation.record import Plan, Threat
+    from .evaluation.tables import table
     from .files import check_writable, make_folder
     from .purifier import Purifier
-    from .records import Plan, Threat
-    from .tables import table
 
     if json_file is not None:
         check_writable(json_file)
@@ -275,12 +277,13 @@ def evaluate(
     """
     import torch
 
-    from . import evaluation, tiny
+    from . import tiny
     from .data import datasets
+    from .evaluation import runner as evaluation
+    from .evaluation.record import Plan, weights_digest
     from .files import make_folder
     from .inputs import check_count
     from .purifier import Purifier
-    from .records import Plan, weights_digest
 
     if not 0 < step_size < math.inf:
         raise ValueError(f"--step-size must be more than 0, in 1/255, got {step_size}")
@@ -365,7 +368,7 @@ def _threats(
     queries: int,
     clips: int,
 ) -> tuple[Threat, ...]:
-    from .records import Threat
+    from .evaluation.record import Threat
 
     asked = {"queries": queries, **({} if gradient["eot"] == 1 else {"eot": gradient["eot"]})}
     step = {"steps": steps, "step_size": step_size / 255}

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attacks import ATTACKS, bpda
-from .attacks.base import check_labelled, vote
-from .defense.classifier import DefendedClassifier, classify_votes
-from .defense.filters import FILTERS, reconstruct
-from .files import check_writable, make_folder
-from .machine import PeakMemory, describe_machine, synchronize
-from .purifier import Purifier
-from .records import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone
+from ..attacks import ATTACKS, bpda
+from ..attacks.base import check_labelled, vote
+from ..defense.classifier import DefendedClassifier, classify_votes
+from ..defense.filters import FILTERS, reconstruct
+from ..files import check_writable, make_folder
+from ..machine import PeakMemory, describe_machine, synchronize
+from ..purifier import Purifier
+from .record import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone
 from .tables import rescued
 
 

@@ -22,10 +22,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from .attacks import ATTACKS
-from .attacks.base import Shared
-from .files import replacing
-from .inputs import check_count, check_number
+from ..attacks import ATTACKS
+from ..attacks.base import Shared
+from ..files import replacing
+from ..inputs import check_count, check_number
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
 ADAPTIVE: tuple[Access, ...] = ("query", "bpda", "exact")  # the attacker asks the defence itself

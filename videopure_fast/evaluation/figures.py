@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .evaluation import Examples
-from .files import replacing
-from .measure.plot import Line, Panel, draw
+from .runner import Examples
+from ..files import replacing
+from ..measure.plot import Line, Panel, draw
 from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16
@@ -45,7 +45,7 @@ def write_strip(
 
 def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
     """A video of clean | attacked | purified, one clip after another."""
-    from .data.video import VideoWriter
+    from ..data.video import VideoWriter
 
     frames = list(_side_by_side(found, classes))
     height, width = frames[0].shape[1:]

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import apgd, pgd
-from .attacks.base import check_labelled, cross_entropy, gradient_of, margin, vote
-from .defense.classifier import DefendedClassifier
-from .inputs import check_count
-from .purifier import Purifier
-from .records import Record, Threat
+from ..attacks import apgd, pgd
+from ..attacks.base import check_labelled, cross_entropy, gradient_of, margin, vote
+from ..defense.classifier import DefendedClassifier
+from ..inputs import check_count
+from ..purifier import Purifier
+from .record import Record, Threat
 from .tables import Outcome, outcome
 
 # Of a pixel, in float64: so small that hardly any sign of the guidance turns, by itself or by the flow under it. Its

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from .records import ADAPTIVE, Record, Threat
+from .record import ADAPTIVE, Record, Threat
 
 
 class Accuracy(NamedTuple):
