@@ -10,7 +10,8 @@ import torch
 from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
-from videopure_fast import cli, cli_report, purifier
+from videopure_fast import cli, purifier
+from videopure_fast.cli import report as cli_report
 from videopure_fast.data.video import VideoWriter, probe
 from videopure_fast.evaluation.record import Plan, Threat
 from videopure_fast.evaluation.runner import Setup, defences

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .evaluation.checks import Check
-    from .evaluation.record import Plan, Record
-    from .evaluation.runner import Setup
-    from .evaluation.tables import Accuracy
+    from ..evaluation.checks import Check
+    from ..evaluation.record import Plan, Record
+    from ..evaluation.runner import Setup
+    from ..evaluation.tables import Accuracy
 
 # Brackets in file names are no markup.
 console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -31,8 +31,8 @@ _SOURCE_CLIPS = 32
 
 def report(record: Record, setup: Setup, classes: Sequence[str], out: Path, *, thorough: bool) -> None:
     """Table, report, CSV file and pictures; then, if thorough, the checks that need work, and the report with them."""
-    from .evaluation.checks import order_checks
-    from .evaluation.tables import inaccessible, table
+    from ..evaluation.checks import order_checks
+    from ..evaluation.tables import inaccessible, table
 
     randomised = [name for name in record.plan.defences if setup.defences[name].randomised]
     rows, checks = table(record, randomised=randomised), order_checks(record)
@@ -61,7 +61,7 @@ def report(record: Record, setup: Setup, classes: Sequence[str], out: Path, *, t
 
 def weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
     """What makes these attacks, or what they leave, less than it seems."""
-    from .evaluation.record import ADAPTIVE
+    from ..evaluation.record import ADAPTIVE
 
     attacks = [threat for threat in plan.threats if threat.access != "none"]
     if randomised and any(threat.settings.get("eot", 1) == 1 for threat in attacks if threat.access in ADAPTIVE):
@@ -109,7 +109,7 @@ def sanity_checks(plan: Plan, setup: Setup) -> list[Check]:
     """Of the plan's last defence: of its exact gradient where it has one, else of BPDA's."""
     import torch
 
-    from .evaluation.checks import Check, effort_check, gradient_check, reach_check, source_check, stand_in_check
+    from ..evaluation.checks import Check, effort_check, gradient_check, reach_check, source_check, stand_in_check
 
     name, eps = plan.defences[-1], plan.eps[-1]
     defence, classifier, count = setup.defences[name], setup.classifier, plan.threats[0].clips
@@ -142,9 +142,9 @@ def sanity_checks(plan: Plan, setup: Setup) -> list[Check]:
 
 def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, classes: Sequence[str], out: Path) -> None:
     """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
-    from .evaluation import figures as pictures
-    from .evaluation.runner import examples
-    from .evaluation.tables import rescued
+    from ..evaluation import figures as pictures
+    from ..evaluation.runner import examples
+    from ..evaluation.tables import rescued
 
     if all(row.access in ("none", "adaptive") for row in rows):
         return
@@ -160,7 +160,7 @@ def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, class
 
 
 def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: Any) -> None:
-    from .files import replacing
+    from ..files import replacing
 
     report = {
         "plan": asdict(record.plan),
@@ -174,8 +174,8 @@ def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: A
 
 
 def _write_csv(path: Path, rows: Sequence[Accuracy]) -> None:
-    from .evaluation.tables import Accuracy
-    from .files import replacing
+    from ..evaluation.tables import Accuracy
+    from ..files import replacing
 
     with replacing(path) as file, file.open("w", newline="") as stream:
         writer = csv.writer(stream)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_report import accuracy_table, console, report, write_report
+from .report import accuracy_table, console, report, write_report
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .data.datasets import VideoDataset
-    from .evaluation.record import Threat
+    from ..data.datasets import VideoDataset
+    from ..evaluation.record import Threat
 
 _DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
 _DEMO_CLIPS = 4  # in its video
@@ -85,13 +85,13 @@ def demo(
     """
     import tempfile
 
-    from . import tiny
-    from .evaluation import figures as pictures
-    from .evaluation import runner as evaluation
-    from .evaluation.record import Plan, Threat
-    from .evaluation.tables import table
-    from .files import check_writable, make_folder
-    from .purifier import Purifier
+    from .. import tiny
+    from ..evaluation import figures as pictures
+    from ..evaluation import runner as evaluation
+    from ..evaluation.record import Plan, Threat
+    from ..evaluation.tables import table
+    from ..files import check_writable, make_folder
+    from ..purifier import Purifier
 
     if json_file is not None:
         check_writable(json_file)
@@ -277,13 +277,13 @@ def evaluate(
     """
     import torch
 
-    from . import tiny
-    from .data import datasets
-    from .evaluation import runner as evaluation
-    from .evaluation.record import Plan, weights_digest
-    from .files import make_folder
-    from .inputs import check_count
-    from .purifier import Purifier
+    from .. import tiny
+    from ..data import datasets
+    from ..evaluation import runner as evaluation
+    from ..evaluation.record import Plan, weights_digest
+    from ..files import make_folder
+    from ..inputs import check_count
+    from ..purifier import Purifier
 
     if not 0 < step_size < math.inf:
         raise ValueError(f"--step-size must be more than 0, in 1/255, got {step_size}")
@@ -368,7 +368,7 @@ def _threats(
     queries: int,
     clips: int,
 ) -> tuple[Threat, ...]:
-    from .evaluation.record import Threat
+    from ..evaluation.record import Threat
 
     asked = {"queries": queries, **({} if gradient["eot"] == 1 else {"eot": gradient["eot"]})}
     step = {"steps": steps, "step_size": step_size / 255}
@@ -406,7 +406,7 @@ def _check_options(dataset: DatasetName, options: dict[str, Any]) -> None:
 
 
 def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int]) -> VideoDataset:
-    from .data.datasets import ClipSampling, VideoDataset, read_lines
+    from ..data.datasets import ClipSampling, VideoDataset, read_lines
 
     places, options = [files[option] for option in _NEEDS[name]], {"sampling": ClipSampling(**sampling)}
     if name is DatasetName.ucf101:
@@ -418,7 +418,7 @@ def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[st
 
 
 def _draw_tiny(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-    from . import tiny
+    from .. import tiny
 
     clips, labels = tiny.sample_clips(start + count, seed)
     return clips[start:], labels[start:]
@@ -445,7 +445,7 @@ def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classe
     """By its name, on the clips' device, and tried on them before any work: the code of others may fail in any way."""
     import torch
 
-    from .adapters import load_classifier
+    from ..adapters import load_classifier
 
     if name is None:
         return None

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from . import cli_evaluate
-from .cli_evaluate import Dtype
-from .cli_report import console
+from . import evaluate as cli_evaluate
+from .evaluate import Dtype
+from .report import console
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .data.video import VideoInfo
-    from .measure.benchmark import Pair
-    from .purifier import Purifier
+    from ..data.video import VideoInfo
+    from ..measure.benchmark import Pair
+    from ..purifier import Purifier
 
 app = typer.Typer(
     help="Removes adversarial perturbations from videos with a text-to-video diffusion model (arXiv 2501.14999).",
@@ -107,9 +107,9 @@ def purify(
     """
     import torch
 
-    from .data.video import VideoWriter, check_output, probe, read_frames, working_size
-    from .purifier import Purifier
-    from .streaming import purify_stream
+    from ..data.video import VideoWriter, check_output, probe, read_frames, working_size
+    from ..purifier import Purifier
+    from ..streaming import purify_stream
 
     check_output(output)
     video = probe(source)
@@ -226,9 +226,9 @@ def bench(
       videopure-fast bench --compare before.json after.json
     ```
     """
-    from .files import check_writable
-    from .measure import benchmark
-    from .measure.plot import check_picture
+    from ..files import check_writable
+    from ..measure import benchmark
+    from ..measure.plot import check_picture
 
     if compare is not None:
         a, b = map(benchmark.load, compare)
@@ -289,9 +289,9 @@ def info() -> None:
     """
     import torch
 
-    from .data.video import torchcodec_decoder
-    from .machine import installed
-    from .ops.backend import backends
+    from ..data.video import torchcodec_decoder
+    from ..machine import installed
+    from ..ops.backend import backends
 
     table = Table("what", "state", box=None, pad_edge=False)
     table.add_row("videopure-fast", installed("videopure-fast") or "not installed; running from its source")
@@ -342,7 +342,7 @@ class _Pace:
     def __init__(self, purifier: Purifier, frames: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from .windows import window_starts
+        from ..windows import window_starts
 
         self._evaluations = purifier.evaluations  # of one window
         self._windows = len(window_starts(frames, purifier.max_frames, purifier.config.window_overlap))
@@ -465,8 +465,8 @@ def _bench_table(run: dict[str, Any]) -> Table:
 
 def _stage_table(run: dict[str, Any]) -> Table:
     """Milliseconds of each stage, one after another, of one call."""
-    from .measure.benchmark import Setting
-    from .measure.profile import STAGES
+    from ..measure.benchmark import Setting
+    from ..measure.profile import STAGES
 
     table = Table("setting", title="Milliseconds of a call's stages, each run to its end; percent of the floor")
     for stage in STAGES:
