@@ -17,6 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+ROOMS = (
+    *("attacks", "cli", "data", "defense", "evaluation", "kernels", "measure", "models", "ops", "runtime", "tiny"),
+)
 
 
 def find_tool(name: str, directory: str) -> str | None:
@@ -53,8 +56,11 @@ class CMakeBuild(build_ext):
 
 setup(
     # Named one by one: kernels/ has no __init__.py, and automatic discovery would skip it or take bench/ and tests/.
-    packages=["videopure_fast", "videopure_fast.tiny", "videopure_fast.kernels"],
-    package_data={"videopure_fast.tiny": ["weights/**"]},
+    packages=[
+        "videopure_fast",
+        *("videopure_fast." + room for room in ROOMS),
+    ],
+    package_data={"videopure_fast": ["py.typed"], "videopure_fast.tiny": ["weights/**"]},
     ext_modules=[
         Extension(
             "videopure_fast._C",

@@ -27,6 +27,8 @@ ROOMS = (
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"
+# A method that hands the purifier over to a later room.
+HANDED_OVER = {("purifier", "measure.profile")}
 
 
 def sources() -> dict[str, Path]:
@@ -54,10 +56,10 @@ def house_imports(name: str, path: Path) -> set[str]:
         root, *parts = imported.split(".")
         if root != "videopure_fast":
             continue
-        while parts and ".".join(parts) not in MODULES and ".".join([*parts, "__init__"]) not in MODULES:
+        while parts and ".".join(parts) not in (*MODULES, "_C") and ".".join([*parts, "__init__"]) not in MODULES:
             parts.pop()  # a name inside a module
-        found.add(".".join(parts) if ".".join(parts) in MODULES else ".".join([*parts, "__init__"]))
-    return found - {name}
+        found.add(".".join(parts) if ".".join(parts) in (*MODULES, "_C") else ".".join([*parts, "__init__"]))
+    return found - {name, "_C"}
 
 
 MODULES = sources()
@@ -78,11 +80,16 @@ def test_imports_go_one_way(name):
         for other in imported:
             assert other != TINY_SCRIPT, f"{name} imports {TINY_SCRIPT}, a script"
             place = other.split(".")[0]
-            assert place == room or ROOMS.index(place) < ROOMS.index(room), f"{name} imports {other}, of a later room"
+            assert place == room or (name, other) in HANDED_OVER or ROOMS.index(place) < ROOMS.index(room), (
+                f"{name} imports {other}, of a later room"
+            )
 
 
 def test_no_modules_import_each_other():
-    graph = {name: house_imports(name, path) for name, path in MODULES.items()}
+    graph = {
+        name: {other for other in house_imports(name, path) if (name, other) not in HANDED_OVER}
+        for name, path in MODULES.items()
+    }
     list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
@@ -143,8 +150,8 @@ def test_wheel_holds_everything(installed, tmp_path):
     weights = {path.relative_to(PACKAGE) for path in (PACKAGE / "tiny" / "weights").rglob("*") if path.is_file()}
     assert weights
     assert all((package / path).is_file() for path in weights)
-    code = "from videopure_fast import backend; print(backend.__file__, backend.backends()['cpu'])"
-    assert run_installed(installed, tmp_path, "-c", code).split() == [str(package / "backend.py"), "available"]
+    code = "from videopure_fast.ops import backend; print(backend.__file__, backend.backends()['cpu'])"
+    assert run_installed(installed, tmp_path, "-c", code).split() == [str(package / "ops" / "backend.py"), "available"]
 
 
 @pytest.mark.slow

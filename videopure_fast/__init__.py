@@ -17,11 +17,11 @@ __all__ = ["DefendedClassifier", "Purifier", "PurifyConfig", "purify", "tiny", "
 
 # Imported at first use: torch and what else it takes would cost every `--help` a second.
 _HOMES = {
-    "DefendedClassifier": "defense",
+    "DefendedClassifier": "defense.classifier",
     "Purifier": "purifier",
     "PurifyConfig": "config",
     "purify": "purifier",
-    "use_backend": "backend",
+    "use_backend": "ops.backend",
 }
 
 

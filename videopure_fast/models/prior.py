@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..config import PurifyConfig
 from ..inputs import MOST_FRAMES, check_count
 
-_PACKAGED = {"tiny": Path(__file__).with_name("tiny") / "weights"}
+_PACKAGED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 _DECODERS = {"taesd": "madebyollin/taesd"}
 _LARGEST_JSON = 1 << 20  # bytes; a configuration is a few kilobytes
 

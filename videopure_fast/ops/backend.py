@@ -104,7 +104,7 @@ def implementation(op: str, name: str) -> Callable[..., Tensor]:
     if name == "reference":
         return getattr(reference, op)
     if name == "triton":
-        return getattr(importlib.import_module(f".kernels.{_KERNEL_FILES.get(op, op)}", __package__), op)
+        return getattr(importlib.import_module(f"videopure_fast.kernels.{_KERNEL_FILES.get(op, op)}"), op)
     return getattr(native, op)
 
 
