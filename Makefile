@@ -61,7 +61,7 @@ sanitize: $(INSTALLED)
 	CMAKE_ARGS="-DVPF_CUDA=OFF -DVPF_SANITIZE=ON" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --target $(SANITIZED) .
 	LD_PRELOAD="$$($${CC:-gcc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/pytest $$(grep -l "from op_cases" tests/test_*.py | grep -v golden) -k "not triton and not compiles"
+		$(BIN)/pytest $$(grep -rl "from op_cases" tests --include="test_*.py" | grep -v golden) -k "not triton and not compiles"
 
 clean:
 	rm -rf build dist *.egg-info videopure_fast/_C.*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

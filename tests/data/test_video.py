@@ -15,7 +15,7 @@ from videopure_fast.data.video import VideoWriter, check_output, probe, read_fra
 from videopure_fast.streaming import purify_stream
 from videopure_fast.windows import window_starts, window_weights
 
-CLIP = Path(__file__).parent / "data" / "part_0.mp4"
+CLIP = Path(__file__).with_name("part_0.mp4")
 NTSC = Fraction(30000, 1001)
 ENCODERS = {".mp4": "libx264", ".avi": "mpeg4", ".webm": "libvpx-vp9", ".gif": "gif"}
 

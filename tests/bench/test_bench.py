@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build_purifier, clips
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from videopure_fast import ops, reference
 from videopure_fast.ops import backend, native
 from videopure_fast.ops.backend import FORMS, choose, use_backend
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the door, not a kernel")
 
 LATENTS, NORM = (2, 3, 4, 2, 5), {"norm_weight": (8,), "norm_bias": (8,)}
@@ -567,7 +567,7 @@ def test_transforms_of_functions_reach_the_ops():
 def test_triton_in_the_interpreter():
     """The tests of all kernels in a process of their own: triton reads TRITON_INTERPRET once, when it is imported."""
     pytest.importorskip("triton")
-    files = [path for path in sorted(TESTS.glob("test_*.py")) if "from op_cases import" in path.read_text()]
+    files = [path for path in sorted(TESTS.rglob("test_*.py")) if "from op_cases import" in path.read_text()]
     files = [path for path in files if path.name not in ("test_ops.py", "test_native.py")]
     command = [sys.executable, "-m", "pytest", "-v", "-k", "triton-interpreted", *map(str, files)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

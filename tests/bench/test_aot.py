@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 from videopure_fast.ops.backend import FORMS
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("aot", ROOT / "bench" / "aot.py")
 aot = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(aot)

@@ -16,7 +16,7 @@ from videopure_fast.data.video import VideoWriter, probe
 from videopure_fast.evaluation.record import Plan, Threat
 from videopure_fast.evaluation.runner import Setup, defences
 
-CLIP = Path(__file__).parent / "data" / "part_0.mp4"
+CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
 
 
 def run(*arguments):
