@@ -72,7 +72,7 @@ MANY_CLIPS = 384
 
 
 class Level(NamedTuple):
-    """One resolution of a model: pixels a side, channels, and the other widths that its resnets normalise there."""
+    """One resolution of a model: pixels a side, channels, and the other widths that its resnets normalize there."""
 
     side: int
     channels: int

@@ -159,7 +159,7 @@ def test_guided_update_beats_the_frame_loop():
     steps = Schedule(config).votes()
 
     def loop() -> Tensor:
-        """The optimised latents of each vote; a vote's own x0 is left out here, and of the check below."""
+        """The optimized latents of each vote; a vote's own x0 is left out here, and of the check below."""
         states = zip(latents, noise, steps, strict=True)
         return torch.stack([reference.guidance_by_autograd(z, e, target, flow, step, config) for z, e, step in states])
 

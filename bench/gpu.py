@@ -465,8 +465,8 @@ def _loop(
     config = PurifyConfig(**weights)
     votes = []
     for z, e, step in zip(latents, noise, Schedule(config).votes(), strict=True):
-        optimised = reference.guidance_by_autograd(z, e, target, flow, step, config)
-        votes.append((optimised - step.sqrt_beta * e) / step.sqrt_alpha if step.predicts_x0 else optimised)
+        optimized = reference.guidance_by_autograd(z, e, target, flow, step, config)
+        votes.append((optimized - step.sqrt_beta * e) / step.sqrt_alpha if step.predicts_x0 else optimized)
     return torch.stack(votes)
 
 

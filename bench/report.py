@@ -19,21 +19,21 @@ README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 
 
 def robustness(result: dict[str, Any]) -> str:
-    """Markdown of study.py's result: one table of all defences, one of the stronger threats, and the checks."""
+    """Markdown of study.py's result: one table of all defenses, one of the stronger threats, and the checks."""
     rows = result["rows"]
-    seconds = {row["defence"]: row["seconds_per_clip"] for row in rows if row["part"] == "cost"}
+    seconds = {row["defense"]: row["seconds_per_clip"] for row in rows if row["part"] == "cost"}
     plain = [row for row in rows if row["part"].startswith("gray-box") or row["part"] == "depths"]
-    cells = {(row["defence"], row["access"], row["eps"]): row for row in plain}
+    cells = {(row["defense"], row["access"], row["eps"]): row for row in plain}
     sizes = sorted({row["eps"] for row in plain if row["eps"]})
     gray = [
         [
             _bold(name),
-            str(max(row["n"] for row in plain if row["defence"] == name)),
+            str(max(row["n"] for row in plain if row["defense"] == name)),
             _share(cells.get((name, "none", 0.0))),
             *(_share(cells.get((name, "gray-box", eps))) for eps in sizes),
             f"{seconds[name]:.2g}" if name in seconds else MISSING,
         ]
-        for name in dict.fromkeys(row["defence"] for row in plain)
+        for name in dict.fromkeys(row["defense"] for row in plain)
     ]
     columns = {  # of the second table: part, access
         "transfer": ("transfer", "transfer"),
@@ -47,14 +47,14 @@ def robustness(result: dict[str, Any]) -> str:
     parts = {part for part, _ in columns.values()} - {"adaptive"}
     asked = [row for row in rows if row["part"] in parts and row["eps"]]
     least = min((row["eps"] for row in asked), default=0.0)
-    strong = {(row["defence"], row["part"], row["access"]): row for row in rows if row["eps"] == least}
+    strong = {(row["defense"], row["part"], row["access"]): row for row in rows if row["eps"] == least}
     informed = [
         [_bold(name), *(_share(strong.get((name, *place)), count=True) for place in columns.values())]
-        for name in dict.fromkeys(row["defence"] for row in asked)
+        for name in dict.fromkeys(row["defense"] for row in asked)
     ]
     failed = [f"FAILED: {check['name']} ({check['seen']})" for check in result["checks"] if not check["passed"]]
     verdict = f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed"
-    header = ["defence", "clips", "clean", *(f"attacked, {255 * eps:g}/255" for eps in sizes), "s a clip"]
+    header = ["defense", "clips", "clean", *(f"attacked, {255 * eps:g}/255" for eps in sizes), "s a clip"]
     return "\n".join(
         [
             "Gray-box, PGD-10 with steps of 2/255 on the bare classifier. Clips that served neither training nor any "
@@ -63,13 +63,13 @@ def robustness(result: dict[str, Any]) -> str:
             *markdown(header, gray),
             "",
             f"Other threats, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
-            "classifier; 200 queries by Square; the classifier's gradients; the defence taken for the identity; its "
+            "classifier; 200 queries by Square; the classifier's gradients; the defense taken for the identity; its "
             "exact gradients, twice. The minimum is clip by clip, over these, the table above and, for "
-            "five of the defences, APGD-10 in the gray box and under BPDA (the picture); of ddim, which draws anew, it "
+            "five of the defenses, APGD-10 in the gray box and under BPDA (the picture); of ddim, which draws anew, it "
             "is the lowest of the accuracies on the same clips. Every attack could be made stronger, and those on ddim "
             "do not average over its draws (EOT): these are upper bounds.",
             "",
-            *markdown(["defence", *columns], informed),
+            *markdown(["defense", *columns], informed),
             "",
             *_sentences(rows),
             *([f"{'; '.join([verdict, *failed])}.", ""] if result["checks"] else []),
@@ -79,11 +79,11 @@ def robustness(result: dict[str, Any]) -> str:
 
 
 def _sentences(rows: list[dict[str, Any]]) -> list[str]:
-    """What one number each says: parity of the two evaluations, and chance in a random defence."""
+    """What one number each says: parity of the two evaluations, and chance in a random defense."""
     found = []
     parity = [row for row in rows if row["part"] == "parity" and row["access"] == "bpda"]
     for eps in dict.fromkeys(row["eps"] for row in parity):
-        cells = {row["defence"].partition(", ")[2]: _share(row, count=True) for row in parity if row["eps"] == eps}
+        cells = {row["defense"].partition(", ")[2]: _share(row, count=True) for row in parity if row["eps"] == eps}
         found += [
             f"videopure under BPDA, PGD-10, {255 * eps:g}/255, by our evaluation (fast) and by diffusers' own with the "
             f"ops' reference: {'; '.join(f'{paths}, {share}' for paths, share in cells.items())}.",
@@ -92,7 +92,7 @@ def _sentences(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["part"] == "chance":
             found += [
-                f"Over ten draws of its noise {row['defence']} is right on {row['accuracy']:.3f} of {row['n']} clips "
+                f"Over ten draws of its noise {row['defense']} is right on {row['accuracy']:.3f} of {row['n']} clips "
                 f"attacked in the gray box at {255 * row['eps']:g}/255, and on {row['worst']:.3f} in every draw.",
                 "",
             ]

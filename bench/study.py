@@ -1,4 +1,4 @@
-"""Robust accuracy of every defence on packaged clips: `python bench/study.py`, many hours on two cores.
+"""Robust accuracy of every defense on packaged clips: `python bench/study.py`, many hours on two cores.
 
 Interrupt it when you like: the outcome of every clip stays in bench/results/study, and the next run goes on from there.
 bench/results/robustness-tiny.json then holds all that is done in full, robustness-tiny.svg draws accuracy against eps
@@ -35,7 +35,7 @@ from videopure_fast.evaluation.checks import (
 )
 from videopure_fast.evaluation.figures import draw_accuracy
 from videopure_fast.evaluation.record import Access, Plan, Record, Threat, weights_digest
-from videopure_fast.evaluation.runner import Defence, Setup, defences, evaluate
+from videopure_fast.evaluation.runner import Defense, Setup, defenses, evaluate
 from videopure_fast.evaluation.tables import table
 from videopure_fast.files import replacing
 from videopure_fast.tiny.models import ActionClassifier
@@ -54,7 +54,7 @@ FILTERS = (
 )
 VARIANTS = ("videopure without guidance", "videopure without voting", "videopure with feedback")
 DEPTHS = (2, 10)  # beside the prior's own 5
-RANDOMISED = tuple(f"{name}{depth}" for name in ("ddpm", "ddim") for depth in ("", *(f", T={T}" for T in DEPTHS)))
+RANDOMIZED = tuple(f"{name}{depth}" for name in ("ddpm", "ddim") for depth in ("", *(f", T={T}" for T in DEPTHS)))
 PARITY = tuple(
     f"videopure, crafted on {crafted}, judged on {judged}"
     for crafted in ("fast", "reference")
@@ -120,11 +120,11 @@ def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
     return clips[start:], labels[start:]
 
 
-def crossed(fast: Defence, **settings: Any) -> dict[str, Defence]:
+def crossed(fast: Defense, **settings: Any) -> dict[str, Defense]:
     """videopure attacked through one path of its evaluation and judged on another: diffusers' modules with the ops'
     reference, and ours."""
     purifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32, fast=False, **settings)
-    plain = defences(purifier)["videopure"]
+    plain = defenses(purifier)["videopure"]
 
     def votes(clips: Tensor, generator: torch.Generator) -> Tensor:
         with use_backend("reference"):
@@ -138,9 +138,9 @@ def crossed(fast: Defence, **settings: Any) -> dict[str, Defence]:
         call = plain.logits(*arguments)
         return run
 
-    paths = {"fast": fast, "reference": Defence(votes, logits)}
+    paths = {"fast": fast, "reference": Defense(votes, logits)}
     pairs = [(crafted, judged) for crafted in paths.values() for judged in paths.values()]
-    return {name: Defence(judged.votes, crafted.logits) for name, (crafted, judged) in zip(PARITY, pairs, strict=True)}
+    return {name: Defense(judged.votes, crafted.logits) for name, (crafted, judged) in zip(PARITY, pairs, strict=True)}
 
 
 def check_models(path: Path, **models: nn.Module) -> None:
@@ -196,7 +196,7 @@ def recorded(todo: dict[str, Plan], folder: Path) -> dict[str, Record]:
 def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) -> None:
     """The rows of all that is done, and the checks."""
     rows = [row._asdict() | {"part": name} for name, record in records.items() for row in table(record)]
-    everything = table(*(records[name] for name in ATTACKS if name in records), randomised=RANDOMISED)
+    everything = table(*(records[name] for name in ATTACKS if name in records), randomized=RANDOMIZED)
     rows += [row._asdict() | {"part": "adaptive"} for row in everything if row.access == "adaptive"]
     result = {
         "kind": "robustness",
@@ -209,10 +209,10 @@ def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) ->
         file.write_text(json.dumps(result, indent=1) + "\n")
     if "curve" in records and "cost" in records:
         costs, curve = table(records["cost"]), [row for row in table(records["curve"]) if row.access != "adaptive"]
-        names = {row.defence for row in curve}
+        names = {row.defense for row in curve}
         # The curve's own minimum would lack the exact attacks, which are of one eps alone.
-        least = [row for row in everything if (row.access, row.eps) == ("adaptive", EPS[0]) and row.defence in names]
-        if names <= {row.defence for row in costs}:
+        least = [row for row in everything if (row.access, row.eps) == ("adaptive", EPS[0]) and row.defense in names]
+        if names <= {row.defense for row in costs}:
             options = {"eps": EPS[0], "note": "bars: 95 % intervals"}
             draw_accuracy([*costs, *curve, *least], path.with_suffix(".svg"), **options)
 
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     work = WORK if whole else ROOT / "build" / f"study-{options.share:g}"
     work.mkdir(parents=True, exist_ok=True)
     purifier, classifier = Purifier.from_pretrained("tiny", device="cpu", dtype=torch.float32), tiny.load_classifier()
-    available = defences(purifier, depths=DEPTHS)
+    available = defenses(purifier, depths=DEPTHS)
     available |= crossed(available["videopure"])
     check_models(work / "models.json", purifier=purifier, classifier=classifier)
     todo = {name: plan if whole else shrunk(plan, options.share) for name, plan in plans().items()}

@@ -12,7 +12,7 @@ struct ActivationSizes {
   int64_t clips, frames, pixels, channels;
 };
 
-// Distances in elements between neighbours; the channels of one pixel are contiguous.
+// Distances in elements between neighbors; the channels of one pixel are contiguous.
 struct ActivationStrides {
   int64_t clip, frame, pixel;
 };

@@ -145,7 +145,7 @@ void join(const Sample& sample, const Norm& norm, Work& work) {
       const double center = mean - (embedding ? embedding[c] : 0.f), scale = norm.weight[c] * inverse;
       work.center[c] = static_cast<float>(center);
       work.scale[c] = static_cast<float>(scale);
-      // What rounding took from the centre is given back here.
+      // What rounding took from the center is given back here.
       work.shift[c] = static_cast<float>(norm.bias[c] - (center - work.center[c]) * scale);
     }
   }

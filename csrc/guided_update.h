@@ -89,8 +89,8 @@ VPF_INLINE float guided_vote(float latent, float noise, float target, float warp
     const float residual = warped - prediction;
     gradient += weights.temporal * static_cast<float>((residual > 0.f) - (residual < 0.f));
   }
-  const float optimised = latent + vote.update * gradient;
-  return vote.predicts_x0 != 0.f ? predict_x0(optimised, noise, vote) : optimised;
+  const float optimized = latent + vote.update * gradient;
+  return vote.predicts_x0 != 0.f ? predict_x0(optimized, noise, vote) : optimized;
 }
 
 // Both fill `output`. The flow's channels are x and y.

@@ -16,7 +16,7 @@ struct Sizes {
   int64_t votes, clips, channels, frames, height, width;
 };
 
-// The first value, and the distances in elements between neighbours; 0 along a dimension that the tensor lacks.
+// The first value, and the distances in elements between neighbors; 0 along a dimension that the tensor lacks.
 template <typename T>
 struct Latents {
   T* data;

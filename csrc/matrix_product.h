@@ -18,7 +18,7 @@ int vector_width();
 int product_threads(int threads, int64_t rows, int64_t outputs, int64_t inputs);
 
 // Weights (taps, outputs, inputs) and biases in the order in which a product reads them: panels of a pair of vectors,
-// [taps, panels, inputs, 2, width], the last panel filled up with zeros. A pair holds neighbouring outputs; or, of
+// [taps, panels, inputs, 2, width], the last panel filled up with zeros. A pair holds neighboring outputs; or, of
 // gated weights, some of the first half of the outputs and their partners of the second half.
 struct Panels {
   // bias: (outputs,) or nullptr for none. width: floats of a vector, as of vector_width().

@@ -140,7 +140,7 @@ struct NormAttention {
   int64_t blocks() const { return (sizes.pixels + pixels - 1) / pixels; }
 };
 
-// A block of pixels in all their frames is normalised, multiplied and attended to while in a near cache.
+// A block of pixels in all their frames is normalized, multiplied and attended to while in a near cache.
 struct NormAttentionWork {
   explicit NormAttentionWork(const NormAttention& op)
       : op(op),

@@ -79,7 +79,7 @@ def _linear_geglu_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    # Neighbouring programs share rows of x; the weight stays in the L2 cache.
+    # Neighboring programs share rows of x; the weight stays in the L2 cache.
     column_tiles = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)

@@ -269,7 +269,7 @@ def _coefficients_kernel(
     bias_ptr,
     mean_ptr,
     m2_ptr,
-    centre_ptr,  # (samples, channels), as are scale and shift
+    center_ptr,  # (samples, channels), as are scale and shift
     scale_ptr,
     shift_ptr,
     rows,
@@ -289,7 +289,7 @@ def _coefficients_kernel(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     channel = block * LANES + tl.arange(0, LANES)
     inside = channel < channels
-    centre = -_from_first(x_ptr + sample * x_sample, None, channel, inside, SIZE)
+    center = -_from_first(x_ptr + sample * x_sample, None, channel, inside, SIZE)
     first_group = block * LANES // SIZE
     mean, scale, bias = _combined(
         weight_ptr,
@@ -310,7 +310,7 @@ def _coefficients_kernel(
         CHUNKS,
     )
     at = sample * channels + channel
-    tl.store(centre_ptr + at, centre, mask=inside)
+    tl.store(center_ptr + at, center, mask=inside)
     tl.store(scale_ptr + at, scale, mask=inside)
     tl.store(shift_ptr + at, bias - mean * scale, mask=inside)
 
@@ -393,9 +393,9 @@ def group_norm_silu(
 
 
 def coefficients(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """What normalises values, as (x - centre) * scale + shift: (3, samples, channels) in float32.
+    """What normalizes values, as (x - center) * scale + shift: (3, samples, channels) in float32.
 
-    x: (samples, rows, channels), channels contiguous. The centre is a value of x, so that a large mean costs nothing.
+    x: (samples, rows, channels), channels contiguous. The center is a value of x, so that a large mean costs nothing.
     """
     samples, rows, channels = x.shape
     size = channels // groups

@@ -117,8 +117,8 @@ def _guided_update_kernel(
     residual = warped - p
     sign = (residual > 0.0).to(tl.float32) - (residual < 0.0).to(tl.float32)
     gradient = spatial * (p - target) + tl.where(has_following, temporal * sign, 0.0)
-    optimised = z + update * gradient
-    result = tl.where(predicts_x0 != 0.0, (optimised - sqrt_beta * e) * inverse_sqrt_alpha, optimised)
+    optimized = z + update * gradient
+    result = tl.where(predicts_x0 != 0.0, (optimized - sqrt_beta * e) * inverse_sqrt_alpha, optimized)
     tl.store(output_ptr + first + tl.arange(0, BLOCK), result, mask=mask)
 
 

@@ -115,7 +115,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """(..., C) as (rows, C) whose channels are neighbours: a view of most tensors."""
+    """(..., C) as (rows, C) whose channels are neighbors: a view of most tensors."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -57,7 +57,7 @@ def _rows_of_tile(tiles, pixels, heads, FRAMES: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def _softmax_over_own(scores, slot, exponent):
-    """Unnormalised weights of each row over the rows of its own pixel, and their sums. [ROWS, ROWS], [ROWS]
+    """Unnormalized weights of each row over the rows of its own pixel, and their sums. [ROWS, ROWS], [ROWS]
 
     exponent: log2(e) times the scale of the scores. Rows that do not exist share slots with none that do.
     """
@@ -148,10 +148,10 @@ def _norm_temporal_attention_kernel(
         x = tl.load(x_ptr + k[None, :], mask=exists[:, None] & (k < channels)[None, :], other=0.0).to(tl.float32)
         count = tl.minimum(channels - start, BLOCK_K).to(tl.float32)
         block_mean = tl.sum(x, 1) / count
-        centred = tl.where((k < channels)[None, :], x - block_mean[:, None], 0.0)
+        centered = tl.where((k < channels)[None, :], x - block_mean[:, None], 0.0)
         delta = block_mean - mean
         mean += delta * (count / (start + count))
-        deviation += tl.sum(centred * centred, 1) + delta * delta * (start * count / (start + count))
+        deviation += tl.sum(centered * centered, 1) + delta * delta * (start * count / (start + count))
     # Rows that do not exist become the bias: finite, whatever eps is.
     scale = tl.where(exists, 1.0 / tl.sqrt(deviation / channels + eps), 0.0)
 
@@ -274,7 +274,7 @@ def norm_temporal_attention(
 
 
 def _merge_pixels(x: Tensor) -> Tensor:
-    """(B, F, H, W, C) as (B, F, pixels, C) whose channels are neighbours: a view of a channels-last tensor."""
+    """(B, F, H, W, C) as (B, F, pixels, C) whose channels are neighbors: a view of a channels-last tensor."""
     return _dense_rows(x.flatten(2, 3))
 
 

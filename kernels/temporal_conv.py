@@ -34,7 +34,7 @@ MOST_ON_LOAD = 3
 @triton.jit(do_not_specialize=["rows", "pixels", "frames"])
 def _temporal_conv_kernel(
     x_ptr,
-    centre_ptr,  # (samples, channels), as are scale and shift; None where x is normalised already
+    center_ptr,  # (samples, channels), as are scale and shift; None where x is normalized already
     scale_ptr,
     shift_ptr,
     weight_ptr,
@@ -84,12 +84,12 @@ def _temporal_conv_kernel(
         inside = is_row & (frame + tap >= 1) & (frame + tap <= frames)
         x_tile_ptr = x_ptr + (tap - 1) * x_frame + channel
         x = tl.load(x_tile_ptr + x_at, mask=inside[:, None] & is_channel[None, :], other=0.0)
-        if centre_ptr is not None:
+        if center_ptr is not None:
             at = sample * channels + channel + k
-            centre = tl.load(centre_ptr + at, mask=is_channel, other=0.0)[None, :]
+            center = tl.load(center_ptr + at, mask=is_channel, other=0.0)[None, :]
             scale = tl.load(scale_ptr + at, mask=is_channel, other=0.0)[None, :]
             shift = tl.load(shift_ptr + at, mask=is_channel, other=0.0)[None, :]
-            y = (x.to(tl.float32) - centre) * scale + shift
+            y = (x.to(tl.float32) - center) * scale + shift
             x = tl.where(inside[:, None], y / (1.0 + tl.exp(-y)), 0.0).to(x.dtype)
         weight_tile_ptr = weight_ptr + tap * weight_tap + channel * weight_channel
         weight = tl.load(weight_tile_ptr + weight_at, mask=is_channel[:, None] & is_output[None, :], other=0.0)
@@ -123,18 +123,18 @@ def temporal_conv(
         residual = _within_32_bits(residual.reshape(rows, outputs))
     with torch.cuda.device_of(x):
         block_m, block_n, block_k, warps, stages = _tile(x.dtype, rows, channels, outputs)
-    if normalises_on_load(outputs, block_n):
+    if normalizes_on_load(outputs, block_n):
         x = _within_32_bits(x.reshape(clips, -1, channels))
-        centre, scale, shift = coefficients(x, norm_weight, norm_bias, groups, eps)
+        center, scale, shift = coefficients(x, norm_weight, norm_bias, groups, eps)
     else:
         # Clips need not be told apart, beyond their first and last frames.
         x = group_norm_silu(x, norm_weight, norm_bias, None, groups, eps, True, True).view(1, rows, channels)
-        centre = scale = shift = None
+        center = scale = shift = None
     samples, rows, _ = x.shape
     with torch.cuda.device_of(x):
         _temporal_conv_kernel[(samples * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n),)](
             x,
-            centre,
+            center,
             scale,
             shift,
             weight,
@@ -160,7 +160,7 @@ def temporal_conv(
     return result
 
 
-def normalises_on_load(outputs: int, block_n: int) -> bool:
+def normalizes_on_load(outputs: int, block_n: int) -> bool:
     """Whether a convolution with blocks of so many outputs computes activations as it loads x."""
     return 3 * triton.cdiv(outputs, block_n) <= MOST_ON_LOAD
 

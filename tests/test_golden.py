@@ -240,8 +240,8 @@ def test_videopure_run(modules, case, backend, device):
     ours = torch.stack([frame_major(vote) for vote in votes]).cpu()
     assert_close(ours, expected_votes, UNET, clear)
     for i, (e, c) in enumerate(zip(recorded_noise, coefficients, strict=True)):
-        optimised = ours[i] * c.sqrt_alpha + c.sqrt_beta * e if c.predicts_x0 else ours[i]
-        assert_close(optimised, record["optimised_latents"][i], UNET, clear[i])
+        optimized = ours[i] * c.sqrt_alpha + c.sqrt_beta * e if c.predicts_x0 else ours[i]
+        assert_close(optimized, record["optimised_latents"][i], UNET, clear[i])
 
     # Decoded from the recorded votes, free of flips; and the whole call, in which each flip reaches some pixels.
     with torch.no_grad(), use_backend(backend):

@@ -1,6 +1,6 @@
 """Drop-ins: any video classifier as a module of clips in [0, 1], and the purifier inside libraries of attacks.
 
-Nothing is guessed from the data: layouts, value ranges and normalisation are stated by whoever builds the adapter.
+Nothing is guessed from the data: layouts, value ranges and normalization are stated by whoever builds the adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_FRAMES, _MOST_SIDE = 2**16, 2**14  # a downloaded config may name any numb
 class VideoClassifier(nn.Module):
     """Clips (B, 3, F, H, W), floats in [0, 1] -> logits (B, K), differentiable, from a model with habits of its own.
 
-    The steps, in order: frames are chosen, resized, multiplied by `scale`, normalised, and laid out for the model.
+    The steps, in order: frames are chosen, resized, multiplied by `scale`, normalized, and laid out for the model.
 
     Args:
         model: takes the prepared clips; returns logits (B, K) as a tensor or as the attribute `.logits`.
@@ -97,7 +97,7 @@ class VideoClassifier(nn.Module):
         """A transformers model for video classification: VideoMAE, TimeSformer, ViViT, V-JEPA 2 and their like.
 
         The model names its input, and its config the frames and sides it was made for, unless they are given here.
-        Normalisation is no part of a config and must be given: `mean=processor.image_mean, std=processor.image_std`
+        Normalization is no part of a config and must be given: `mean=processor.image_mean, std=processor.image_std`
         for most; None and None for none. ViViT's processor first maps values to [-1, 1]: there, pass `scale=2` and
         `image_mean` + 1, or 1 and 1 if its `do_normalize` is off.
         """
@@ -183,7 +183,7 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size:
             purifier it may lead to safer clips.
         batch_size: clips purified at once; ART hands over whole data sets.
 
-    It is applied in predictions and attacks, not in `fit`: the defence needs no training. ImportError without ART.
+    It is applied in predictions and attacks, not in `fit`: the defense needs no training. ImportError without ART.
     """
     base = _library("art.defences.preprocessor.preprocessor", "art").PreprocessorPyTorch
     if not isinstance(purifier, Purifier):

@@ -26,10 +26,10 @@ class PurifyConfig:
             so a negative factor moves away from the attacked latents and towards temporal consistency.
         sign_temperature: 0, or a temperature tau for tanh(residual / tau) in the place of the temporal distance's
             sign: another method, through which a gradient passes. For attackers' surrogates.
-        feedback: let each transition of denoising start from the optimised latents, as the paper's abstract can be
-            read; its authors' code optimises votes alone.
+        feedback: let each transition of denoising start from the optimized latents, as the paper's abstract can be
+            read; its authors' code optimizes votes alone.
         cfg_inversion, cfg_denoise: classifier-free guidance scales; used only where the negative prompt differs.
-        window_overlap: frames that neighbouring windows of a long clip share; fewer than the windows' length.
+        window_overlap: frames that neighboring windows of a long clip share; fewer than the windows' length.
         decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result. 0 leaves the
             choice to the purifier: on a CUDA GPU as many as fit into its free memory, elsewhere into caches.
         num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the

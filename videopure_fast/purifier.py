@@ -191,13 +191,13 @@ class Purifier(nn.Module):
 
     @property
     def properties(self) -> dict[str, bool]:
-        """What an evaluation has to know of this defence.
+        """What an evaluation has to know of this defense.
 
-        randomised: equal clips may be purified unequally, so that an attack needs the expectation over its randomness
-            (EOT). dynamic: it optimises at test time; the guided update does, by a closed form in which no check that
+        randomized: equal clips may be purified unequally, so that an attack needs the expectation over its randomness
+            (EOT). dynamic: it optimizes at test time; the guided update does, by a closed form in which no check that
             looks for autograd in a forward pass can see it.
         """
-        return {"randomised": self.config.method in ("ddim", "ddpm"), "dynamic": self.config.method == "videopure"}
+        return {"randomized": self.config.method in ("ddim", "ddpm"), "dynamic": self.config.method == "videopure"}
 
     def variant(self, **overrides: Any) -> Purifier:
         """A purifier over the same modules with other settings: fields of PurifyConfig. TypeError for unknown ones."""
@@ -497,19 +497,19 @@ class Purifier(nn.Module):
         return self.vote(states, noises, target, flow, votes=1 if last else len(states))
 
     def _steered_votes(self, target: Tensor, flow: Tensor, report: Callback | None) -> Tensor:
-        """All votes where each transition of denoising starts from the optimised latents."""
-        optimised = []
+        """All votes where each transition of denoising starts from the optimized latents."""
+        optimized = []
 
         def steer(step: int, latents: Tensor, noise: Tensor) -> Tensor:
             coefficients = self._schedule.votes()[step]._replace(predicts_x0=False)
-            optimised.append(self._guide(latents[None], noise[None], target, flow, [coefficients])[0])
-            return optimised[-1]
+            optimized.append(self._guide(latents[None], noise[None], target, flow, [coefficients])[0])
+            return optimized[-1]
 
         states, noises = self._denoise(target, None, report, steer)
-        # What was optimised already is only taken to its clean prediction; the final state has its turn now.
+        # What was optimized already is only taken to its clean prediction; the final state has its turn now.
         *steps, final = self._schedule.votes()
         coefficients = [*(step._replace(update=0.0) for step in steps), final]
-        states = torch.stack([*optimised, states[-1]])
+        states = torch.stack([*optimized, states[-1]])
         return self._guide(states, torch.cat([noises, noises[-1:]]), target, flow, coefficients)
 
     def _denoise(

@@ -41,7 +41,7 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
         torch.arange(width, dtype=flow.dtype, device=flow.device),
         indexing="ij",
     )
-    # align_corners=True puts the first pixel's centre at -1 and the last one's at 1.
+    # align_corners=True puts the first pixel's center at -1 and the last one's at 1.
     # Beyond reach, or not finite: any place outside will do.
     x = (x + flow[:, 0]).nan_to_num(nan=-2.0).clamp(-2, width + 1)
     y = (y + flow[:, 1]).nan_to_num(nan=-2.0).clamp(-2, height + 1)
@@ -60,7 +60,7 @@ def guided_update(
     spatial_weight: float,
     temporal_weight: float,
 ) -> Tensor:
-    """Guided spatial-temporal optimisation of all votes (arXiv 2501.14999, section 3), in closed form.
+    """Guided spatial-temporal optimization of all votes (arXiv 2501.14999, section 3), in closed form.
 
     latents, noise: (V, B, C, F, h, w), state and noise prediction of each vote; noise may be of a narrower dtype.
     target: (B, C, F, h, w), the encoded clip. flow: (B, F-1, 2, h, w), from frame j to j+1 in latent pixels.
@@ -110,8 +110,8 @@ def _guided_update(
         warped = warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
         pull = temporal_weight * sign(warped - p[:, :, :-1]) / p[0, :, 0].numel()
         gradient = gradient + F.pad(pull, (0, 0, 0, 0, 0, 1))
-        optimised = z + update * gradient
-        votes.append(torch.where(predicts_x0 != 0, (optimised - sqrt_beta * e) / sqrt_alpha, optimised))
+        optimized = z + update * gradient
+        votes.append(torch.where(predicts_x0 != 0, (optimized - sqrt_beta * e) / sqrt_alpha, optimized))
     return torch.stack(votes)
 
 
@@ -273,8 +273,8 @@ def videopure(
     *loop, final = schedule.votes()
     for t, step in zip(reversed(schedule.timesteps), loop, strict=True):
         e = predict_noise(z, t, config.cfg_denoise)
-        optimised = guide(z, e, step)
-        votes.append((optimised - step.sqrt_beta * e) / step.sqrt_alpha)
+        optimized = guide(z, e, step)
+        votes.append((optimized - step.sqrt_beta * e) / step.sqrt_alpha)
         z = ddim(z, e, t, t - schedule.step)
     votes.append(guide(z, e, final))
 

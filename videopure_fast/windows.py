@@ -14,7 +14,7 @@ def window_starts(frames: int, length: int, overlap: int) -> list[int]:
 
 
 def window_weights(length: int, overlap: int) -> Tensor:
-    """Blending weights (length,) of a window: ramps over the overlaps, so that neighbours cross-fade."""
+    """Blending weights (length,) of a window: ramps over the overlaps, so that neighbors cross-fade."""
     position = torch.arange(length)
     ramp = torch.minimum(position, length - 1 - position) + 1
     return ramp.clamp(max=overlap + 1) / (overlap + 1)

@@ -168,9 +168,9 @@ def test_the_table_of_a_cpu():
     assert "`make bench` on X, 2 threads, torch 2, Python 3." in text
 
 
-def accuracy_row(part, access, defence, accuracy, eps=4 / 255, n=64, seconds=1.0):
+def accuracy_row(part, access, defense, accuracy, eps=4 / 255, n=64, seconds=1.0):
     return {
-        **{"part": part, "access": access, "defence": defence, "eps": eps, "n": n, "accuracy": accuracy},
+        **{"part": part, "access": access, "defense": defense, "eps": eps, "n": n, "accuracy": accuracy},
         **{"low": accuracy - 0.05, "high": accuracy + 0.05, "seconds_per_clip": seconds},
     }
 
@@ -182,11 +182,11 @@ def test_what_fools_one_path_fools_the_other(tmp_path):
 
     from videopure_fast import Purifier, tiny
     from videopure_fast.evaluation.record import Plan, Threat
-    from videopure_fast.evaluation.runner import Setup, defences, evaluate
+    from videopure_fast.evaluation.runner import Setup, defenses, evaluate
     from videopure_fast.evaluation.tables import table
 
     config = {"inversion_steps": 1}
-    available = crossed(defences(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)
+    available = crossed(defenses(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)
     threat = Threat("bpda", "pgd", {"steps": 5, "step_size": 2 / 255}, 8)
     plan = Plan("packaged", (threat,), PARITY, eps=(6 / 255,), seeds=(0,))
     rows = table(evaluate(plan, Setup(tiny.load_classifier(), available, draw), tmp_path / "record.json"))
@@ -219,7 +219,7 @@ def test_the_tables_of_robust_accuracy():
     result = {"rows": rows, "checks": checks, "plans": {"cost": {"batch": 4}}, "machines": {"cost": [where]}}
     text = robustness(result)
     lines = text.splitlines()
-    assert "| defence | clips | clean | attacked, 4/255 | attacked, 8/255 | s a clip |" in lines
+    assert "| defense | clips | clean | attacked, 4/255 | attacked, 8/255 | s a clip |" in lines
     assert "| none | 768 | 0.990 (0.94 to 1.04) | - | - | - |" in lines
     assert (
         "| **videopure** | 768 | 0.980 (0.93 to 1.03) | 0.900 (0.85 to 0.95) | 0.700 (0.65 to 0.75) | 0.51 |" in lines
@@ -267,16 +267,16 @@ def test_nothing_measured_is_said(tmp_path):
     )
 
 
-def test_the_studys_plans_name_defences_that_exist(purifier):
-    from study import DEPTHS, PARITY, RANDOMISED, plans, shrunk
+def test_the_studys_plans_name_defenses_that_exist(purifier):
+    from study import DEPTHS, PARITY, RANDOMIZED, plans, shrunk
 
-    from videopure_fast.evaluation.runner import defences
+    from videopure_fast.evaluation.runner import defenses
 
-    found = defences(purifier, depths=DEPTHS)
-    assert {name for name, defence in found.items() if defence.randomised} == set(RANDOMISED)
+    found = defenses(purifier, depths=DEPTHS)
+    assert {name for name, defense in found.items() if defense.randomized} == set(RANDOMIZED)
     available = {*found, *PARITY}
     for plan in plans().values():
-        assert set(plan.defences) <= available
+        assert set(plan.defenses) <= available
         assert all(threat.clips == 1 for threat in shrunk(plan, 0.001).threats)
         assert plan.hash != shrunk(plan, 0.5).hash
     assert len({plan.hash for plan in plans().values()}) == len(plans())

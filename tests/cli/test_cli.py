@@ -14,7 +14,7 @@ from videopure_fast import cli, purifier
 from videopure_fast.cli import report as cli_report
 from videopure_fast.data.video import VideoWriter, probe
 from videopure_fast.evaluation.record import Plan, Threat
-from videopure_fast.evaluation.runner import Setup, defences
+from videopure_fast.evaluation.runner import Setup, defenses
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
 
@@ -58,7 +58,7 @@ def short_clip(tmp_path):
     [
         ((), ["demo", "evaluate", "purify", "bench", "info"]),
         (("demo",), ["--clips", "--eps", "--json", "videopure-fast demo"]),
-        (("evaluate",), ["--classifier", "--dataset", "--threat", "--defence", "--checks", "videopure-fast evaluate"]),
+        (("evaluate",), ["--classifier", "--dataset", "--threat", "--defense", "--checks", "videopure-fast evaluate"]),
         (("purify",), ["--output", "--size", "--method", "--steps", "--flow", "videopure-fast purify clip.mp4 -o"]),
         (
             ("bench",),
@@ -202,7 +202,7 @@ def test_demo(tmp_path, small_model, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "gray-box pgd, steps=1, step_size=4/255, eps 8/255" in result.output and "interval" in result.output
     report = json.loads(numbers.read_text())
-    assert [(row["access"], row["defence"]) for row in report["rows"]] == [
+    assert [(row["access"], row["defense"]) for row in report["rows"]] == [
         (access, name)
         for access in ("none", "gray-box")
         for name in ("none", "VAE round trip", "mean of 5 frames", "videopure")
@@ -221,7 +221,7 @@ EVALUATE = ("evaluate", "--clips", 3, "--batch", 2, "--steps", 1, "--eps", "4,8"
 def test_evaluate(tmp_path, small_model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     names = ("none", "mean of 5 frames", "videopure, T=0")
-    given = [part for name in names for part in ("--defence", name)] + ["--depth", 0]
+    given = [part for name in names for part in ("--defense", name)] + ["--depth", 0]
     given += [
         "--threat",
         "gray-box",
@@ -249,12 +249,12 @@ def test_evaluate(tmp_path, small_model, monkeypatch):
     with (tmp_path / "out" / "table.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in report["rows"]]
-    assert {row["defence"] for row in rows} == set(names)
+    assert {row["defense"] for row in rows} == set(names)
 
 
 def test_evaluate_says_what_its_attacks_lack(tmp_path, small_model):
     names = ("JPEG 75", "ddim")
-    given = [part for name in names for part in ("--defence", name)] + ["--threat", "bpda", "--threat", "exact"]
+    given = [part for name in names for part in ("--defense", name)] + ["--threat", "bpda", "--threat", "exact"]
     result = run(*EVALUATE, *given, "--no-checks", "--out", tmp_path / "out")
     text = " ".join(result.output.split())
     assert "No exact attack on JPEG 75: no gradient." in text
@@ -263,16 +263,16 @@ def test_evaluate_says_what_its_attacks_lack(tmp_path, small_model):
     assert text.count("the least that any of these attacks left, eps 4/255") == 1
 
 
-def test_only_attacks_on_the_defence_itself_need_eot():
+def test_only_attacks_on_the_defense_itself_need_eot():
     steps = {"steps": 10, "step_size": 0.1}
     threats = Threat("transfer", "pgd", steps), Threat("bpda", "pgd", steps | {"eot": 2})
     (note,) = cli_report.weaknesses(Plan("test", threats, ("ddim",)), ["ddim"])
-    assert note.startswith("no attack used a defence's own gradients")
+    assert note.startswith("no attack used a defense's own gradients")
     (note,) = cli_report.weaknesses(Plan("test", (Threat("exact", "pgd", steps),), ("ddim",)), ["ddim"])
     assert note.startswith("ddim draw anew")
 
 
-def test_evaluates_checks_are_of_the_last_defence():
+def test_evaluates_checks_are_of_the_last_defense():
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 3 * 16 * 16, 4))
 
     def draw(seed, start, count):
@@ -280,7 +280,7 @@ def test_evaluates_checks_are_of_the_last_defence():
 
     def made(name, draw=draw, classifier=classifier):
         plan = Plan("test", (Threat("none", clips=2),), ("none", name))
-        return cli_report.sanity_checks(plan, Setup(classifier, defences(build_purifier()), draw))
+        return cli_report.sanity_checks(plan, Setup(classifier, defenses(build_purifier()), draw))
 
     assert [check.name for check in made("mean of 3 frames")] == [
         "mean of 3 frames: the loss rises with the attack's steps, more than by noise",
@@ -315,7 +315,7 @@ def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     source = ("--dataset", "ucf101", "--videos", videos, "--annotations", splits)
-    shape = ("--frames", 4, "--stride", 2, "--resize", 32, "--crop", 24, "--no-checks", "--defence", "none")
+    shape = ("--frames", 4, "--stride", 2, "--resize", 32, "--crop", 24, "--no-checks", "--defense", "none")
     given = (*EVALUATE, *source, *shape, "--classifier", "my_models:Mean", "--out", tmp_path / "out")
     with pytest.warns(UserWarning, match="skipped"):
         result = run(*given)
@@ -335,7 +335,7 @@ def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
     names = ("none", "median of 3 frames", "mean of 3 frames", "VAE round trip")
     options = ["--clips", 6, "--batch", 1, "--steps", 3, "--no-checks", "--threat", "bpda"]
-    options += [part for name in names for part in ("--defence", name)]
+    options += [part for name in names for part in ("--defense", name)]
 
     def command(out):
         return [sys.executable, "-m", "videopure_fast", "evaluate", *map(str, options), "--out", str(out)]
@@ -367,7 +367,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
         (("--eps", "0"), "--eps must be more than 0 and at most 255, in 1/255, got 0"),
         (("--eps", "4,4"), "eps must be some, and none twice"),
         (("--eps", "400", "--model", "not/there"), "at most 255, in 1/255, got 400"),
-        (("--defence", "none", "--defence", "none", "--model", "not/there"), "defences must be some, and none twice"),
+        (("--defense", "none", "--defense", "none", "--model", "not/there"), "defenses must be some, and none twice"),
         (("--threat", "transfer"), "--threat transfer and --other"),
         (("--other", "tiny"), "--threat transfer and --other"),
         (("--dataset", "kinetics400"), "--dataset kinetics400 needs --videos and --annotations"),
@@ -384,11 +384,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
             ("--dataset", "ucf101", "--videos", ".", "--annotations", ".", "--labels", "."),
             "--dataset ucf101 takes no --labels",
         ),
-        (("--defence", "all", "--defence", "prayer"), "unknown defences prayer"),
+        (("--defense", "all", "--defense", "prayer"), "unknown defenses prayer"),
         (("--depth", "99", "--model", "not/there"), "--depth must be 0 to 49, got 99"),
-        (("--depth", "2", "--defence", "none"), "--depth 2 is of no defence asked for; say --defence 'videopure, T=2'"),
+        (("--depth", "2", "--defense", "none"), "--depth 2 is of no defense asked for; say --defense 'videopure, T=2'"),
         (("--step-size", "nan"), "--step-size must be more than 0, in 1/255, got nan"),
-        (("--defence", "prayer", "--model", "not/there"), "unknown defences prayer; accepted: all, none"),
+        (("--defense", "prayer", "--model", "not/there"), "unknown defenses prayer; accepted: all, none"),
         (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
     ],
 )

@@ -13,12 +13,12 @@ SMALL = ClipSampling(frames=4, stride=2, resize=32, crop=24)
 
 
 def write(path, frames=12, height=48, width=64, level=None):
-    """Frame i is grey of 8 * i, or all of one level."""
+    """Frame i is gray of 8 * i, or all of one level."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, height=height, width=width, rate=25) as writer:
         for i in range(frames):
-            grey = 8 * i if level is None else level
-            writer.write(torch.full((3, height, width), grey, dtype=torch.uint8))
+            gray = 8 * i if level is None else level
+            writer.write(torch.full((3, height, width), gray, dtype=torch.uint8))
     return path
 
 
@@ -45,10 +45,10 @@ def test_ucf101(ucf):
     dataset = VideoDataset.ucf101(videos, splits, sampling=SMALL)
     assert dataset.classes == ("Archery", "BaseballPitch", "Kayaking")
     assert [sample.label for sample in dataset.samples] == [0, 1] and len(dataset) == 2
-    for i, grey in enumerate([60, 120]):
+    for i, gray in enumerate([60, 120]):
         clip, label = dataset[i]
         assert clip.shape == (3, 4, 24, 24) and clip.dtype == torch.float32 and (label, type(label)) == (i, int)
-        assert (clip * 255 - grey).abs().max() <= 3
+        assert (clip * 255 - gray).abs().max() <= 3
     train = VideoDataset.ucf101(videos, splits, split="train", sampling=SMALL)
     assert train.samples == [(videos / "Archery" / "v_Archery_g08_c01.avi", 0)]
     with pytest.raises(FileNotFoundError, match="testlist02.txt"):
@@ -150,7 +150,7 @@ def test_short_videos_repeat_their_last_frame(tmp_path, frames, expected):
 
 
 @pytest.mark.parametrize("height, width", [(48, 64), (64, 48), (20, 120)])
-def test_the_centre_is_cut(tmp_path, height, width):
+def test_the_center_is_cut(tmp_path, height, width):
     with VideoWriter(tmp_path / "a.mp4", height=height, width=width, rate=25) as writer:
         ramp = torch.linspace(0, 255, width).expand(3, height, width).to(torch.uint8)
         for _ in range(3):

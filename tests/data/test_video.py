@@ -147,7 +147,7 @@ def test_odd_sides_are_read(tmp_path):
     assert [frame.shape for frame in read_frames(found, 34)] == [(3, 34, 50)] * 5
 
 
-def test_rotation_is_honoured(tmp_path):
+def test_rotation_is_honored(tmp_path):
     path = write(tmp_path / "phone.mp4")
     upright = list(read_frames(probe(path), 48))
     turn_sideways(path)

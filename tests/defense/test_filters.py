@@ -70,7 +70,7 @@ def test_batches_equal_singles_and_runs_repeat(function):
 
 @pytest.mark.parametrize("function", NAMED)
 @pytest.mark.parametrize("level", [0, 26, 128, 255])
-def test_grey_is_a_fixed_point(function, level):
+def test_gray_is_a_fixed_point(function, level):
     video = torch.full((1, 3, 4, 17, 20), level / 255)
     torch.testing.assert_close(function(video), video, rtol=0, atol=1e-7 if level in (0, 255) else 1.01 / 255)
 
@@ -282,19 +282,19 @@ def test_error_rises_as_quality_falls(codec, settings):
 
 
 @pytest.mark.parametrize("codec", [jpeg, h264])
-def test_codecs_lose_a_checkerboard_of_colour_and_keep_a_smooth_clip(codec):
+def test_codecs_lose_a_checkerboard_of_color_and_keep_a_smooth_clip(codec):
     """The board is 16/255 of red against green at equal luma: chroma of half the resolution cannot hold it."""
     smooth = gradient_video() * 0.8 + 0.1
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    colour = torch.tensor([1, -0.299 / 0.587, 0]).view(3, 1, 1, 1) * 16 / 255
-    board = torch.where((x + y) % 2 == 0, 1, -1) * colour
+    color = torch.tensor([1, -0.299 / 0.587, 0]).view(3, 1, 1, 1) * 16 / 255
+    board = torch.where((x + y) % 2 == 0, 1, -1) * color
     kept = codec(smooth + board) - codec(smooth)
     assert (kept * board).mean().abs() < 0.05 * (board * board).mean()
     assert (codec(smooth) - smooth).abs().mean() < 5 / 255
 
 
 @pytest.mark.parametrize("codec", [jpeg, h264])
-def test_codecs_change_a_checkerboard_of_grey(codec):
+def test_codecs_change_a_checkerboard_of_gray(codec):
     """4/255, the size of an attack, on a smooth clip."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     board = torch.where((x + y) % 2 == 0, 1, -1) * 4 / 255

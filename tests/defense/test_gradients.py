@@ -51,7 +51,7 @@ def gradient(defended: DefendedClassifier, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_whole_defence_matches_finite_differences(method):
+def test_the_whole_defense_matches_finite_differences(method):
     defended = defend(double(method=method, inversion_steps=0 if method == "ddpm" else 1))
     x, h = video(1, 3, 4, 16, 16), 1e-6
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
@@ -153,11 +153,11 @@ def test_variants_share_models_and_nothing_else(purifier):
         purifier.variant(depth=3)
 
 
-def test_a_defence_says_what_it_is():
+def test_a_defense_says_what_it_is():
     properties = {name: build_purifier(method=name).properties for name in METHODS}
-    assert properties["videopure"] == {"randomised": False, "dynamic": True}
-    assert properties["ddim_inversion"] == {"randomised": False, "dynamic": False}
-    assert properties["ddim"] == properties["ddpm"] == {"randomised": True, "dynamic": False}
+    assert properties["videopure"] == {"randomized": False, "dynamic": True}
+    assert properties["ddim_inversion"] == {"randomized": False, "dynamic": False}
+    assert properties["ddim"] == properties["ddpm"] == {"randomized": True, "dynamic": False}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def record(folder: Path, access: str, right: list[int], **given) -> Record:
     plan = Plan("test", (threat,), ("none", "videopure"), seeds=(0,), batch=len(right))
     found = Record(folder / f"{access} {plan.hash}.json", plan)
     for unit in plan.units():
-        for name in plan.defences:
+        for name in plan.defenses:
             found.add(unit.name(name), {"right": right, "repeats": 1, "seconds": 1.0, "peak_bytes": None})
     return found
 
@@ -161,11 +161,11 @@ def test_who_knows_more_must_not_do_worse(tmp_path):
     assert not check.passed and check.seen.endswith(", 8 of 8 that differ (p = 0.0039)")
 
 
-@pytest.mark.parametrize(("against", "in_favour", "passed"), [(5, 0, True), (6, 0, False), (7, 1, True), (8, 1, False)])
-def test_few_clips_break_no_order(against, in_favour, passed, tmp_path):
+@pytest.mark.parametrize(("against", "in_favor", "passed"), [(5, 0, True), (6, 0, False), (7, 1, True), (8, 1, False)])
+def test_few_clips_break_no_order(against, in_favor, passed, tmp_path):
     """One-sided sign test at 0.025: 1/32 and 9/256 are more, 1/64 and 10/512 less."""
-    exact = record(tmp_path, "exact", [1] * against + [0] * in_favour)
-    (check,) = order_checks(exact, record(tmp_path, "bpda", [0] * against + [1] * in_favour))
+    exact = record(tmp_path, "exact", [1] * against + [0] * in_favor)
+    (check,) = order_checks(exact, record(tmp_path, "bpda", [0] * against + [1] * in_favor))
     assert check.passed == passed
 
 

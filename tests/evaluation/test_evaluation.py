@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import vote
 from videopure_fast.evaluation.record import Plan, Record, Threat
-from videopure_fast.evaluation.runner import Setup, defence_names, defences, evaluate, examples
+from videopure_fast.evaluation.runner import Setup, defense_names, defenses, evaluate, examples
 from videopure_fast.evaluation.tables import inaccessible, outcome, rescued, table, wilson_interval
 
 STEPS = {"steps": 2, "step_size": 2 / 255}
@@ -38,7 +38,7 @@ CLASSIFIER, OTHER = (Classifier(seed).eval().requires_grad_(False) for seed in (
 
 
 def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Labelled as the classifier sees them."""
+    """Labeled as the classifier sees them."""
     drawn = torch.stack([clips(3, 4, 16, 16, seed=1000 * seed + start + i) for i in range(count)])
     return drawn, CLASSIFIER(drawn).argmax(-1)
 
@@ -53,7 +53,7 @@ def counts(record: Record) -> dict[str, list[int] | None]:
 
 @pytest.fixture(scope="module")
 def available():
-    return defences(build_purifier(), depths=(2,))
+    return defenses(build_purifier(), depths=(2,))
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def whole(available, tmp_path_factory):
     return evaluate(plan(*threats), Setup(CLASSIFIER, available, draw, OTHER), path)
 
 
-def test_every_defence_of_the_comparison_is_there(available):
-    assert tuple(available) == defence_names((2,))
+def test_every_defense_of_the_comparison_is_there(available):
+    assert tuple(available) == defense_names((2,))
     assert {"none", "VAE round trip", "JPEG 75", "H.264 crf 23", "mean of 5 frames", "median of 3 frames"} <= set(
         available
     )
@@ -74,12 +74,12 @@ def test_every_defence_of_the_comparison_is_there(available):
         variants = ("videopure without guidance", "videopure without voting", "videopure with feedback")
         assert {name + suffix for name in (*names, *variants)} <= set(available)
     x = clips(2, 3, 4, 16, 16)
-    for name, defence in available.items():
+    for name, defense in available.items():
         if not name.startswith("ddpm"):
-            votes = defence.votes(x, torch.Generator().manual_seed(0))
+            votes = defense.votes(x, torch.Generator().manual_seed(0))
             assert votes.shape == (2, votes.shape[1], *x.shape[1:]), name
             assert votes.shape[1] == {"videopure": 3, "videopure with feedback, T=2": 4}.get(name, votes.shape[1])
-    assert {name for name, defence in available.items() if defence.randomised} == {
+    assert {name for name, defense in available.items() if defense.randomized} == {
         "ddpm",
         "ddim",
         "ddpm, T=2",
@@ -96,8 +96,8 @@ def test_a_unit_is_the_attack_and_the_vote(whole):
     assert whole.units[unit.name("none")]["right"] == expected
 
 
-def test_clean_clips_are_right_without_a_defence(whole):
-    row = next(row for row in table(whole) if (row.threat, row.defence) == ("clean", "none"))
+def test_clean_clips_are_right_without_a_defense(whole):
+    row = next(row for row in table(whole) if (row.threat, row.defense) == ("clean", "none"))
     assert (row.n, row.accuracy, row.worst, row.eps) == (10, 1, 1, 0)
     assert (row.low, row.high) == wilson_interval(1.0, 10)
     assert row.seconds_per_clip > 0
@@ -105,7 +105,7 @@ def test_clean_clips_are_right_without_a_defence(whole):
 
 @pytest.mark.parametrize("after", [1, 10, 19])
 def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, available, tmp_path):
-    """In the middle of a unit: its first defence is done, its second is not."""
+    """In the middle of a unit: its first defense is done, its second is not."""
     path, calls = tmp_path / "sub" / "record.json", []
 
     def cut(*arguments):
@@ -125,7 +125,7 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, a
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
-def test_what_a_defence_meets_does_not_depend_on_the_others(whole, available, tmp_path):
+def test_what_a_defense_meets_does_not_depend_on_the_others(whole, available, tmp_path):
     alone = evaluate(plan(GRAY, BPDA, names=("ddim",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
     assert counts(alone).items() <= counts(whole).items()
 
@@ -137,7 +137,7 @@ def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path
         right = [1, 0, 1][: unit.clips] if unit.threat == BPDA else [0, 0, 1][: unit.clips]
         record.add(unit.name("videopure"), {"right": right, "repeats": 1, **cost})
         record.add(unit.name("ddim"), {"right": [4, 2, 0][: unit.clips], "repeats": 4, **cost})
-    rows = {(row.threat, row.defence): row for row in table(record)}
+    rows = {(row.threat, row.defense): row for row in table(record)}
     bpda, exact = (rows[threat.title, "videopure"] for threat in (BPDA, EXACT))
     assert (bpda.n, bpda.accuracy, exact.n, exact.accuracy) == (10, 0.6, 6, 1 / 3)
     worst = rows["minimum of bpda, exact", "videopure"]
@@ -148,7 +148,7 @@ def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path
     assert ddim.seconds_per_clip == pytest.approx(1 / 3)
 
 
-def test_the_luck_of_a_random_defence_is_no_attack(tmp_path):
+def test_the_luck_of_a_random_defense_is_no_attack(tmp_path):
     """Each attack leaves two of three clips by chance alone, never the same: one clip by clip would leave none."""
     records = []
     for i, threat in enumerate((BPDA, EXACT, GRAY)):
@@ -158,7 +158,7 @@ def test_the_luck_of_a_random_defence_is_no_attack(tmp_path):
             record.add(unit.name("ddim"), {"right": right, "repeats": 2, "seconds": 1.0, "peak_bytes": None})
         records.append(record)
     assert table(*records)[-1].accuracy == 0
-    lowest = table(*records, randomised=["ddim"])[-1]
+    lowest = table(*records, randomized=["ddim"])[-1]
     assert (lowest.threat, lowest.n) == ("lowest of bpda, exact, gray-box", 6)
     assert lowest.accuracy == lowest.worst == pytest.approx(2 / 3)
 
@@ -186,11 +186,11 @@ def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
     mine = plan(CLEAN, GRAY, BPDA, names=("none", "mean of 3 frames"))
     rows = table(evaluate(mine, Setup(CLASSIFIER, available, some), tmp_path / "record.json"))
     accesses = ("none", "gray-box", "bpda", "adaptive")
-    assert [(row.access, row.n) for row in rows] == [(access, 5) for access in accesses for _ in mine.defences]
+    assert [(row.access, row.n) for row in rows] == [(access, 5) for access in accesses for _ in mine.defenses]
     assert rows[-1].threat == "minimum of clean, gray-box, bpda"
 
 
-def test_examples_are_the_clips_that_the_defence_keeps_right(tmp_path, available):
+def test_examples_are_the_clips_that_the_defense_keeps_right(tmp_path, available):
     record = Record(tmp_path / "record.json", plan(GRAY, names=("none", "videopure")))
     for unit in record.plan.units():
         for name, right in (("none", [0, 1, 0]), ("videopure", [0, 1, 1])):
@@ -232,7 +232,7 @@ def test_codecs_have_no_exact_gradient(available, tmp_path):
     small = replace(EXACT, clips=1)
     names = ("JPEG 75", "none")
     record = evaluate(plan(small, names=names), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
-    assert [row.defence for row in table(record)] == ["none"]
+    assert [row.defense for row in table(record)] == ["none"]
     assert inaccessible(record) == {"exact": ["JPEG 75"]}
 
 
@@ -293,9 +293,9 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
         (lambda: replace(plan(GRAY), repeats=0), "repeats must be 1 or more, got 0"),
         (
             lambda: evaluate(plan(GRAY, names=("nothing",)), Setup(CLASSIFIER, {}, draw), "x"),
-            "unknown defences nothing",
+            "unknown defenses nothing",
         ),
-        (lambda: evaluate(plan(TRANSFER, names=()), Setup(CLASSIFIER, {}, draw), "x"), "defences must be some"),
+        (lambda: evaluate(plan(TRANSFER, names=()), Setup(CLASSIFIER, {}, draw), "x"), "defenses must be some"),
     ],
 )
 def test_bad_plans_are_refused(make, message):

@@ -23,9 +23,9 @@ def found() -> Examples:
     return Examples(clean, attacked, clean * 0, *(torch.tensor(labels) for labels in ([0, 1], [1, 1], [0, 0])))
 
 
-def row(threat: str, eps: float, defence: str, accuracy: float, seconds: float) -> Accuracy:
+def row(threat: str, eps: float, defense: str, accuracy: float, seconds: float) -> Accuracy:
     access = threat.split()[0]
-    return Accuracy(access, threat, eps, defence, 10, accuracy, accuracy - 0.1, accuracy + 0.1, 0, seconds, None)
+    return Accuracy(access, threat, eps, defense, 10, accuracy, accuracy - 0.1, accuracy + 0.1, 0, seconds, None)
 
 
 ROWS = [
@@ -37,10 +37,10 @@ ROWS = [
 
 def test_a_strip_has_four_rows_of_eight_frames(tmp_path):
     path = tmp_path / "strip.png"
-    write_strip(found(), CLASSES, path, threat="pgd, 4/255", defence="videopure")
+    write_strip(found(), CLASSES, path, threat="pgd, 4/255", defense="videopure")
     with Image.open(path) as strip:
         assert strip.size == (8 * 128, 4 * (128 + 20))
-        # The purified clip is black, the difference brighter than grey.
+        # The purified clip is black, the difference brighter than gray.
         assert strip.getpixel((64, 3 * 148 - 64)) == (0, 0, 0)
         assert min(strip.getpixel((64, 4 * 148 - 64))) >= 128
     assert [file.name for file in tmp_path.iterdir()] == ["strip.png"]
@@ -48,7 +48,7 @@ def test_a_strip_has_four_rows_of_eight_frames(tmp_path):
 
 def test_large_clips_keep_their_size(tmp_path):
     large = Examples(*(clips(1, 3, 2, 160, 200) for _ in range(3)), *(torch.tensor([0]) for _ in range(3)))
-    write_strip(large, CLASSES, tmp_path / "strip.png", threat="pgd", defence="none")
+    write_strip(large, CLASSES, tmp_path / "strip.png", threat="pgd", defense="none")
     with Image.open(tmp_path / "strip.png") as strip:
         assert strip.size == (2 * 200, 4 * (160 + 20))
 
@@ -75,9 +75,9 @@ def test_accuracy_is_drawn_against_eps_and_latency(tmp_path, suffix):
         assert text.count("<circle") == 2 * 2 + 2 + 1 + 2  # the last two are the legend's
 
 
-def test_many_defences_are_told_apart_and_their_panels_share_an_axis(tmp_path):
-    rows = [row("bpda pgd", eps, f"defence {i}", 0.3, 1) for i in range(17) for eps in (0.1, 0.2)]
-    rows += [row(f"exact pgd {i}", 0.1, "defence 0", 0.2, 1) for i in range(2)]
+def test_many_defenses_are_told_apart_and_their_panels_share_an_axis(tmp_path):
+    rows = [row("bpda pgd", eps, f"defense {i}", 0.3, 1) for i in range(17) for eps in (0.1, 0.2)]
+    rows += [row(f"exact pgd {i}", 0.1, "defense 0", 0.2, 1) for i in range(2)]
     draw_accuracy(rows, tmp_path / "accuracy.svg")
     text = (tmp_path / "accuracy.svg").read_text()
     # Eight lines of circles, eight of squares and one of diamonds: two dots against eps, one against seconds, one in

@@ -13,7 +13,7 @@ from videopure_fast import cli
 from videopure_fast.measure import benchmark
 from videopure_fast.measure import profile as profiling
 from videopure_fast.measure.benchmark import Limits, Setting, compare, load, measure, plot, save, sweep
-from videopure_fast.measure.plot import COLOURS, _ticks
+from videopure_fast.measure.plot import COLORS, _ticks
 from videopure_fast.models.prior import load_decoder
 from videopure_fast.purifier import Purifier
 
@@ -212,7 +212,7 @@ def test_plots(run, tmp_path):
     plot(run, svg)
     drawn = xml.dom.minidom.parse(str(svg))
     lines = [line.getAttribute("stroke") for line in drawn.getElementsByTagName("polyline")]
-    assert lines.count(COLOURS[0]) == 3 + 1 + 1  # percentiles, throughput, legend
+    assert lines.count(COLORS[0]) == 3 + 1 + 1  # percentiles, throughput, legend
     assert "reference, float32, full, 2x16x16" in svg.read_text()
     plot(run, png)
     with Image.open(png) as picture:

@@ -36,7 +36,7 @@ UNETS = {
 VAES = {
     "plain": {},
     "no middle attention": {"mid_block_add_attention": False},
-    "no quantisation": {"use_quant_conv": False, "use_post_quant_conv": False, "layers_per_block": 2},
+    "no quantization": {"use_quant_conv": False, "use_post_quant_conv": False, "layers_per_block": 2},
 }
 
 

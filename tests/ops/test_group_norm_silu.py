@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Channels and groups: groups of 8, 5 and 6 channels, one group, groups of one channel, a group wider than a tile.
 CHANNELS = [(24, 3), (40, 8), (30, 5), (24, 1), (24, 24), (1, 1), (200, 1)]
-# Frames of 80 channels that the Triton form normalises in one kernel, and in two.
+# Frames of 80 channels that the Triton form normalizes in one kernel, and in two.
 ONE_PASS = (1, 2, 5, 9)
 TWO_PASS = (2, 2, 19, 28)
 
@@ -85,7 +85,7 @@ def test_chunks_of_several_tiles(backend, device, programs, monkeypatch):
 @pytest.mark.parametrize("shape", [ONE_PASS, TWO_PASS], ids=str)
 @pytest.mark.parametrize("kind", ["constant", "far first value", "groups far apart", "tiny"])
 def test_hard_values(backend, device, shape, kind):
-    """Variance 0; an outlier where a shift might be taken; means that differ between neighbours; eps that decides."""
+    """Variance 0; an outlier where a shift might be taken; means that differ between neighbors; eps that decides."""
     for dtype in dtypes(backend, device):
         x, weight, bias, _ = inputs(*shape, 80, embedding=False, seed=11)
         if kind == "constant":

@@ -120,7 +120,7 @@ def test_statistics_survive_a_large_mean(backend, device, mean):
     inputs = norm_inputs(1, 7, 2, 5, 80, 32, mean=mean)
     for dtype in dtypes(backend, device):
         if dtype == torch.bfloat16:
-            continue  # its neighbours at 100 are 0.5 apart: the spread is gone before the op begins
+            continue  # its neighbors at 100 are 0.5 apart: the spread is gone before the op begins
         moved = (tensor.to(dtype) for tensor in inputs)
         # float32 rounds a mean of 1000 by 3e-5; torch's layer norm on a CPU, by which Triton's float32 form goes when
         # interpreted, folds it into an offset and loses 2e-4. A variance without a shift would be off by 6e-2.

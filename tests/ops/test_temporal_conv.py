@@ -38,7 +38,7 @@ def on_load(backend: str, wanted: bool) -> Iterator[None]:
     """Triton computes the activations as the product loads x, or writes them out first, whatever it would choose."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "triton":
-            patch.setattr("videopure_fast.kernels.temporal_conv.normalises_on_load", lambda *_: wanted)
+            patch.setattr("videopure_fast.kernels.temporal_conv.normalizes_on_load", lambda *_: wanted)
         yield
 
 
@@ -101,7 +101,7 @@ def test_equals_the_modules_of_torch(backend, device, frames):
 @every_backend("triton")
 @pytest.mark.parametrize("tap", [0, 2])
 def test_frames_outside_a_clip_are_zero(backend, device, tap):
-    """Not the activation of zero, nor a frame of the neighbouring clip."""
+    """Not the activation of zero, nor a frame of the neighboring clip."""
     x, norm_weight, norm_bias, weight, bias, _ = inputs(2, 3, 4, 5, 24, outputs=24, residual=False)
     weight[[i for i in range(3) if i != tap]] = 0.0
     tensors = [t.to(device) for t in (x, norm_weight, norm_bias + 3.0, weight, bias)]
@@ -115,14 +115,14 @@ def test_frames_outside_a_clip_are_zero(backend, device, tap):
 
 @every_backend("triton")
 @pytest.mark.parametrize("frames", [1, 7])
-def test_few_outputs_are_normalised_on_load(backend, device, frames):
+def test_few_outputs_are_normalized_on_load(backend, device, frames):
     """The tiny UNet takes one form, the real one the other. A mean of 100 costs neither of them precision."""
     if backend == "triton":
-        from videopure_fast.kernels.temporal_conv import TILES, normalises_on_load
+        from videopure_fast.kernels.temporal_conv import TILES, normalizes_on_load
 
         for block_n in {tile[1] for tiles in TILES.values() for tile in tiles}:
-            assert all(normalises_on_load(outputs, block_n) for outputs in (32, 64))
-            assert not any(normalises_on_load(outputs, block_n) for outputs in (320, 640, 1280))
+            assert all(normalizes_on_load(outputs, block_n) for outputs in (32, 64))
+            assert not any(normalizes_on_load(outputs, block_n) for outputs in (320, 640, 1280))
     for dtype in dtypes(backend, device):
         tensors = inputs(2, frames, 3, 5, 33, outputs=21, residual=True, mean=100.0, seed=21)
         tensors = [t.to(dtype) for t in tensors]

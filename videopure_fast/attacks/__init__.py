@@ -291,7 +291,7 @@ _ALL = (fgsm, pgd, mim, apgd, temporal_translation, square, flicker, one_frame, 
 ATTACKS: dict[str, Attack] = {run.__name__: Attack(run, (run.__doc__ or "").partition("\n")[0]) for run in _ALL}
 
 
-# Around a defence
+# Around a defense
 
 
 def bpda(purify: Callable[[Tensor], Tensor], model: Model) -> Model:

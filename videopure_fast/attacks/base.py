@@ -241,7 +241,7 @@ def prepare(
     """Checks everything before any work. Without a step_size, all steps together are `pace` times eps."""
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
-    check_labelled(clips, labels)
+    check_labeled(clips, labels)
     check_number("eps", eps, zero=False)
     if step_size is not None:
         check_number("step_size", step_size, zero=False)
@@ -262,7 +262,7 @@ def prepare(
     return Task(target, Ball(clips, eps, norm), steps, size, restarts, generator, progress)
 
 
-def check_labelled(clips: Tensor, labels: Tensor) -> None:
+def check_labeled(clips: Tensor, labels: Tensor) -> None:
     """TypeError or ValueError unless clips are as of `check_clips`, of 32 bits or more, and labels (B,) int64 of 0 or
     more beside them."""
     check_clips(clips, (torch.float32, torch.float64))

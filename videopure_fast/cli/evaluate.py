@@ -1,4 +1,4 @@
-"""The commands that judge a defence: demo and evaluate. They import what they need when they run."""
+"""The commands that judge a defense: demo and evaluate. They import what they need when they run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from ..data.datasets import VideoDataset
     from ..evaluation.record import Threat
 
-_DEFENCES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
+_DEFENSES = ("none", "VAE round trip", "mean of 5 frames", "ddim_inversion", "ddim", "videopure")
 _DEMO_CLIPS = 4  # in its video
 
-_CLASSIFIER, _CLIPS, _ATTACKER, _DEFENCE, _REPORT = (
-    f"The {name}" for name in ("classifier", "clips", "attacker", "defence", "report")
+_CLASSIFIER, _CLIPS, _ATTACKER, _DEFENSE, _REPORT = (
+    f"The {name}" for name in ("classifier", "clips", "attacker", "defense", "report")
 )
 
 
@@ -99,20 +99,20 @@ def demo(
     plan = Plan(
         source=f"packaged clips of seed {seed}",
         threats=(Threat("none", clips=clips), gray),
-        defences=("none", "VAE round trip", "mean of 5 frames", "videopure"),
+        defenses=("none", "VAE round trip", "mean of 5 frames", "videopure"),
         eps=(eps / 255,),
         seeds=(seed,),
         repeats=1,
     )
     make_folder(out)
-    defences = evaluation.defences(Purifier.from_pretrained("tiny", device="cpu"))
-    setup = evaluation.Setup(tiny.load_classifier(), defences, _draw_tiny)
+    defenses = evaluation.defenses(Purifier.from_pretrained("tiny", device="cpu"))
+    setup = evaluation.Setup(tiny.load_classifier(), defenses, _draw_tiny)
     with tempfile.TemporaryDirectory() as folder:
         record = evaluation.evaluate(plan, setup, Path(folder) / "record.json", progress=True)
     rows = table(record)
     console.print(accuracy_table(rows))
     found = evaluation.examples(record, gray, plan.eps[0], "videopure", _DEMO_CLIPS, setup)
-    pictures.write_strip(found, tiny.CLASSES, out / "strip.png", threat=f"PGD, {eps:g}/255", defence="videopure")
+    pictures.write_strip(found, tiny.CLASSES, out / "strip.png", threat=f"PGD, {eps:g}/255", defense="videopure")
     pictures.write_side_by_side(found, tiny.CLASSES, out / "demo.mp4")
     console.print(f"Pictures: {out / 'strip.png'}\nVideo, clean | attacked | purified: {out / 'demo.mp4'}")
     if json_file is not None:
@@ -179,7 +179,7 @@ def evaluate(
     ] = None,
     crop: Annotated[
         int | None,
-        typer.Option(show_default="224", help="Side of the square cut from its centre.", rich_help_panel=_CLIPS),
+        typer.Option(show_default="224", help="Side of the square cut from its center.", rich_help_panel=_CLIPS),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode videos.", rich_help_panel=_CLIPS)] = 0,
     threat: Annotated[
@@ -203,30 +203,30 @@ def evaluate(
     ] = 2,
     eot: Annotated[
         int,
-        typer.Option(min=1, help="Calls averaged at each step, against random defences.", rich_help_panel=_ATTACKER),
+        typer.Option(min=1, help="Calls averaged at each step, against random defenses.", rich_help_panel=_ATTACKER),
     ] = 1,
     restarts: Annotated[
         int, typer.Option(min=1, help="Runs of which each clip keeps the best.", rich_help_panel=_ATTACKER)
     ] = 1,
     queries: Annotated[int, typer.Option(min=1, help="Of --threat query, by Square.", rich_help_panel=_ATTACKER)] = 500,
-    defence: Annotated[
+    defense: Annotated[
         list[str] | None,
         typer.Option(
-            show_default=", ".join(_DEFENCES),
+            show_default=", ".join(_DEFENSES),
             help='May be given repeatedly; "all" is every one there is.',
-            rich_help_panel=_DEFENCE,
+            rich_help_panel=_DEFENSE,
         ),
     ] = None,
     depth: Annotated[
         list[int] | None,
         typer.Option(
-            help='Also offer the diffusing defences at this T, as "videopure, T=2".', rich_help_panel=_DEFENCE
+            help='Also offer the diffusing defenses at this T, as "videopure, T=2".', rich_help_panel=_DEFENSE
         ),
     ] = None,
     clips: Annotated[int, typer.Option(min=1, help="Attacked for each seed.", rich_help_panel=_CLIPS)] = 32,
     seeds: Annotated[int, typer.Option(min=1, help="Each has clips and draws of its own.", rich_help_panel=_CLIPS)] = 1,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Predictions of each clip by a random defence.", rich_help_panel=_DEFENCE)
+        int, typer.Option(min=1, help="Predictions of each clip by a random defense.", rich_help_panel=_DEFENSE)
     ] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Clips in memory at once.", rich_help_panel=_CLIPS)] = 8,
     checks: Annotated[
@@ -234,12 +234,12 @@ def evaluate(
     ] = True,
     model: Annotated[
         str,
-        typer.Option(help='"tiny", a folder, or a Hugging Face text-to-video repository.', rich_help_panel=_DEFENCE),
+        typer.Option(help='"tiny", a folder, or a Hugging Face text-to-video repository.', rich_help_panel=_DEFENSE),
     ] = "tiny",
     device: Annotated[
         str | None,
         typer.Option(
-            show_default="the accelerator, else cpu", help='"cpu", "cuda", "cuda:1", "mps".', rich_help_panel=_DEFENCE
+            show_default="the accelerator, else cpu", help='"cpu", "cuda", "cuda:1", "mps".', rich_help_panel=_DEFENSE
         ),
     ] = None,
     dtype: Annotated[
@@ -247,22 +247,22 @@ def evaluate(
         typer.Option(
             show_default="float16 on an accelerator, else float32",
             help="Precision of the purifier.",
-            rich_help_panel=_DEFENCE,
+            rich_help_panel=_DEFENSE,
         ),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of record, table and pictures; made if absent.", rich_help_panel=_REPORT)
     ] = Path("evaluation"),
 ) -> None:
-    """Judge defences of a classifier: accuracy under attack, threat model by threat model, with 95 % intervals.
+    """Judge defenses of a classifier: accuracy under attack, threat model by threat model, with 95 % intervals.
 
     What is done stays in OUT/record.json, and after an interruption the same command goes on from there. It ends with
     OUT/table.csv, report.json, accuracy.svg (against eps, and against latency) and strip.png (a clip clean, attacked,
     purified, and the difference).
 
     Threats, in order of knowledge: transfer (gradients of another classifier), gray-box (of the classifier itself),
-    query (logits of the defence), bpda (the classifier's gradients at the defence's output) and exact (the defence's
-    own gradients). The last three know the defence: it is as good as the worst of them.
+    query (logits of the defense), bpda (the classifier's gradients at the defense's output) and exact (the defense's
+    own gradients). The last three know the defense: it is as good as the worst of them.
 
     Examples:
 
@@ -292,12 +292,12 @@ def evaluate(
         raise ValueError(f"--eps must be more than 0 and at most 255, in 1/255, got {eps}")
     for one in depth or ():
         check_count("--depth", one, least=0, most=49)
-    known = evaluation.defence_names(tuple(depth or ()))
-    wanted = known if "all" in (defence or ()) else tuple(defence or _DEFENCES)
-    if unknown := [name for name in defence or () if name not in (*known, "all")]:
-        raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: all, {', '.join(known)}")
+    known = evaluation.defense_names(tuple(depth or ()))
+    wanted = known if "all" in (defense or ()) else tuple(defense or _DEFENSES)
+    if unknown := [name for name in defense or () if name not in (*known, "all")]:
+        raise ValueError(f"unknown defenses {', '.join(unknown)}; accepted: all, {', '.join(known)}")
     if idle := [one for one in depth or () if not any(name.endswith(f", T={one}") for name in wanted)]:
-        raise ValueError(f"--depth {idle[0]} is of no defence asked for; say --defence 'videopure, T={idle[0]}'")
+        raise ValueError(f"--depth {idle[0]} is of no defense asked for; say --defense 'videopure, T={idle[0]}'")
     gradient = {"loss": loss.value, "eot": eot, "restarts": restarts}
     threats = _threats(threat, attack, steps, step_size, gradient, queries, clips)
     if any(one.access == "transfer" for one in threats) != (other is not None):
@@ -306,13 +306,13 @@ def evaluate(
     plan = Plan(
         source="",
         threats=threats,
-        defences=wanted,
+        defenses=wanted,
         eps=tuple(number / 255 for number in numbers),
         seeds=tuple(range(seeds)),
         batch=batch,
         repeats=repeats,
     )
-    colours = _colours((classifier, other), mean, std)
+    colors = _colors((classifier, other), mean, std)
     sampling = {"frames": frames, "stride": stride, "resize": resize, "crop": crop}
     files = {"videos": videos, "annotations": annotations, "labels": labels, "classes": classes}
     names, draw, source = tiny.CLASSES, _draw_tiny, None
@@ -330,8 +330,8 @@ def evaluate(
     )
     place = purifier.unet.device
     sample = torch.full((2, 3, *shape), 0.5, device=place)
-    judge, attacker = (_classifier(name, colours, sample, len(names)) for name in (classifier, other))
-    subject = {"classifier": classifier, "other": other, **colours, "dataset": dataset.value, "model": model}
+    judge, attacker = (_classifier(name, colors, sample, len(names)) for name in (classifier, other))
+    subject = {"classifier": classifier, "other": other, **colors, "dataset": dataset.value, "model": model}
     subject |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
     modules = (judge, attacker, purifier)
     subject["digests"] = [None if module is None else weights_digest(module) for module in modules]
@@ -343,7 +343,7 @@ def evaluate(
         drawn, labels = draw(seed, start, count)
         return drawn.to(place), labels.to(place)
 
-    setup = evaluation.Setup(judge, evaluation.defences(purifier, tuple(depth or ())), draw_there, attacker)
+    setup = evaluation.Setup(judge, evaluation.defenses(purifier, tuple(depth or ())), draw_there, attacker)
     skipped = None if source is None else source.skipped
     try:
         record = evaluation.evaluate(plan, setup, out / "record.json", skipped=skipped, progress=True)
@@ -431,7 +431,7 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ValueError(f"--{option} must be numbers, such as 4,8; got {text!r}") from None
 
 
-def _colours(names: Sequence[str | None], mean: str | None, std: str | None) -> dict[str, Any]:
+def _colors(names: Sequence[str | None], mean: str | None, std: str | None) -> dict[str, Any]:
     """The options' numbers; ValueError where they are missing, or of nothing."""
     named = [name for name in names if name not in (None, "tiny") and ":" not in name]
     if (mean is None, std is None) != (not named, not named):
@@ -441,7 +441,7 @@ def _colours(names: Sequence[str | None], mean: str | None, std: str | None) -> 
     return {name: text and _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
 
 
-def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classes: int) -> nn.Module | None:
+def _classifier(name: str | None, colors: dict[str, Any], clips: Tensor, classes: int) -> nn.Module | None:
     """By its name, on the clips' device, and tried on them before any work: the code of others may fail in any way."""
     import torch
 
@@ -451,7 +451,7 @@ def _classifier(name: str | None, colours: dict[str, Any], clips: Tensor, classe
         return None
     if ":" in name:
         sys.path.append(os.getcwd())  # where "module:function" is looked for; a script's own path has it not
-    module = load_classifier(name, **colours).to(clips.device)
+    module = load_classifier(name, **colors).to(clips.device)
     try:
         with torch.no_grad():
             logits = module(clips)

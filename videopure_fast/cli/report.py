@@ -34,8 +34,8 @@ def report(record: Record, setup: Setup, classes: Sequence[str], out: Path, *, t
     from ..evaluation.checks import order_checks
     from ..evaluation.tables import inaccessible, table
 
-    randomised = [name for name in record.plan.defences if setup.defences[name].randomised]
-    rows, checks = table(record, randomised=randomised), order_checks(record)
+    randomized = [name for name in record.plan.defenses if setup.defenses[name].randomized]
+    rows, checks = table(record, randomized=randomized), order_checks(record)
 
     def write() -> None:
         found = [check._asdict() for check in checks]
@@ -44,7 +44,7 @@ def report(record: Record, setup: Setup, classes: Sequence[str], out: Path, *, t
     console.print(accuracy_table(rows))
     for access, names in inaccessible(record).items():
         console.print(f"No {access} attack on {', '.join(names)}: no gradient.")
-    for note in weaknesses(record.plan, randomised):
+    for note in weaknesses(record.plan, randomized):
         console.print(f"Mind: {note}")
     if record.skipped:
         console.print(f"{len(record.skipped)} videos could not be read; report.json names them.")
@@ -59,22 +59,22 @@ def report(record: Record, setup: Setup, classes: Sequence[str], out: Path, *, t
     console.print(f"Table, report and pictures: {out}")
 
 
-def weaknesses(plan: Plan, randomised: Sequence[str]) -> Iterator[str]:
+def weaknesses(plan: Plan, randomized: Sequence[str]) -> Iterator[str]:
     """What makes these attacks, or what they leave, less than it seems."""
     from ..evaluation.record import ADAPTIVE
 
     attacks = [threat for threat in plan.threats if threat.access != "none"]
-    if randomised and any(threat.settings.get("eot", 1) == 1 for threat in attacks if threat.access in ADAPTIVE):
-        yield f"{', '.join(randomised)} draw anew at each call; --eot averages over several of them."
+    if randomized and any(threat.settings.get("eot", 1) == 1 for threat in attacks if threat.access in ADAPTIVE):
+        yield f"{', '.join(randomized)} draw anew at each call; --eot averages over several of them."
     if all(threat.access != "exact" for threat in attacks):
-        yield "no attack used a defence's own gradients, which break most: --threat exact does."
+        yield "no attack used a defense's own gradients, which break most: --threat exact does."
     reach = min(threat.settings.get("steps", 1) * threat.settings.get("step_size", math.inf) for threat in attacks)
     if reach < 2 * max(plan.eps):
         yield f"--steps of --step-size reach {255 * reach:g}/255, less than from side to side of the largest eps."
 
 
 def accuracy_table(rows: Sequence[Accuracy]) -> Table:
-    table = Table("defence", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
+    table = Table("defense", box=None, title="Accuracy, its 95 % interval, and the share right in every repeat")
     table.caption = "MiB: the most memory held, on a CPU by the whole process"
     table.caption_justify = "left"
     for column in ("clips", "accuracy", "interval", "worst", "s/clip", "MiB"):
@@ -87,7 +87,7 @@ def accuracy_table(rows: Sequence[Accuracy]) -> Table:
             table.add_row(title + (f", eps {255 * row.eps:g}/255" if row.eps else ""))
             last = (title, row.eps)
         table.add_row(
-            f"  {row.defence}",
+            f"  {row.defense}",
             str(row.n),
             f"{row.accuracy:.3f}",
             f"{row.low:.2f}-{row.high:.2f}",
@@ -106,25 +106,25 @@ def _check_table(checks: Sequence[Check]) -> Table:
 
 
 def sanity_checks(plan: Plan, setup: Setup) -> list[Check]:
-    """Of the plan's last defence: of its exact gradient where it has one, else of BPDA's."""
+    """Of the plan's last defense: of its exact gradient where it has one, else of BPDA's."""
     import torch
 
     from ..evaluation.checks import Check, effort_check, gradient_check, reach_check, source_check, stand_in_check
 
-    name, eps = plan.defences[-1], plan.eps[-1]
-    defence, classifier, count = setup.defences[name], setup.classifier, plan.threats[0].clips
+    name, eps = plan.defenses[-1], plan.eps[-1]
+    defense, classifier, count = setup.defenses[name], setup.classifier, plan.threats[0].clips
     batches = (setup.draw(seed, 0, min(count, _CHECKED_CLIPS)) for seed in plan.seeds)
     clips, labels = next((batch for batch in batches if len(batch[1])), (None, None))
     if clips is None:
         return [Check(f"{name}: checks", False, "not made: none of the first clips could be read")]
-    exact, bpda = (defence.logits(classifier, how, torch.Generator().manual_seed(0)) for how in ("exact", "bpda"))
+    exact, bpda = (defense.logits(classifier, how, torch.Generator().manual_seed(0)) for how in ("exact", "bpda"))
     target = exact or bpda
     todo = {"an attack that goes on": lambda: effort_check(target, clips, labels, eps=eps, steps=6)}
     todo["an attack without bounds"] = lambda: reach_check(target, clips, labels)
     if exact is not None:
         todo["BPDA's gradient"] = lambda: stand_in_check(exact, bpda, clips, labels)
-    if defence.purifier is not None:
-        todo["the exact gradient"] = lambda: gradient_check(defence.purifier, classifier, clips[:1], labels[:1])
+    if defense.purifier is not None:
+        todo["the exact gradient"] = lambda: gradient_check(defense.purifier, classifier, clips[:1], labels[:1])
     if setup.other is not None:
         more = setup.draw(plan.seeds[0], 0, min(count, _SOURCE_CLIPS))  # it is small, and two clips tell little
         todo["the attacker's own classifier"] = lambda: source_check(setup.other, *more, eps=eps, batch=plan.batch)
@@ -141,7 +141,7 @@ def sanity_checks(plan: Plan, setup: Setup) -> list[Check]:
 
 
 def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, classes: Sequence[str], out: Path) -> None:
-    """The last defence's: of the first threat that has one, the clip that it rescues most clearly."""
+    """The last defense's: of the first threat that has one, the clip that it rescues most clearly."""
     from ..evaluation import figures as pictures
     from ..evaluation.runner import examples
     from ..evaluation.tables import rescued
@@ -149,13 +149,13 @@ def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, class
     if all(row.access in ("none", "adaptive") for row in rows):
         return
     pictures.draw_accuracy(rows, out / "accuracy.svg", note="bars: 95 % intervals")
-    name = record.plan.defences[-1]
+    name = record.plan.defenses[-1]
     for threat in record.plan.threats[1:]:
         cell = (threat, record.plan.eps[0], name)
         if rescued(record, *cell):
             found = examples(record, *cell, 1, setup)
             met = f"{threat.title}, {255 * record.plan.eps[0]:g}/255"
-            pictures.write_strip(found, classes, out / "strip.png", threat=met, defence=name)
+            pictures.write_strip(found, classes, out / "strip.png", threat=met, defense=name)
             return
 
 

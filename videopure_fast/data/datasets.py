@@ -38,7 +38,7 @@ class ClipSampling:
         frames: of a clip. A video that is too short repeats its last frame.
         stride: every stride-th frame is taken.
         resize: pixels of the shorter side, even, 16 or more; the aspect is kept (`video.working_size`).
-        crop: side of the square that is cut from the centre, at most `resize`.
+        crop: side of the square that is cut from the center, at most `resize`.
     """
 
     frames: int = 32
@@ -54,7 +54,7 @@ class ClipSampling:
             raise ValueError(f"crop {self.crop} is more than resize {self.resize}, the shorter side")
 
     def indices(self, total: int, place: float = 0.5) -> list[int]:
-        """Frames of a clip from a video of `total`; place in [0, 1): 0.5 is the centre, 0 the earliest start."""
+        """Frames of a clip from a video of `total`; place in [0, 1): 0.5 is the center, 0 the earliest start."""
         check_count("total", total)
         check_number("place", place)
         if place >= 1:
@@ -80,7 +80,7 @@ class Batch(NamedTuple):
 
 
 class VideoDataset(Dataset):
-    """Labelled videos: item i is the centre clip (3, frames, crop, crop), floats in [0, 1], and its label, an int.
+    """Labeled videos: item i is the center clip (3, frames, crop, crop), floats in [0, 1], and its label, an int.
 
     Attributes:
         samples: path and label of each video, in the order of the annotations. Files are opened when they are read.
@@ -252,7 +252,7 @@ def load(
     batch is smaller. Every video is in a batch or in `skipped`.
 
     indices: of the samples to load, in this order; None is all.
-    generator: start each clip at random, the same for any number of workers; None is the centre.
+    generator: start each clip at random, the same for any number of workers; None is the center.
     """
     if not isinstance(dataset, VideoDataset):
         raise TypeError(f"dataset must be a VideoDataset, got {type(dataset).__name__}")

@@ -45,7 +45,7 @@ class _Format(NamedTuple):
     options: dict[str, str]
 
 
-# Visually lossless: about 45 dB for H.264 and VP9. MPEG-4 has no constant quality but its quantiser, 2 being fine.
+# Visually lossless: about 45 dB for H.264 and VP9. MPEG-4 has no constant quality but its quantizer, 2 being fine.
 _FORMATS = {
     ".mp4": _Format("mp4", "libx264", "yuv420p", {"crf": "17"}),
     ".avi": _Format("avi", "mpeg4", "yuv420p", {"qmin": "2", "qmax": "3", "b": "20M"}),
@@ -170,11 +170,11 @@ class VideoWriter:
     """Encodes frames into a video file that appears, or replaces another, only when it is complete.
 
     Use as a context manager. The frames go to a hidden file in the same folder, which is renamed when the block ends,
-    and removed when it fails. mp4 is H.264, avi MPEG-4, webm VP9, gif a palette of 256 colours for each frame.
+    and removed when it fails. mp4 is H.264, avi MPEG-4, webm VP9, gif a palette of 256 colors for each frame.
 
     Args:
         path: the file; its extension chooses the format.
-        height, width: of the frames, even (H.264, MPEG-4 and VP9 halve the colour planes).
+        height, width: of the frames, even (H.264, MPEG-4 and VP9 halve the color planes).
         rate: frames per second. GIF rounds time stamps to 1/100 s.
         source: a video whose sound is copied, not re-encoded, and whose pixel aspect is kept. Where the format cannot
             hold the sound, a UserWarning says so. It may be the file that is being replaced.
@@ -402,7 +402,7 @@ def _reaches_trailer(path: Path) -> bool:
     """Whether a GIF's blocks lead to its trailer. FFmpeg takes whatever is no block for the end of the file."""
     with path.open("rb") as file:
 
-        def skip_colours(flags: int) -> None:
+        def skip_colors(flags: int) -> None:
             file.seek(3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0, os.SEEK_CUR)
 
         def skip_data() -> None:
@@ -412,15 +412,15 @@ def _reaches_trailer(path: Path) -> bool:
                 file.seek(length[0], os.SEEK_CUR)
 
         header = file.read(13)
-        skip_colours(header[10])
+        skip_colors(header[10])
         while block := file.read(1):
             if block == b"\x21":  # extension: its label, data
                 file.seek(1, os.SEEK_CUR)
-            elif block == b"\x2c":  # picture: its place and flags, colours, code size, data
+            elif block == b"\x2c":  # picture: its place and flags, colors, code size, data
                 place = file.read(9)
                 if len(place) < 9:
                     return False
-                skip_colours(place[8])
+                skip_colors(place[8])
                 file.seek(1, os.SEEK_CUR)
             else:
                 return block == b";"
@@ -458,8 +458,8 @@ def _picture(frame: Tensor, pixels: str) -> VideoFrame:
     if pixels != "pal8":
         return av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)
     indexed = Image.fromarray(image).quantize(256)
-    colours = np.frombuffer(indexed.palette.tobytes(), np.uint8).reshape(-1, 3)
+    colors = np.frombuffer(indexed.palette.tobytes(), np.uint8).reshape(-1, 3)
     palette = np.zeros((256, 4), np.uint8)
     palette[:, 0] = 255  # alpha
-    palette[: len(colours), 1:] = colours
+    palette[: len(colors), 1:] = colors
     return av.VideoFrame.from_ndarray((np.asarray(indexed), palette), format="pal8")

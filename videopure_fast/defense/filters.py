@@ -1,4 +1,4 @@
-"""The cheap defences that a purifier has to beat: clips (B, 3, F, H, W), floats in [0, 1] -> the same shape and dtype.
+"""The cheap defenses that a purifier has to beat: clips (B, 3, F, H, W), floats in [0, 1] -> the same shape and dtype.
 
 Results are contiguous, in [0, 1] and on the clips' device. Clips of a batch never mix. Every function raises TypeError
 or ValueError for anything else than clips: another layout or dtype, an empty axis, values outside [0, 1] or NaN.
@@ -37,7 +37,7 @@ def temporal_mean(clips: Tensor, width: int) -> Tensor:
     width: odd, 1 or more; it may exceed the frames.
     """
     check_clips(clips)
-    return _neighbours(clips, width).mean(-1).contiguous()
+    return _neighbors(clips, width).mean(-1).contiguous()
 
 
 def temporal_median(clips: Tensor, width: int) -> Tensor:
@@ -48,14 +48,14 @@ def temporal_median(clips: Tensor, width: int) -> Tensor:
     """
     check_clips(clips)
     # Not Tensor.median: which of equal frames it takes, and so its gradient, differs by device.
-    ordered = _neighbours(clips, width).sort(dim=-1, stable=True).values
+    ordered = _neighbors(clips, width).sort(dim=-1, stable=True).values
     return ordered[..., width // 2].contiguous()
 
 
 def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | None = None) -> Tensor:
     """The frames of each clip in a random order of its own.
 
-    Randomising the order of frames as a defence is from Hwang et al., arXiv 2112.07921; this is the plainest form, one
+    Randomizing the order of frames as a defense is from Hwang et al., arXiv 2112.07921; this is the plainest form, one
     uniform permutation, and not a reproduction of their procedure.
 
     generator: on the CPU, so that orders do not depend on the clips' device. Clips draw from it one after the other.
@@ -73,7 +73,7 @@ def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | 
 
 
 def jpeg(clips: Tensor, quality: int = 75) -> Tensor:
-    """Every frame through JPEG and back (a defence since arXiv 1608.00853), by Pillow with its 4:2:0 chroma.
+    """Every frame through JPEG and back (a defense since arXiv 1608.00853), by Pillow with its 4:2:0 chroma.
 
     quality: 1 to 95, Pillow's scale. Values are rounded to 8 bits first. JPEG is not differentiable: RuntimeError where
     a gradient would be lost in silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the
@@ -138,7 +138,7 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _neighbours(clips: Tensor, width: int) -> Tensor:
+def _neighbors(clips: Tensor, width: int) -> Tensor:
     """(B, 3, F, H, W) -> (B, 3, F, H, W, width): the frames around each, in order."""
     check_count("width", width)
     if width % 2 == 0:

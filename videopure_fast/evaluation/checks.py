@@ -1,6 +1,6 @@
 """Whether an evaluation can be believed: what a reviewer asks of gradients and attacks, each with an answer.
 
-A defence whose gradients are wrong looks robust (obfuscated gradients, arXiv 1802.00420; checklist of arXiv
+A defense whose gradients are wrong looks robust (obfuscated gradients, arXiv 1802.00420; checklist of arXiv
 1902.06705). So: the exact gradient must agree with finite differences, an attack that goes on must gain, accuracy must
 reach zero where anything is allowed, and who knows more must not do worse.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import apgd, pgd
-from ..attacks.base import check_labelled, cross_entropy, gradient_of, margin, vote
+from ..attacks.base import check_labeled, cross_entropy, gradient_of, margin, vote
 from ..defense.classifier import DefendedClassifier
 from ..inputs import check_count
 from ..purifier import Purifier
@@ -50,7 +50,7 @@ def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, lab
     """
     if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
-    check_labelled(clips, labels)
+    check_labeled(clips, labels)
     unet, vae, decoder, judge = (
         None if module is None else copy.deepcopy(module).double()
         for module in (purifier.unet, purifier.vae, purifier.decoder, classifier)
@@ -84,7 +84,7 @@ def stand_in_check(
 ) -> Check:
     """Whether BPDA's gradient of the margin may stand for the exact one: on average it must point uphill.
 
-    BPDA takes the defence for the identity. Where a defence turns small changes around, following its gradient makes
+    BPDA takes the defense for the identity. Where a defense turns small changes around, following its gradient makes
     clips safer, and what they withstand says nothing.
     """
     slopes = [gradient_of(clips, lambda x: margin(model(x), labels)).flatten(1) for model in (exact, bpda)]  # noqa: B023
@@ -97,14 +97,14 @@ def source_check(
     other: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, *, eps: float, steps: int = 10, batch: int = 16
 ) -> Check:
     """PGD on the attacker's own classifier, from which attacks transfer: it must be right on most clips, and lose most
-    of them. A poor one makes every defence look good. batch: clips in memory at once."""
+    of them. A poor one makes every defense look good. batch: clips in memory at once."""
 
     def right(x: Tensor, y: Tensor) -> int:
         with torch.no_grad():
             return (vote(other(x)) == y).sum().item()
 
     options = {"eps": eps, "step_size": eps / 2, "steps": steps, "generator": torch.Generator().manual_seed(0)}
-    check_labelled(clips, labels)
+    check_labeled(clips, labels)
     check_count("batch", batch)
     parts = list(zip(clips.split(batch), labels.split(batch), strict=True))
     clean = sum(right(x, y) for x, y in parts) / len(clips)
@@ -170,13 +170,13 @@ def order_checks(*records: Record) -> list[Check]:
     By the exact sign test over the clips on which the two differ: an order that holds fails once in forty, or less.
 
     exact <= bpda <= gray-box, by one attack with one budget; the best of exact and bpda <= transfer and query. Without
-    a defence, which all of them attack alike, nothing is asked.
+    a defense, which all of them attack alike, nothing is asked.
     """
     cells: dict[tuple[str, float], list[tuple[Threat, Outcome]]] = {}
     for record in records:
         for threat in record.plan.threats:
             for eps in record.plan.eps:
-                for name in record.plan.defences:
+                for name in record.plan.defenses:
                     found = outcome(record, threat, eps, name)
                     if name != "none" and threat.access != "none" and found.shares:
                         cells.setdefault((name, eps), []).append((threat, found))
@@ -203,7 +203,7 @@ def _order_check(cell: str, stronger: _Attacked, weaker: _Attacked) -> Check:
 
 
 def _pairs(cell: list[_Attacked]) -> Iterator[tuple[_Attacked, _Attacked]]:
-    """Attacks on one defence with one eps, of which the first must not leave the higher accuracy."""
+    """Attacks on one defense with one eps, of which the first must not leave the higher accuracy."""
 
     def share(attacked: _Attacked) -> float:
         return sum(attacked[1].shares.values()) / len(attacked[1].shares)

@@ -21,17 +21,17 @@ _CAPTION = 20  # pixels of height
 
 
 def write_strip(
-    found: Examples, classes: Sequence[str], path: str | os.PathLike[str], *, threat: str, defence: str
+    found: Examples, classes: Sequence[str], path: str | os.PathLike[str], *, threat: str, defense: str
 ) -> None:
     """Rows clean, attacked, purified and amplified difference of the first clip; columns are frames.
 
-    threat and defence: what the clip met, in words.
+    threat and defense: what the clip met, in words.
     """
     clean, attacked, purified = found.clean[0], found.attacked[0], found.purified[0]
-    # Signed, around grey: the absolute value of an l_inf attack is nearly the same everywhere.
+    # Signed, around gray: the absolute value of an l_inf attack is nearly the same everywhere.
     difference = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
-    captions = [*_captions(found, classes, 0), f"attacked - clean, x{_AMPLIFICATION}, around grey"]
-    captions[1:3] = f"{captions[1]} ({threat})", f"{captions[2]} ({defence})"
+    captions = [*_captions(found, classes, 0), f"attacked - clean, x{_AMPLIFICATION}, around gray"]
+    captions[1:3] = f"{captions[1]} ({threat})", f"{captions[2]} ({defense})"
     frames = torch.linspace(0, clean.shape[1] - 1, min(_STRIP_COLUMNS, clean.shape[1])).long()
     rows = []
     for caption, clip in zip(captions, (clean, attacked, purified, difference), strict=True):
@@ -69,45 +69,45 @@ def draw_accuracy(
         raise ValueError("there is no accuracy under attack to draw")
     title = "minimum over all attacks"
     attacked = [row._replace(threat=title) if row.access == "adaptive" else row for row in attacked]
-    names = list(dict.fromkeys(row.defence for row in attacked))
-    # One latency for all of a defence's rows: the minimum has none of its own.
-    seconds = {row.defence: row.seconds_per_clip for row in reversed(rows) if row.seconds_per_clip is not None}
-    colours = {name: i for i, name in enumerate(names)}
+    names = list(dict.fromkeys(row.defense for row in attacked))
+    # One latency for all of a defense's rows: the minimum has none of its own.
+    seconds = {row.defense: row.seconds_per_clip for row in reversed(rows) if row.seconds_per_clip is not None}
+    colors = {name: i for i, name in enumerate(names)}
     panels = [
         panel
         for threat in dict.fromkeys(row.threat for row in attacked)
-        for panel in _panels([row for row in attacked if row.threat == threat], colours, seconds, eps)
+        for panel in _panels([row for row in attacked if row.threat == threat], colors, seconds, eps)
     ]
     draw(panels, names, path, note=note)
 
 
 def _panels(
-    rows: Sequence[Accuracy], colours: dict[str, int], seconds: dict[str, float], eps: float | None
+    rows: Sequence[Accuracy], colors: dict[str, int], seconds: dict[str, float], eps: float | None
 ) -> Iterator[Panel]:
     """Of one threat: accuracy against eps, if there is more than one, and against latency."""
     sizes = sorted({row.eps for row in rows})
     title = f"accuracy, {rows[0].threat}"
     if len(sizes) > 1:
         lines = []
-        for name, colour in colours.items():
-            aside = 0.03 * (colour - (len(colours) - 1) / 2)  # bars of one eps stand side by side
-            places = [(sizes.index(row.eps) + aside, row) for row in rows if row.defence == name]
-            lines += [Line(sorted((x, row.accuracy) for x, row in places), colour)] if places else []
-            lines += [_bar(x, row, colour) for x, row in places]
+        for name, color in colors.items():
+            aside = 0.03 * (color - (len(colors) - 1) / 2)  # bars of one eps stand side by side
+            places = [(sizes.index(row.eps) + aside, row) for row in rows if row.defense == name]
+            lines += [Line(sorted((x, row.accuracy) for x, row in places), color)] if places else []
+            lines += [_bar(x, row, color) for x, row in places]
         yield Panel(title, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines, top=1)
     eps = eps if eps in sizes else sizes[0]
     alike = [row for row in rows if row.eps == eps]
     # A logarithmic axis: its places are powers of ten.
-    times = {row.defence: math.log10(max(seconds[row.defence], 1e-4)) for row in alike}
+    times = {row.defense: math.log10(max(seconds[row.defense], 1e-4)) for row in alike}
     least, most = math.floor(min(times.values())), math.ceil(max(times.values()) + 1e-9)
-    lines = [Line([(times[row.defence] - least, row.accuracy)], colours[row.defence]) for row in alike]
-    lines += [_bar(times[row.defence] - least, row, colours[row.defence]) for row in alike]
+    lines = [Line([(times[row.defense] - least, row.accuracy)], colors[row.defense]) for row in alike]
+    lines += [_bar(times[row.defense] - least, row, colors[row.defense]) for row in alike]
     ticks = [f"{10.0**power:g}" for power in range(least, most + 1)]
     yield Panel(f"{title}, eps {255 * eps:g}/255", "seconds a clip", ticks, lines, top=1)
 
 
-def _bar(x: float, row: Accuracy, colour: int) -> Line:
-    return Line([(x, row.low), (x, row.high)], colour, width=1, dots=False)
+def _bar(x: float, row: Accuracy, color: int) -> Line:
+    return Line([(x, row.low), (x, row.high)], color, width=1, dots=False)
 
 
 def _captions(found: Examples, classes: Sequence[str], i: int) -> list[str]:
@@ -128,7 +128,7 @@ def _side_by_side(found: Examples, classes: Sequence[str]) -> Iterator[Tensor]:
 
 
 def _enlarge(clip: Tensor, side: int) -> Tensor:
-    """(3, F, H, W) in [0, 1] -> uint8 of the largest multiple of its size within `side` pixels, nearest neighbour."""
+    """(3, F, H, W) in [0, 1] -> uint8 of the largest multiple of its size within `side` pixels, nearest neighbor."""
     scale = max(1, side // max(clip.shape[-2:]))
     enlarged = clip.cpu().float().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     return (enlarged * 255).round().to(torch.uint8)

@@ -2,7 +2,7 @@
 
 A `Plan` is worked through in units, each one batch of clips under one threat at one eps for one seed. What a unit
 draws depends on its own name alone, so that a resumed evaluation ends with the table of an unbroken one. A `Record`
-holds the outcome of every unit against every defence.
+holds the outcome of every unit against every defense.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..files import replacing
 from ..inputs import check_count, check_number
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
-ADAPTIVE: tuple[Access, ...] = ("query", "bpda", "exact")  # the attacker asks the defence itself
+ADAPTIVE: tuple[Access, ...] = ("query", "bpda", "exact")  # the attacker asks the defense itself
 _MOST_RECORD = 2**28  # bytes
 
 
@@ -37,8 +37,8 @@ class Threat:
     """What an attacker has, and does with it.
 
     access: "none": clean clips. "transfer": the gradients of another classifier. "gray-box": those of the defended
-        classifier, without knowledge of the defence. "query": the defence's logits. "bpda": the classifier's gradients
-        at the defence's votes, the defence taken for the identity. "exact": the defence's own gradients.
+        classifier, without knowledge of the defense. "query": the defense's logits. "bpda": the classifier's gradients
+        at the defense's votes, the defense taken for the identity. "exact": the defense's own gradients.
     attack: a name of attacks.ATTACKS, and its settings but for eps: numbers, words and bools. clips: how many of each
         seed's are attacked.
     """
@@ -97,24 +97,24 @@ class Plan:
     """What is measured. source: where the clips come from, in words: part of the record's identity.
 
     eps: in the clips' units; at most 1 unless all attacks are of the l2 norm. repeats: predictions of each clip by a
-    randomised defence, for its mean and its worst accuracy.
+    randomized defense, for its mean and its worst accuracy.
     """
 
     source: str
     threats: tuple[Threat, ...]
-    defences: tuple[str, ...]
+    defenses: tuple[str, ...]
     eps: tuple[float, ...] = (4 / 255,)
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 16
     repeats: int = 10
 
     def __post_init__(self) -> None:
-        for name, kind in {"threats": Threat, "defences": str, "eps": (int, float), "seeds": int}.items():
+        for name, kind in {"threats": Threat, "defenses": str, "eps": (int, float), "seeds": int}.items():
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
                 raise TypeError(f"{name} must be {Plan.__annotations__[name]}, got {values!r}")
         names = {"threats": [threat.name for threat in self.threats], "eps": [_size(eps) for eps in self.eps]}
-        for name, values in {**names, "defences": self.defences, "seeds": self.seeds}.items():
+        for name, values in {**names, "defenses": self.defenses, "seeds": self.seeds}.items():
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be some, and none twice, got {values}")
         norms = {threat.settings.get("norm", "linf") for threat in self.threats if threat.access != "none"}
@@ -149,8 +149,8 @@ class Unit(NamedTuple):
     start: int
     clips: int
 
-    def name(self, defence: str = "") -> str:
-        return f"{self.threat.name} | {_size(self.eps)} | seed {self.seed} | {self.start} | {defence}"
+    def name(self, defense: str = "") -> str:
+        return f"{self.threat.name} | {_size(self.eps)} | seed {self.seed} | {self.start} | {defense}"
 
     def generator(self, purpose: str) -> torch.Generator:
         """Draws that depend on nothing but this unit and what they are for."""
@@ -179,7 +179,7 @@ class Record:
             self.units, self.skipped = dict(saved["units"]), dict(saved.get("skipped", {}))
             self.machines = [dict(machine) for machine in saved.get("machines", [])]
             if (known := saved["hash"]) == plan.hash:
-                sizes = {unit.name(name): unit.clips for unit in plan.units() for name in plan.defences}
+                sizes = {unit.name(name): unit.clips for unit in plan.units() for name in plan.defenses}
                 if unknown := sorted(self.units.keys() - sizes.keys()):
                     raise ValueError(f"the plan has no unit {unknown[0]!r}: are settings in another order?")
                 for name, entry in self.units.items():
@@ -207,7 +207,7 @@ class Record:
 
     def clips(self, unit: Unit) -> int | None:
         """How many of a unit's clips could be read; None where none of its entries tells."""
-        entries = (self.units.get(unit.name(name)) for name in self.plan.defences)
+        entries = (self.units.get(unit.name(name)) for name in self.plan.defenses)
         return next((len(entry["right"]) for entry in entries if entry and entry["right"] is not None), None)
 
 

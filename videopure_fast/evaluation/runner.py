@@ -1,6 +1,6 @@
-"""Accuracy of defences under attack, threat model by threat model.
+"""Accuracy of defenses under attack, threat model by threat model.
 
-`defences` names what is compared, a `Setup` is who takes part, and `evaluate` works through a plan, batch by batch,
+`defenses` names what is compared, a `Setup` is who takes part, and `evaluate` works through a plan, batch by batch,
 into a record that survives an interruption.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import ATTACKS, bpda
-from ..attacks.base import check_labelled, vote
+from ..attacks.base import check_labeled, vote
 from ..defense.classifier import DefendedClassifier, classify_votes
 from ..defense.filters import FILTERS, reconstruct
 from ..files import check_writable, make_folder
@@ -31,7 +31,7 @@ from .tables import rescued
 
 
 @dataclass(frozen=True)
-class Defence:
+class Defense:
     """A way to treat clips before they are classified.
 
     votes: clips (B, 3, F, H, W) and a generator -> (B, V, 3, F, H, W). logits: of a classifier, the access "bpda" or
@@ -41,7 +41,7 @@ class Defence:
 
     votes: Callable[[Tensor, torch.Generator], Tensor]
     logits: Callable[[nn.Module, Access, torch.Generator], Callable[[Tensor], Tensor] | None]
-    randomised: bool = False
+    randomized: bool = False
     purifier: Purifier | None = None
 
 
@@ -54,14 +54,14 @@ _PURIFICATIONS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def defence_names(depths: tuple[int, ...] = ()) -> tuple[str, ...]:
-    """The names of `defences`, which need no model."""
+def defense_names(depths: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """The names of `defenses`, which need no model."""
     deep = (f"{name}, T={depth}" for depth in depths for name in _PURIFICATIONS)
     return ("none", *FILTERS, "VAE round trip", *_PURIFICATIONS, *deep)
 
 
-def defences(purifier: Purifier, depths: tuple[int, ...] = ()) -> dict[str, Defence]:
-    """Every defence that is compared, by name; those that diffuse also at other depths, as "ddim, T=2"."""
+def defenses(purifier: Purifier, depths: tuple[int, ...] = ()) -> dict[str, Defense]:
+    """Every defense that is compared, by name; those that diffuse also at other depths, as "ddim, T=2"."""
     found = {"none": _filter(lambda clips: clips)}
     found |= {
         name: _filter(run, differentiable=not name.startswith(("JPEG", "H.264"))) for name, run in FILTERS.items()
@@ -73,16 +73,16 @@ def defences(purifier: Purifier, depths: tuple[int, ...] = ()) -> dict[str, Defe
     return found
 
 
-def _filter(run: Callable[[Tensor], Tensor], *, differentiable: bool = True) -> Defence:
+def _filter(run: Callable[[Tensor], Tensor], *, differentiable: bool = True) -> Defense:
     def logits(classifier: nn.Module, access: Access, _: torch.Generator) -> Callable[[Tensor], Tensor] | None:
         if access == "bpda":
             return bpda(run, classifier)
         return (lambda clips: classifier(run(clips))) if differentiable else None
 
-    return Defence(lambda clips, _: run(clips)[:, None], logits)
+    return Defense(lambda clips, _: run(clips)[:, None], logits)
 
 
-def _purification(purifier: Purifier, *, voting: bool) -> Defence:
+def _purification(purifier: Purifier, *, voting: bool) -> Defense:
     def votes(clips: Tensor, generator: torch.Generator) -> Tensor:
         purified = purifier(clips, return_votes=voting, generator=generator)
         return purified if voting else purified[:, None]
@@ -91,19 +91,19 @@ def _purification(purifier: Purifier, *, voting: bool) -> Defence:
         of_votes = partial(DefendedClassifier(classifier, purifier, gradient=access).vote_logits, generator=generator)
         return of_votes if voting else (lambda clips: of_votes(clips)[:, -1:])
 
-    return Defence(votes, logits, purifier.properties["randomised"], purifier)
+    return Defense(votes, logits, purifier.properties["randomized"], purifier)
 
 
 class Setup(NamedTuple):
     """Who takes part in an evaluation.
 
-    classifier: the one that is defended. defences: by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in
+    classifier: the one that is defended. defenses: by name. draw: (seed, start, count) -> clips (count, 3, F, H, W) in
     [0, 1] and labels (count,), the same for the same numbers, on the models' device; fewer where some cannot be read.
     other: the attacker's own classifier, for the access "transfer".
     """
 
     classifier: nn.Module
-    defences: Mapping[str, Defence]
+    defenses: Mapping[str, Defense]
     draw: Callable[[int, int, int], tuple[Tensor, Tensor]]
     other: nn.Module | None = None
 
@@ -125,8 +125,8 @@ def evaluate(
     for name, value, kind in (("plan", plan, Plan), ("setup", setup, Setup)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    if unknown := [name for name in plan.defences if name not in setup.defences]:
-        raise ValueError(f"unknown defences {', '.join(unknown)}; accepted: {', '.join(setup.defences)}")
+    if unknown := [name for name in plan.defenses if name not in setup.defenses]:
+        raise ValueError(f"unknown defenses {', '.join(unknown)}; accepted: {', '.join(setup.defenses)}")
     if setup.other is None and any(threat.access == "transfer" for threat in plan.threats):
         raise ValueError("the access 'transfer' needs another classifier to attack, got none")
     for name, module in (("classifier", setup.classifier), ("other", setup.other)):
@@ -141,10 +141,10 @@ def evaluate(
         units = list(plan.units())
         found = {(unit.seed, unit.start, unit.clips): n for unit in units if (n := record.clips(unit)) is not None}
         tried = False
-        with tqdm(total=len(units) * len(plan.defences), desc="evaluate", unit="batch", disable=not progress) as bar:
+        with tqdm(total=len(units) * len(plan.defenses), desc="evaluate", unit="batch", disable=not progress) as bar:
             for unit in units:
-                left = [name for name in plan.defences if unit.name(name) not in record.units]
-                bar.update(len(plan.defences) - len(left))
+                left = [name for name in plan.defenses if unit.name(name) not in record.units]
+                bar.update(len(plan.defenses) - len(left))
                 if not left:
                     continue
                 clips, labels = _drawn(unit, setup)
@@ -156,7 +156,7 @@ def evaluate(
                 machine, attacked = describe_machine(labels.device), None
                 for name in left:
                     bar.set_postfix_str(f"{unit.threat.title}, {name}")
-                    if attacked is None or unit.threat.access in ADAPTIVE:  # else one attack is on all defences
+                    if attacked is None or unit.threat.access in ADAPTIVE:  # else one attack is on all defenses
                         attacked = _attack(unit, setup, name, clips, labels)
                     record.add(unit.name(name), _judge(unit, setup, name, attacked, labels, plan.repeats), machine)
                     bar.update()
@@ -167,7 +167,7 @@ def _drawn(unit: Unit, setup: Setup) -> tuple[Tensor, Tensor]:
     """The unit's clips and labels: what is not what it must be would count as fooled."""
     clips, labels = setup.draw(unit.seed, unit.start, unit.clips)
     if len(clips) or len(labels):
-        check_labelled(clips, labels)
+        check_labeled(clips, labels)
     if len(clips) > unit.clips:
         raise ValueError(f"{len(clips)} clips were drawn where {unit.clips} were asked for")
     return clips, labels
@@ -200,16 +200,16 @@ def _try_attacks(plan: Plan, clips: Tensor, labels: Tensor) -> None:
 
 
 def _victim(unit: Unit, setup: Setup, name: str) -> Callable[[Tensor], Tensor] | None:
-    """What the unit's attacker of a defence asks for logits or gradients; None where there is no such access."""
+    """What the unit's attacker of a defense asks for logits or gradients; None where there is no such access."""
     access = unit.threat.access
     if access not in ADAPTIVE:
         return setup.other if access == "transfer" else setup.classifier
     access = "bpda" if access == "query" else access  # the logits are the same for both
-    return setup.defences[name].logits(setup.classifier, access, unit.generator(f"noise {name}"))
+    return setup.defenses[name].logits(setup.classifier, access, unit.generator(f"noise {name}"))
 
 
 def _attack(unit: Unit, setup: Setup, name: str, clips: Tensor, labels: Tensor) -> Tensor | None:
-    """The unit's clips as a defence meets them; None where there is no such attack."""
+    """The unit's clips as a defense meets them; None where there is no such attack."""
     if unit.threat.access == "none" or not len(clips):
         return clips
     victim = _victim(unit, setup, name)
@@ -228,13 +228,13 @@ def _judge(
         return {"right": None}
     if not len(labels):
         return {"right": [], "repeats": 1, "seconds": 0.0, "peak_bytes": None}
-    defence = setup.defences[name]
-    repeats = repeats if defence.randomised else 1
+    defense = setup.defenses[name]
+    repeats = repeats if defense.randomized else 1
     generator, right = unit.generator(f"defend {name}"), torch.zeros_like(labels)
     memory, start = PeakMemory(attacked.device), time.perf_counter()
     for _ in range(repeats):
         with torch.no_grad():
-            logits = classify_votes(setup.classifier, defence.votes(attacked, generator))
+            logits = classify_votes(setup.classifier, defense.votes(attacked, generator))
         if labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {labels.max()}, but the classifier returns {logits.shape[-1]} classes")
         right += (vote(logits) == labels).to(right)
@@ -257,21 +257,21 @@ class Examples(NamedTuple):
     purified_labels: Tensor
 
 
-def examples(record: Record, threat: Threat, eps: float, defence: str, count: int, setup: Setup) -> Examples:
+def examples(record: Record, threat: Threat, eps: float, defense: str, count: int, setup: Setup) -> Examples:
     """The first `count` of the `rescued` clips of a cell, attacked and purified as they were for the record.
 
     ValueError where the cell is not done in full.
     """
-    places = rescued(record, threat, eps, defence)[:count]
+    places = rescued(record, threat, eps, defense)[:count]
     if not places:
-        raise ValueError(f"the record has no clips of {threat.title} at {255 * eps:g}/255 against {defence}")
+        raise ValueError(f"the record has no clips of {threat.title} at {255 * eps:g}/255 against {defense}")
     units = {(unit.seed, unit.start): unit for unit in record.plan.units() if (unit.threat, unit.eps) == (threat, eps)}
     whole: dict[str, Examples] = {}  # by unit: a clip's draws depend on its place in it
     found = []
     for seed, place in places:
         unit = units[seed, place - place % record.plan.batch]
         if unit.name() not in whole:
-            whole[unit.name()] = _replay(unit, setup, defence)
+            whole[unit.name()] = _replay(unit, setup, defense)
         found.append([part[place - unit.start] for part in whole[unit.name()]])
     return Examples(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
@@ -280,6 +280,6 @@ def _replay(unit: Unit, setup: Setup, name: str) -> Examples:
     clips, labels = _drawn(unit, setup)
     attacked = _attack(unit, setup, name, clips, labels)
     with torch.no_grad():
-        votes = setup.defences[name].votes(attacked, unit.generator(f"defend {name}"))
+        votes = setup.defenses[name].votes(attacked, unit.generator(f"defend {name}"))
         seen = [vote(logits) for logits in (setup.classifier(attacked), classify_votes(setup.classifier, votes))]
     return Examples(clips, attacked, votes[:, -1], labels, *seen)

@@ -314,8 +314,8 @@ def plot(run: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         name = f"{row['backend']}, {row['dtype']}, {row['decoder']}, {row['frames']}x{row['height']}x{row['width']}"
         series.setdefault(name, []).append(row)
 
-    def line(colour: int, values: Sequence[tuple[int, float]], width: float) -> Line:
-        return Line([(batches.index(batch), value) for batch, value in values], colour, width)
+    def line(color: int, values: Sequence[tuple[int, float]], width: float) -> Line:
+        return Line([(batches.index(batch), value) for batch, value in values], color, width)
 
     latency = [
         line(i, [(row["batch"], row["call_seconds"][f"p{percentile}"]) for row in part], width)

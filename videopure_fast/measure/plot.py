@@ -11,9 +11,9 @@ from xml.sax.saxutils import escape
 
 from ..files import check_writable, replacing
 
-# Okabe and Ito's, which the colour-blind tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_FORMS = ("circle", "square", "diamond")  # of dots: a second and third round of colours
+# Okabe and Ito's, which the color-blind tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_FORMS = ("circle", "square", "diamond")  # of dots: a second and third round of colors
 _WIDTH, _HEIGHT = 460, 300  # of a panel's axes, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 64  # margins around them
 _LINE = 18  # of the legend
@@ -25,11 +25,11 @@ _SCALE = 2  # pixels of a PNG for each of the drawing's
 class Line(NamedTuple):
     """A line through (place on the x axis, value), with a dot at each.
 
-    Lines of one colour number share a colour, and those of one round of colours the form of their dots.
+    Lines of one color number share a color, and those of one round of colors the form of their dots.
     """
 
     points: Sequence[tuple[float, float]]
-    colour: int
+    color: int
     width: float = 2
     dots: bool = True
 
@@ -55,7 +55,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 
 
 def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike[str], *, note: str) -> None:
-    """Write panels in rows and below them the legend, the colours' names in order, and a note; .svg or .png."""
+    """Write panels in rows and below them the legend, the colors' names in order, and a note; .svg or .png."""
     check_picture(path)
     across, down = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
     width, height = across * min(len(panels), _ACROSS), down * math.ceil(len(panels) / _ACROSS)
@@ -65,20 +65,20 @@ def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike
         _draw_panel(canvas, panel, column * across + _LEFT, row * down + _TOP)
     for i, name in enumerate(legend):
         y = height + _LINE * i
-        canvas.line([(_LEFT, y), (_LEFT + 24, y)], _colour(i), 3)
-        canvas.dot(_LEFT + 12, y, _colour(i), _form(i))
+        canvas.line([(_LEFT, y), (_LEFT + 24, y)], _color(i), 3)
+        canvas.dot(_LEFT + 12, y, _color(i), _form(i))
         canvas.text(_LEFT + 32, y, name, "start")
     canvas.text(_LEFT, height + _LINE * len(legend), note, "start")
     with replacing(path) as temporary:
         canvas.save(temporary)
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
 def _form(number: int) -> str:
-    return _FORMS[number // len(COLOURS) % len(_FORMS)]
+    return _FORMS[number // len(COLORS) % len(_FORMS)]
 
 
 def _draw_panel(canvas: Any, panel: Panel, left: float, above: float) -> None:
@@ -99,10 +99,10 @@ def _draw_panel(canvas: Any, panel: Panel, left: float, above: float) -> None:
         canvas.text(place(i, 0)[0], bottom + 16, name, "middle")
     canvas.line([(left, above), (left, bottom), (left + _WIDTH, bottom)], _INK, 1)
     for line in panel.lines:
-        points, colour = [place(x, y) for x, y in line.points], _colour(line.colour)
-        canvas.line(points, colour, line.width)
+        points, color = [place(x, y) for x, y in line.points], _color(line.color)
+        canvas.line(points, color, line.width)
         for point in points if line.dots else ():
-            canvas.dot(*point, colour, _form(line.colour))
+            canvas.dot(*point, color, _form(line.color))
 
 
 def _ticks(top: float) -> list[float]:
@@ -126,16 +126,16 @@ class _Svg:
             f'<rect width="{width}" height="{height}" fill="white"/>',
         ]
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
+    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self._parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
+        self._parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>')
 
-    def dot(self, x: float, y: float, colour: str, form: str) -> None:
+    def dot(self, x: float, y: float, color: str, form: str) -> None:
         if form == "circle":
-            self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+            self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
         else:
             corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in _corners(x, y, form))
-            self._parts.append(f'<polygon points="{corners}" fill="{colour}"/>')
+            self._parts.append(f'<polygon points="{corners}" fill="{color}"/>')
 
     def text(self, x: float, y: float, text: str, anchor: str) -> None:
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="middle"'
@@ -155,14 +155,14 @@ class _Png:
         self._draw = ImageDraw.Draw(self._image)
         self._font = ImageFont.load_default(12 * _SCALE)
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
-        self._draw.line([(x * _SCALE, y * _SCALE) for x, y in points], colour, round(width * _SCALE), joint="curve")
+    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
+        self._draw.line([(x * _SCALE, y * _SCALE) for x, y in points], color, round(width * _SCALE), joint="curve")
 
-    def dot(self, x: float, y: float, colour: str, form: str) -> None:
+    def dot(self, x: float, y: float, color: str, form: str) -> None:
         if form == "circle":
-            self._draw.ellipse([(x - 3) * _SCALE, (y - 3) * _SCALE, (x + 3) * _SCALE, (y + 3) * _SCALE], colour)
+            self._draw.ellipse([(x - 3) * _SCALE, (y - 3) * _SCALE, (x + 3) * _SCALE, (y + 3) * _SCALE], color)
         else:
-            self._draw.polygon([(a * _SCALE, b * _SCALE) for a, b in _corners(x, y, form)], colour)
+            self._draw.polygon([(a * _SCALE, b * _SCALE) for a, b in _corners(x, y, form)], color)
 
     def text(self, x: float, y: float, text: str, anchor: str) -> None:
         self._draw.text((x * _SCALE, y * _SCALE), text, _INK, self._font, self._ANCHORS[anchor])

@@ -93,7 +93,7 @@ def downsample(weights: Weights, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def upsample(weights: Weights, layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest neighbours to `size`, then the layer's convolution.
+    """Nearest neighbors to `size`, then the layer's convolution.
 
     Doubling and a 3x3 convolution are one transposed convolution of stride 2, with 4 products in place of 9: each
     pixel of the result sees 2x2 pixels of x, and the weights that meet the same one are added up beforehand.
@@ -132,7 +132,7 @@ def resnet(weights: Weights, block: nn.Module, x: Tensor, embedding: Tensor | No
 
 
 def self_attention(weights: Weights, attention: nn.Module, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
-    """Over the pixels of each frame; x has been normalised."""
+    """Over the pixels of each frame; x has been normalized."""
     layers, heads = (attention.to_q, attention.to_k, attention.to_v), attention.heads
     bias = torch.cat([layer.bias for layer in layers]) if attention.use_bias else None
     qkv = F.linear(x, weights[attention], bias).flatten(0, 1).flatten(1, 2)

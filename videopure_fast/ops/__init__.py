@@ -2,7 +2,7 @@
 
 Latents are (B, C, F, h, w), activations of the models (B, F, H, W, C), channels last; both may have any strides, and
 results are contiguous. Every op equals the function of its name in reference.py for finite values; a NaN or infinity
-may spread to neighbouring pixels. `backend.choose` picks the code; `backend.FORMS` lists the dtypes that have native
+may spread to neighboring pixels. `backend.choose` picks the code; `backend.FORMS` lists the dtypes that have native
 forms, others run in the reference.
 
 The ops are torch.library operators of the namespace `videopure_fast`: they have shapes without values and FLOP counts
@@ -65,7 +65,7 @@ def guided_update(
     spatial_weight: float,
     temporal_weight: float,
 ) -> Tensor:
-    """Guided spatial-temporal optimisation of all votes of all clips (arXiv 2501.14999, section 3), in closed form.
+    """Guided spatial-temporal optimization of all votes of all clips (arXiv 2501.14999, section 3), in closed form.
 
     latents, noise: (V, B, C, F, h, w), state and noise prediction of each vote; noise of any floating dtype.
     target: (B, C, F, h, w), the encoded clip. flow: (B, F-1, 2, h, w), from frame j to j+1 in latent pixels.

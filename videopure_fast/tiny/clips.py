@@ -26,7 +26,7 @@ _ZOOM = (0.03, 0.05)
 # Nuisance per frame, at most: pixels, radians, log scale; and the background's, in pixels.
 _DRIFT, _DRIFT_TURN, _DRIFT_ZOOM, _BACKGROUND_DRIFT = 0.12, math.radians(1.0), 0.005, 0.25
 _ROLL_OFF = 0.3  # cycles per pixel
-_SCALARS = 32  # random numbers a clip may use for its pose, colours and class
+_SCALARS = 32  # random numbers a clip may use for its pose, colors and class
 
 
 def sample_clips(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,25 +63,25 @@ def _render(scalars: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
     growth = zoom * (either(6) - either(7)) + uniform(-_DRIFT_ZOOM, _DRIFT_ZOOM)
 
     at = lambda middle, rate: (middle[:, None] + rate[:, None] * time)[..., None, None]  # noqa: E731  [n, F, 1, 1]
-    centre_x, centre_y = at(uniform(-4, 4), velocity_x), at(uniform(-4, 4), velocity_y)
+    center_x, center_y = at(uniform(-4, 4), velocity_x), at(uniform(-4, 4), velocity_y)
     angle, scale = at(uniform(0, 2 * math.pi), spin), at(uniform(-0.1, 0.1), growth).exp()
     radius = uniform(6.0, 9.0)[:, None, None, None]
     shape = (uniform(0, 1) * 4).long()
 
     pixels = torch.arange(SIZE) - (SIZE - 1) / 2
     y, x = torch.meshgrid(pixels, pixels, indexing="ij")  # [H, W]
-    dx, dy = (x - centre_x) / scale, (y - centre_y) / scale  # [n, F, H, W]
+    dx, dy = (x - center_x) / scale, (y - center_y) / scale  # [n, F, H, W]
     local_x = angle.cos() * dx + angle.sin() * dy
     local_y = angle.cos() * dy - angle.sin() * dx
     mask = torch.sigmoid(-2.5 * scale * _signed_distance(local_x, local_y, radius, shape))
 
     shift_x = at(uniform(-4, 4), uniform(-_BACKGROUND_DRIFT, _BACKGROUND_DRIFT))
     shift_y = at(uniform(-4, 4), uniform(-_BACKGROUND_DRIFT, _BACKGROUND_DRIFT))
-    colours = torch.stack([uniform(0.25, 0.75) for _ in range(6)], 1).view(-1, 2, 3, 1, 1, 1)
-    background = colours[:, 0] + _BACKGROUND_CONTRAST * _sample(
+    colors = torch.stack([uniform(0.25, 0.75) for _ in range(6)], 1).view(-1, 2, 3, 1, 1, 1)
+    background = colors[:, 0] + _BACKGROUND_CONTRAST * _sample(
         _texture(noise[:, 0], _BACKGROUND_EXPONENT), x - shift_x, y - shift_y
     )
-    sprite = colours[:, 1] + _SPRITE_CONTRAST * _sample(_texture(noise[:, 1], _SPRITE_EXPONENT), local_x, local_y)
+    sprite = colors[:, 1] + _SPRITE_CONTRAST * _sample(_texture(noise[:, 1], _SPRITE_EXPONENT), local_x, local_y)
     return torch.lerp(background, sprite, mask[:, None]).clamp(0, 1)
 
 
@@ -105,12 +105,12 @@ def _texture(noise: Tensor, exponent: float) -> Tensor:
     gain = frequency.clamp(min=1 / _CANVAS) ** -exponent * torch.exp(-((frequency / _ROLL_OFF) ** 2))
     gain[0, 0] = 0
     filtered = torch.fft.irfft2(torch.fft.rfft2(noise) * gain, s=noise.shape[-2:])
-    coloured = 0.8 * filtered[:, :1] + 0.6 * filtered[:, 1:]
-    return coloured / coloured.std((-2, -1), keepdim=True)
+    colored = 0.8 * filtered[:, :1] + 0.6 * filtered[:, 1:]
+    return colored / colored.std((-2, -1), keepdim=True)
 
 
 def _sample(texture: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Bilinear samples of (n, 3, K, K) at pixel offsets (n, F, H, W) from the canvas centre: (n, 3, F, H, W)."""
+    """Bilinear samples of (n, 3, K, K) at pixel offsets (n, F, H, W) from the canvas center: (n, 3, F, H, W)."""
     n, frames, height, width = x.shape
     grid = torch.stack([x, y], -1) * (2 / _CANVAS)
     samples = F.grid_sample(
