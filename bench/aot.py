@@ -560,7 +560,7 @@ def missing() -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    ops = [op for op, forms in backend.FORMS.items() if "triton" in forms]
+    ops = [op for op, forms in backend.SUPPORTED_DTYPES.items() if "triton" in forms]
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

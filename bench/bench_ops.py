@@ -34,7 +34,7 @@ Call = tuple[str, tuple[Tensor | None, ...], dict[str, Any]]  # op, tensors, set
 def guided_update(size: str, device: str, dtype: torch.dtype) -> Call:
     shape = LATENTS[size]
     config = PurifyConfig().rescaled(*shape[-3:])
-    steps = torch.tensor(Schedule(config).votes(), device=device)
+    steps = torch.tensor(Schedule(config).vote_coefficients(), device=device)
     latents = torch.randn(len(steps), *shape, device=device)
     noise = torch.randn(latents.shape, device=device).to(dtype)
     target = torch.randn(shape, device=device)
@@ -156,7 +156,7 @@ def test_guided_update_beats_the_frame_loop():
     torch.manual_seed(0)
     _, (latents, noise, target, flow, coefficients), weights = guided_update("full", "cpu", torch.float32)
     config = PurifyConfig()
-    steps = Schedule(config).votes()
+    steps = Schedule(config).vote_coefficients()
 
     def loop() -> Tensor:
         """The optimized latents of each vote; a vote's own x0 is left out here, and of the check below."""

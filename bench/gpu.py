@@ -59,7 +59,7 @@ from tqdm import tqdm  # noqa: E402
 from videopure_fast import Purifier, PurifyConfig, ops, reference  # noqa: E402
 from videopure_fast.machine import installed, nvidia_smi  # noqa: E402
 from videopure_fast.models.flow import RaftFlow  # noqa: E402
-from videopure_fast.ops.backend import FORMS, full_float32, use_backend  # noqa: E402
+from videopure_fast.ops.backend import SUPPORTED_DTYPES, full_float32, use_backend  # noqa: E402
 from videopure_fast.schedule import Schedule  # noqa: E402
 
 STAGES = ("test", "bench", "compile")
@@ -464,7 +464,7 @@ def _loop(
     """Vote by vote and frame by frame, by autograd."""
     config = PurifyConfig(**weights)
     votes = []
-    for z, e, step in zip(latents, noise, Schedule(config).votes(), strict=True):
+    for z, e, step in zip(latents, noise, Schedule(config).vote_coefficients(), strict=True):
         optimized = reference.guidance_by_autograd(z, e, target, flow, step, config)
         votes.append((optimized - step.sqrt_beta * e) / step.sqrt_alpha if step.predicts_x0 else optimized)
     return torch.stack(votes)
@@ -614,7 +614,9 @@ def tasks(subject: Subject, chosen: tuple[str, ...], batches: list[int]) -> list
             add("bench", f"stages: {name}, {work}", stages, subject, name, work)
     for size in ("small",) if subject.quick else ACTIVATIONS:
         for make in OPS:
-            native = (form for form in FORMS[make.__name__] if (form == "cpu") == (subject.device.type == "cpu"))
+            native = (
+                form for form in SUPPORTED_DTYPES[make.__name__] if (form == "cpu") == (subject.device.type == "cpu")
+            )
             library = ("library",) if make.__name__ in LIBRARY else ()
             for form in ("reference", *library, *native):
                 add("bench", f"op: {make.__name__}, {size}, {form}", op_row, subject, make, size, form)

@@ -37,7 +37,7 @@ from videopure_fast.evaluation.figures import draw_accuracy
 from videopure_fast.evaluation.record import Access, Plan, Record, Threat, weights_digest
 from videopure_fast.evaluation.runner import Defense, Setup, defenses, evaluate
 from videopure_fast.evaluation.tables import table
-from videopure_fast.files import replacing
+from videopure_fast.files import atomic_write
 from videopure_fast.tiny.models import ActionClassifier
 from videopure_fast.tiny.train import train_classifier
 
@@ -150,7 +150,7 @@ def check_models(path: Path, **models: nn.Module) -> None:
     if others := [name for name, digest in digests.items() if known.get(name, digest) != digest]:
         raise ValueError(f"the records in {path.parent} are of another {', '.join(others)}: move them away")
     if not digests.items() <= known.items():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write_text(json.dumps(known | digests, indent=1) + "\n")
 
 
@@ -160,7 +160,7 @@ def other_classifier() -> nn.Module:
         torch.manual_seed(SEED)
         model = train_classifier(OTHER_STEPS)
         OTHER.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(OTHER) as file:
+        with atomic_write(OTHER) as file:
             save_file(model.state_dict(), file)
     model = ActionClassifier()
     model.load_state_dict(load_file(OTHER))
@@ -179,7 +179,7 @@ def sanity(purifier: Purifier, classifier: nn.Module, path: Path) -> list[dict[s
             effort_check(targets[0], clips, labels, eps=EPS[0]),
             reach_check(targets[1], clips, labels),  # BPDA's: the exact gradient would take half an hour
         ]
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write_text(json.dumps([check._asdict() for check in checks], indent=1) + "\n")
     return json.loads(path.read_text())
 
@@ -205,7 +205,7 @@ def write(records: dict[str, Record], sane: list[dict[str, Any]], path: Path) ->
         "plans": {name: {"hash": record.plan.hash, **asdict(record.plan)} for name, record in records.items()},
         "machines": {name: record.machines for name, record in records.items()},
     }
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     if "curve" in records and "cost" in records:
         costs, curve = table(records["cost"]), [row for row in table(records["curve"]) if row.access != "adaptive"]

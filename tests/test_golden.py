@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from videopure_fast import reference
 from videopure_fast.config import PurifyConfig
 from videopure_fast.models.flow import resize_flow
-from videopure_fast.ops.backend import FORMS, use_backend
+from videopure_fast.ops.backend import SUPPORTED_DTYPES, use_backend
 from videopure_fast.purifier import Purifier
 from videopure_fast.schedule import Schedule, VoteCoefficients, read_scheduler
 
@@ -113,9 +113,9 @@ def restored(modules):
 def _interpreted_latents(monkeypatch):
     """In the interpreter the ops on latents alone, unless all are asked for: those of the models take minutes."""
     if INTERPRETED and os.environ.get("INTERPRET_ALL_OPS") != "1":
-        for op in FORMS:
+        for op in SUPPORTED_DTYPES:
             if op not in LATENT_OPS:
-                monkeypatch.setitem(FORMS, op, {})
+                monkeypatch.setitem(SUPPORTED_DTYPES, op, {})
 
 
 # Formulas
@@ -163,7 +163,7 @@ def test_unit_formulas(case):
         return frame_major(votes[0])
 
     weights = {"spatial_weight": 800.0, "temporal_weight": 5.0}
-    coefficients = schedule.votes()[0]._replace(predicts_x0=False)
+    coefficients = schedule.vote_coefficients()[0]._replace(predicts_x0=False)
     clear = residual(z, e, coefficients, flow).abs() > AMBIGUOUS
     assert clear.float().mean() > 0.99
     assert_close(guided(e, coefficients, **weights), unit["guided_update"], FORMULA, clear)
@@ -227,7 +227,7 @@ def test_videopure_run(modules, case, backend, device):
     assert_close(torch.tensor(schedule.alphas_cumprod), record["alphas_cumprod"], FORMULA)
 
     # A flipped sign moves a vote by a fixed step: leave out what rounding of the UNet can flip.
-    coefficients = schedule.votes()
+    coefficients = schedule.vote_coefficients()
     expected_votes = record["vae_decode_inputs"] * 0.18215
     recorded_noise = [*record["noise_pred"], record["noise_pred"][-1]]
     clear = torch.stack(

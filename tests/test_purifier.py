@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from videopure_fast import Purifier, PurifyConfig, reference
-from videopure_fast.schedule import Schedule, Transition
+from videopure_fast.schedule import SamplerStep, Schedule
 from videopure_fast.windows import window_starts, window_weights
 
 METHODS = ("videopure", "ddim_inversion", "ddim", "ddpm")
@@ -108,7 +108,7 @@ def test_closed_form_equals_autograd_in_float64():
     target = torch.randn(3, 4, 5, 6, 7, generator=g, dtype=torch.float64)
     flow = 3 * torch.randn(3, 4, 2, 6, 7, generator=g, dtype=torch.float64)
     config = PurifyConfig()
-    steps = Schedule(config).votes()[-2:]
+    steps = Schedule(config).vote_coefficients()[-2:]
     coefficients = z.new_tensor(steps)[:, None].expand(2, 3, 4)
     closed = reference.guided_update(z, e, target, flow, coefficients, spatial_weight=800.0, temporal_weight=5.0)
     for vote, state, noise, step in zip(closed, z, e, steps, strict=True):
@@ -133,7 +133,7 @@ def test_feedback_lets_the_optimised_latents_go_on():
         flow, target = purifier.latent_flow(clip), purifier.encode(clip)
         *_, (_, latents) = purifier.sample(target, inversion, 1.0, first_frame_noise=True)
         votes = []
-        for i, vote in enumerate(schedule.votes()):
+        for i, vote in enumerate(schedule.vote_coefficients()):
             if i < len(denoising):
                 ((noise, _),) = purifier.sample(latents, denoising[i : i + 1], 1.0)
             latents = reference.guidance_by_autograd(latents, noise, target, flow, vote, config)
@@ -144,7 +144,7 @@ def test_feedback_lets_the_optimised_latents_go_on():
     expected = torch.stack(votes, 1)
     torch.testing.assert_close(purifier(clip, return_votes=True), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(purifier(clip), expected[:, -1], rtol=0, atol=1e-9)
-    plain = purifier.variant(feedback=False)(clip, return_votes=True)
+    plain = purifier.with_config(feedback=False)(clip, return_votes=True)
     assert torch.allclose(plain[:, 0], expected[:, 0]) and not torch.allclose(plain[:, 1], expected[:, 1], atol=1e-6)
 
 
@@ -172,7 +172,7 @@ def test_different_prompts_are_guided():
     negative = purifier.unet(z, t, purifier.negative_prompt_embeds.expand(2, -1, -1)).sample
     positive = purifier.unet(z, t, purifier.prompt_embeds.expand(2, -1, -1)).sample
     expected = negative + 7.5 * (positive - negative)
-    ((noise, _),) = purifier.sample(z, [Transition(t, 1.0, 0.0)], 7.5)
+    ((noise, _),) = purifier.sample(z, [SamplerStep(t, 1.0, 0.0)], 7.5)
     torch.testing.assert_close(noise, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(negative, positive)
 

@@ -28,7 +28,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`, of the same extension, which takes its place when the block has succeeded."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")

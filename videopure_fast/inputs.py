@@ -149,7 +149,7 @@ def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_emb
         )
 
 
-def override(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig:
+def replace_config(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig:
     """The settings with some replaced. TypeError for what is no field of them, ValueError for bad values."""
     if not isinstance(config, PurifyConfig):
         raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
@@ -159,7 +159,7 @@ def override(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig
     return replace(config, **overrides)
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device that is meant, None the accelerator or else the CPU; ValueError where torch cannot use it."""
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"

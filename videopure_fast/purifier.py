@@ -24,15 +24,15 @@ from .inputs import (
     check_embeddings,
     check_models,
     check_video,
-    override,
-    usable_device,
+    replace_config,
+    resolve_device,
 )
 from .models.flow import Flow, flow_name, load_flow, no_flow, resize_flow
 from .models.layers import attention_function
 from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .ops.backend import full_float32
-from .runtime.engine import Engine, SideStream, Walk
-from .schedule import Schedule, Transition, VoteCoefficients, read_scheduler
+from .runtime.engine import Engine, SamplerTables, SideStream
+from .schedule import SamplerStep, Schedule, VoteCoefficients, read_scheduler
 from .windows import window_starts, window_weights
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[str, int, int, Tensor], None]
 
 
-class Denoised(NamedTuple):
+class LatentVotes(NamedTuple):
     """Votes that wait to be decoded: of each window its first frame and its latents (V, B, 4, F, h, w)."""
 
     video: Tensor
     windows: tuple[tuple[int, Tensor], ...]
 
     @property
-    def votes(self) -> int:
+    def num_votes(self) -> int:
         return len(self.windows[0][1])
 
 
@@ -138,13 +138,13 @@ class Purifier(nn.Module):
         AutoencoderTiny. `fast` and `attention` as for a Purifier. FileNotFoundError for a model or network that is
         not there.
         """
-        device = usable_device(device)
+        device = resolve_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.float16
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
         # Whatever can be wrong with the settings is found before a model is loaded.
-        override(PurifyConfig() if config is None else config, overrides)
+        replace_config(PurifyConfig() if config is None else config, overrides)
         folder = find_prior(name)
         settings = read_settings(folder)
         if flow is None and settings.flow is None:
@@ -164,7 +164,7 @@ class Purifier(nn.Module):
             fast=fast,
             attention=attention,
         )
-        purifier.config = override(purifier.config, overrides)
+        purifier.config = replace_config(purifier.config, overrides)
         return purifier.to(device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -199,10 +199,10 @@ class Purifier(nn.Module):
         """
         return {"randomized": self.config.method in ("ddim", "ddpm"), "dynamic": self.config.method == "videopure"}
 
-    def variant(self, **overrides: Any) -> Purifier:
+    def with_config(self, **overrides: Any) -> Purifier:
         """A purifier over the same modules with other settings: fields of PurifyConfig. TypeError for unknown ones."""
         twin = copy.copy(self)
-        twin.config = override(self.config, overrides)
+        twin.config = replace_config(self.config, overrides)
         return twin
 
     @property
@@ -262,7 +262,7 @@ class Purifier(nn.Module):
         generator: Generators = None,
         progress: bool = False,
         callback: Callback | None = None,
-    ) -> Denoised:
+    ) -> LatentVotes:
         """The votes of a batch before they are decoded, or the last alone. Arguments and gradients as of a call."""
         check_video(video)
         if callback is not None and not callable(callback):
@@ -285,9 +285,9 @@ class Purifier(nn.Module):
                 windows = [clips[:, :, start : start + self.max_frames] for start in starts]
                 watcher = report if progress or callback is not None else None
                 votes = [self._latent_votes(window, last, generators, watcher) for window in windows]
-        return Denoised(video, tuple(zip(starts, votes, strict=True)))
+        return LatentVotes(video, tuple(zip(starts, votes, strict=True)))
 
-    def decode_votes(self, denoised: Denoised, votes: slice = slice(None)) -> Tensor:
+    def decode_votes(self, denoised: LatentVotes, votes: slice = slice(None)) -> Tensor:
         """Clips of some of the votes, (B, votes, 3, F, H, W), or without B for an unbatched clip, like the video."""
         video = denoised.video
         with self._running(video):
@@ -387,7 +387,7 @@ class Purifier(nn.Module):
     def sample(
         self,
         latents: Tensor,
-        transitions: Sequence[Transition],
+        transitions: Sequence[SamplerStep],
         guidance_scale: float,
         *,
         first_frame_noise: bool = False,
@@ -395,7 +395,7 @@ class Purifier(nn.Module):
         steer: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         report: Callable[[int, int, Tensor], None] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Walk latents (B, 4, F, h, w) through `transitions`: the one loop of all methods.
+        """SamplerTables latents (B, 4, F, h, w) through `transitions`: the one loop of all methods.
 
         guidance_scale: of classifier-free guidance, which runs only where the prompts differ.
         first_frame_noise: frame 0's noise serves every frame (temporal DDIM inversion), and it alone is predicted.
@@ -419,7 +419,9 @@ class Purifier(nn.Module):
                 report(i, step.timestep, latents)
             yield noise, latents
 
-    def _predict(self, latents: Tensor, walk: Walk, step: int, guidance_scale: float, first_frame: bool) -> Tensor:
+    def _predict(
+        self, latents: Tensor, walk: SamplerTables, step: int, guidance_scale: float, first_frame: bool
+    ) -> Tensor:
         """The UNet's epsilon for latents (B, 4, F, h, w), or of their first frame, with classifier-free guidance."""
         sample = latents.to(self.unet.dtype)
         conditional, *unconditional = (
@@ -440,7 +442,7 @@ class Purifier(nn.Module):
         (B, F-1, 2, h, w) in latent pixels.
         """
         noises = torch.cat([noises, noises[-1:]])[-votes:]
-        return self._guide(states[-votes:], noises, target, flow, self._schedule.votes()[-votes:])
+        return self._guide(states[-votes:], noises, target, flow, self._schedule.vote_coefficients()[-votes:])
 
     def _guide(
         self, states: Tensor, noises: Tensor, target: Tensor, flow: Tensor, coefficients: Sequence[VoteCoefficients]
@@ -501,13 +503,13 @@ class Purifier(nn.Module):
         optimized = []
 
         def steer(step: int, latents: Tensor, noise: Tensor) -> Tensor:
-            coefficients = self._schedule.votes()[step]._replace(predicts_x0=False)
+            coefficients = self._schedule.vote_coefficients()[step]._replace(predicts_x0=False)
             optimized.append(self._guide(latents[None], noise[None], target, flow, [coefficients])[0])
             return optimized[-1]
 
         states, noises = self._denoise(target, None, report, steer)
         # What was optimized already is only taken to its clean prediction; the final state has its turn now.
-        *steps, final = self._schedule.votes()
+        *steps, final = self._schedule.vote_coefficients()
         coefficients = [*(step._replace(update=0.0) for step in steps), final]
         states = torch.stack([*optimized, states[-1]])
         return self._guide(states, torch.cat([noises, noises[-1:]]), target, flow, coefficients)
@@ -543,7 +545,7 @@ class Purifier(nn.Module):
             noises = [*noises, noise] if guided else [noise]
         return torch.stack(states), torch.stack(noises)
 
-    def _plan(self) -> tuple[list[Transition], list[Transition]]:
+    def _plan(self) -> tuple[list[SamplerStep], list[SamplerStep]]:
         """The two walks of the configured method; a method without inversion starts from diffused latents."""
         inverts = self.config.method in ("videopure", "ddim_inversion")
         ancestral = self.config.method == "ddpm"
@@ -603,7 +605,7 @@ def purify(
     `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
     """
     check_video(video)
-    override(PurifyConfig() if config is None else config, overrides)
+    replace_config(PurifyConfig() if config is None else config, overrides)
     options = {"device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
     for name, value in {"model": model, **options}.items():
         try:
@@ -613,7 +615,7 @@ def purify(
             raise TypeError(f"{seen}; Purifier.from_pretrained needs none") from error
     # A copy shares the models, and its settings are its own.
     purifier = copy.copy(_loaded(model, **options))
-    purifier.config = override(purifier.config if config is None else config, overrides)
+    purifier.config = replace_config(purifier.config if config is None else config, overrides)
     return purifier(video)
 
 

@@ -270,7 +270,7 @@ def videopure(
         z = ddim(z, e, t - schedule.step, t)
 
     votes = []
-    *loop, final = schedule.votes()
+    *loop, final = schedule.vote_coefficients()
     for t, step in zip(reversed(schedule.timesteps), loop, strict=True):
         e = predict_noise(z, t, config.cfg_denoise)
         optimized = guide(z, e, step)

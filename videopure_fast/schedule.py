@@ -16,7 +16,7 @@ import torch
 from .config import PurifyConfig
 
 
-class Transition(NamedTuple):
+class SamplerStep(NamedTuple):
     """One step of a sampler after eliminating x0: z' = scale z + noise_scale UNet(z, timestep) + sigma N(0, I)."""
 
     timestep: int
@@ -50,7 +50,7 @@ class Schedule:
         self.alphas_cumprod: list[float] = torch.cumprod(1 - roots**2, 0).tolist()
         self.step = config.num_train_timesteps // config.num_inference_steps
         try:
-            self.votes()
+            self.vote_coefficients()
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError(
                 f"betas from {config.beta_start} to {config.beta_end} over {config.num_train_timesteps} timesteps "
@@ -71,17 +71,17 @@ class Schedule:
         a, a_prev = self.alpha(timestep), self.alpha(timestep - self.step)
         return math.log((1 - a_prev) / (1 - a) * (1 - a / a_prev))
 
-    def _ddim(self, timestep: int, source: int, target: int) -> Transition:
+    def _ddim(self, timestep: int, source: int, target: int) -> SamplerStep:
         """DDIM (eq. 12, eta 0) from level `source` to level `target`, with the noise predicted at `timestep`."""
         a, a_target = self.alpha(source), self.alpha(target)
         ratio = math.sqrt(a_target / a)
-        return Transition(timestep, ratio, math.sqrt(1 - a_target) - ratio * math.sqrt(1 - a))
+        return SamplerStep(timestep, ratio, math.sqrt(1 - a_target) - ratio * math.sqrt(1 - a))
 
-    def inversion(self) -> list[Transition]:
+    def inversion(self) -> list[SamplerStep]:
         """DDIM inversion, t ascending; the UNet is asked at the level being entered."""
         return [self._ddim(t, t - self.step, t) for t in self.timesteps]
 
-    def denoising(self) -> list[Transition]:
+    def denoising(self) -> list[SamplerStep]:
         """DDIM denoising, t descending."""
         return [self._ddim(t, t, t - self.step) for t in reversed(self.timesteps)]
 
@@ -90,7 +90,7 @@ class Schedule:
         a = self.alpha(self.timesteps[-1])
         return math.sqrt(a), math.sqrt(1 - a)
 
-    def ancestral(self) -> list[Transition]:
+    def ancestral(self) -> list[SamplerStep]:
         """DDPM (eqs. 6 and 7, the smaller fixed variance) through every training timestep from the deepest to 1."""
         steps = []
         for t in range(self.timesteps[-1], 0, -1):
@@ -100,10 +100,10 @@ class Schedule:
             scale = math.sqrt(a / a_prev) * (1 - a_prev) / (1 - a) + x0_weight / math.sqrt(a)
             noise_scale = -x0_weight * math.sqrt((1 - a) / a)
             sigma = math.sqrt((1 - a_prev) / (1 - a) * beta)
-            steps.append(Transition(t, scale, noise_scale, sigma))
+            steps.append(SamplerStep(t, scale, noise_scale, sigma))
         return steps
 
-    def votes(self) -> list[VoteCoefficients]:
+    def vote_coefficients(self) -> list[VoteCoefficients]:
         """The T + 2 guided updates of videopure: one x0 vote a denoising step, then the final latents themselves."""
         steps = []
         for t in reversed(self.timesteps):

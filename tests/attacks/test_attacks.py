@@ -66,7 +66,7 @@ def case(count=4, model=None, seed=0, dtype=torch.float32):
     model = (model or Net()).to(dtype)
     video = 0.2 + 0.6 * clips(count, 3, 4, 8, 8, seed=seed, dtype=dtype)
     with torch.no_grad():
-        return model, video, attack_parts.vote(model(video))
+        return model, video, attack_parts.majority_vote(model(video))
 
 
 def arguments(name, **given):
@@ -334,17 +334,17 @@ def test_a_vote_takes_the_most_frequent_label_and_the_smallest_of_equals():
     logits = torch.randint(0, 3, (200, 4, 3), generator=seeded()).float()
     labels = logits.argmax(-1).tolist()
     expected = [max(range(3), key=lambda label: (row.count(label), -label)) for row in labels]
-    assert attack_parts.vote(logits).tolist() == expected
+    assert attack_parts.majority_vote(logits).tolist() == expected
 
 
 def test_an_attack_on_votes_raises_each_and_turns_the_majority():
     model, video, labels = case(8, Votes())
     attacked = apgd(model, video, labels, eps=0.1, steps=10, generator=seeded())
-    assert (attack_parts.vote(model(attacked)) != labels).sum() >= 6
+    assert (attack_parts.majority_vote(model(attacked)) != labels).sum() >= 6
     before, after = (attack_parts.cross_entropy(model.nets[1](x), labels).mean() for x in (video, attacked))
     assert after > before
     found = square(model, video, labels, eps=0.5, queries=60, generator=seeded())
-    assert (attack_parts.vote(model(found)) != labels).any()
+    assert (attack_parts.majority_vote(model(found)) != labels).any()
 
 
 def test_bpda_passes_the_classifiers_gradient_at_the_purified_clip():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 
-from videopure_fast.ops.backend import FORMS
+from videopure_fast.ops.backend import SUPPORTED_DTYPES
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,7 +219,7 @@ def test_widths_are_those_of_diffusers(forward, configuration, side):
 
 def test_every_op_has_cases():
     cases = {case.op for case in aot.cases()}
-    assert cases == {op for op, forms in FORMS.items() if "triton" in forms}
+    assert cases == {op for op, forms in SUPPORTED_DTYPES.items() if "triton" in forms}
 
 
 def test_committed_results():

@@ -7,7 +7,7 @@ from torch import nn
 
 from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.attacks import pgd
-from videopure_fast.attacks.base import vote
+from videopure_fast.attacks.base import majority_vote
 from videopure_fast.defense.classifier import settled
 from videopure_fast.evaluation.tables import wilson_interval
 
@@ -34,9 +34,9 @@ def test_logits_are_the_mean_over_votes(defended):
     votes = defended.purifier(video, return_votes=True)
     logits = torch.stack([defended.classifier(one) for one in votes.unbind(1)], 1)
     torch.testing.assert_close(defended(video), logits.mean(1))
-    assert torch.equal(defended.votes(video), logits.argmax(-1))
-    assert torch.equal(defended.predict(video), vote(logits))
-    assert defended(video).shape == (2, 5) and defended.votes(video).shape == (2, 3)
+    assert torch.equal(defended.vote_labels(video), logits.argmax(-1))
+    assert torch.equal(defended.predict(video), majority_vote(logits))
+    assert defended(video).shape == (2, 5) and defended.vote_labels(video).shape == (2, 3)
 
 
 def majority(labels):
@@ -137,7 +137,7 @@ def test_answers_that_are_none_are_refused(defended, early_stop):
             return super().forward(x) * float("nan")
 
     broken = DefendedClassifier(Broken(), defended.purifier, early_stop=early_stop)
-    for ask in (broken, broken.predict, broken.votes):
+    for ask in (broken, broken.predict, broken.vote_labels):
         with pytest.raises(ValueError, match="logits are not finite"):
             ask(clips(1, 3, 4, 16, 16))
 

@@ -128,14 +128,14 @@ def test_a_surrogate_like_the_purifier_has_its_gradient():
 
 def test_a_softened_sign_has_a_derivative_and_sharpens():
     purifier, x = double(temporal_weight=50.0, flow=None), video(1, 3, 4, 16, 16)  # flow is a constant to gradients
-    soft = purifier.variant(sign_temperature=0.5)
+    soft = purifier.with_config(sign_temperature=0.5)
     direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype), 1e-6
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype)
     numeric = ((soft(x + h * direction) - soft(x - h * direction)) * weight).sum() / (2 * h)
     wanted = x.clone().requires_grad_()
     (found,) = torch.autograd.grad((soft(wanted) * weight).sum(), wanted)
     torch.testing.assert_close((found * direction).sum(), numeric, rtol=1e-4, atol=0)
-    sharp, hard = purifier.variant(sign_temperature=1e-9)(x), purifier(x)
+    sharp, hard = purifier.with_config(sign_temperature=1e-9)(x), purifier(x)
     torch.testing.assert_close(sharp, hard, rtol=0, atol=1e-6)
     assert not torch.allclose(soft(x), hard, rtol=0, atol=1e-6)
 
@@ -143,14 +143,14 @@ def test_a_softened_sign_has_a_derivative_and_sharpens():
 def test_variants_share_models_and_nothing_else(purifier):
     video = clips(1, 3, 4, 16, 16)
     before = purifier(video)
-    other = purifier.variant(method="ddim_inversion", inversion_steps=3)
+    other = purifier.with_config(method="ddim_inversion", inversion_steps=3)
     assert other.unet is purifier.unet and other.config.inversion_steps == 3
     expected = build_purifier(method="ddim_inversion", inversion_steps=3)(video)
     for _ in range(3):
         torch.testing.assert_close(other(video), expected, rtol=0, atol=1e-6)
         assert torch.equal(purifier(video), before)
     with pytest.raises(TypeError, match="unknown settings depth; accepted: method"):
-        purifier.variant(depth=3)
+        purifier.with_config(depth=3)
 
 
 def test_a_defense_says_what_it_is():

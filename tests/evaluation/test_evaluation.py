@@ -11,7 +11,7 @@ from conftest import build_purifier, clips
 from torch import Tensor, nn
 
 from videopure_fast.attacks import pgd
-from videopure_fast.attacks.base import vote
+from videopure_fast.attacks.base import majority_vote
 from videopure_fast.evaluation.record import Plan, Record, Threat
 from videopure_fast.evaluation.runner import Setup, defense_names, defenses, evaluate, examples
 from videopure_fast.evaluation.tables import inaccessible, outcome, rescued, table, wilson_interval
@@ -92,7 +92,7 @@ def test_a_unit_is_the_attack_and_the_vote(whole):
     assert unit.clips == 2
     x, labels = draw(1, 3, 2)
     attacked = pgd(CLASSIFIER, x, labels, eps=8 / 255, generator=unit.generator("attack "), **STEPS)
-    expected = (vote(CLASSIFIER(attacked)) == labels).long().tolist()
+    expected = (majority_vote(CLASSIFIER(attacked)) == labels).long().tolist()
     assert whole.units[unit.name("none")]["right"] == expected
 
 

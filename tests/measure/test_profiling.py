@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast import machine
-from videopure_fast.files import replacing
+from videopure_fast.files import atomic_write
 from videopure_fast.machine import PeakMemory, nvidia_smi
 from videopure_fast.measure import profile as profiling
 from videopure_fast.measure.profile import measure_ceilings
@@ -159,7 +159,7 @@ def test_bad_input_comes_before_work(purifier, tmp_path):
 def test_a_failed_trace_leaves_the_old_file(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

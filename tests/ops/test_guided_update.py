@@ -20,7 +20,7 @@ NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def coefficients(votes: int, clips: int) -> Tensor:
     """At the paper's levels, other ones for each vote and clip, half of them x0 votes."""
-    steps = Schedule(PurifyConfig()).votes()
+    steps = Schedule(PurifyConfig()).vote_coefficients()
     return torch.tensor(
         [
             [steps[(v + 3 * b) % len(steps)]._replace(predicts_x0=(v + b) % 2 == 0) for b in range(clips)]

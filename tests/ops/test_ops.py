@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast import ops, reference
 from videopure_fast.ops import backend, native
-from videopure_fast.ops.backend import FORMS, choose, use_backend
+from videopure_fast.ops.backend import SUPPORTED_DTYPES, choose, use_backend
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the door, not a kernel")
@@ -156,7 +156,7 @@ class TestChoice:
         with use_backend(name), pytest.raises(RuntimeError, match=sentence):
             choose("ddim_step", X)
 
-    @pytest.mark.parametrize("op", [op for op in FORMS if "cuda" not in FORMS[op]])
+    @pytest.mark.parametrize("op", [op for op in SUPPORTED_DTYPES if "cuda" not in SUPPORTED_DTYPES[op]])
     def test_missing_form(self, op):
         sentence = f"call of {op}: it has no cuda form; its forms are triton, cpu, reference"
         with use_backend("cuda"), pytest.raises(RuntimeError, match=sentence):
@@ -189,18 +189,18 @@ class TestChoice:
             assert "CUDA" in report["cuda"]
             assert "GPU" in report["triton"]
 
-    @pytest.mark.parametrize("op", FORMS)
+    @pytest.mark.parametrize("op", SUPPORTED_DTYPES)
     def test_forms_are_there(self, op):
         assert callable(getattr(reference, op))
-        if {"cpu", "cuda"} & set(FORMS[op]):
+        if {"cpu", "cuda"} & set(SUPPORTED_DTYPES[op]):
             assert callable(getattr(native, op))
-        if "triton" in FORMS[op]:
+        if "triton" in SUPPORTED_DTYPES[op]:
             pytest.importorskip("triton")
             file = importlib.import_module(f"videopure_fast.kernels.{backend._KERNEL_FILES.get(op, op)}")
             assert callable(getattr(file, op))
 
     def test_every_op_is_tested_here(self):
-        assert set(FORMS) == {*SHAPES, "ddim_step_"}
+        assert set(SUPPORTED_DTYPES) == {*SHAPES, "ddim_step_"}
 
 
 # Misfits
@@ -522,7 +522,7 @@ def test_flops_are_torchs():
 @every_op
 @pytest.mark.parametrize("names", ["cuda", "triton"])
 def test_a_captured_op_reads_new_values(op, names):
-    if names not in FORMS[op]:
+    if names not in SUPPORTED_DTYPES[op]:
         pytest.skip(f"{op} has no {names} form")
     tensors, settings = example(op)
     static = {name: tensor.cuda() for name, tensor in tensors.items()}

@@ -149,7 +149,7 @@ def test_a_sweep_of_settings_makes_nothing_in_a_recordings_memory(purifier):
     expected = {}
     for _ in range(3):
         for steps in range(1, 10):
-            result = purifier.variant(inversion_steps=steps)(video)
+            result = purifier.with_config(inversion_steps=steps)(video)
             assert torch.equal(result, expected.setdefault(steps, result))
 
 

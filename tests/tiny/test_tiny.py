@@ -105,7 +105,7 @@ def latent_votes(purifier, clips):
     noises, states = zip(*purifier.sample(latents, denoising, 9.0), strict=True)
     states, noises = [latents, *states], list(noises)
     ambiguous = []
-    for z, e, step in zip(states, [*noises, noises[-1]], purifier._schedule.votes(), strict=True):
+    for z, e, step in zip(states, [*noises, noises[-1]], purifier._schedule.vote_coefficients(), strict=True):
         p = (z - step.sqrt_beta * e) / step.sqrt_alpha
         following = p[:, :, 1:].transpose(1, 2).flatten(0, 1)
         warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
@@ -134,6 +134,6 @@ def test_purify_is_one_call(purifier):
 def test_defended_classifier_votes(purifier):
     clips, labels = tiny.sample_clips(2, seed=51)
     defended = DefendedClassifier(tiny.load_classifier(), purifier)
-    assert defended.votes(clips).shape == (2, 7)
+    assert defended.vote_labels(clips).shape == (2, 7)
     assert defended(clips).shape == (2, 8)
     assert torch.equal(defended.predict(clips), labels)

@@ -54,7 +54,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return _mean_over_votes(ratio, logits, labels)
 
 
-def vote(logits: Tensor) -> Tensor:
+def majority_vote(logits: Tensor) -> Tensor:
     """(B, K) or (B, V, K) logits -> (B,): the label, the most frequent over votes, the smallest of equals."""
     labels = logits.argmax(-1)
     return labels if logits.ndim == 2 else F.one_hot(labels, logits.shape[-1]).sum(1).argmax(-1)
@@ -99,7 +99,7 @@ class Target:
             raise ValueError(f"the loss must be floats ({len(clips)},), got {seen}")
         if loss.isnan().any():  # it is never the larger: the attack would keep the clips that it began with
             raise ValueError("the loss is NaN")
-        return (vote(logits.detach()) != self.labels).to(loss.dtype), loss
+        return (majority_vote(logits.detach()) != self.labels).to(loss.dtype), loss
 
     def score(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Over `eot` calls: how often each clip is fooled, and its mean loss. Both (B,)."""

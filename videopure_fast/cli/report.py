@@ -160,7 +160,7 @@ def _draw_pictures(record: Record, rows: Sequence[Accuracy], setup: Setup, class
 
 
 def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: Any) -> None:
-    from ..files import replacing
+    from ..files import atomic_write
 
     report = {
         "plan": asdict(record.plan),
@@ -169,15 +169,15 @@ def write_report(path: Path, record: Record, rows: Sequence[Accuracy], **more: A
         "rows": [row._asdict() for row in rows],
         **more,
     }
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _write_csv(path: Path, rows: Sequence[Accuracy]) -> None:
     from ..evaluation.tables import Accuracy
-    from ..files import replacing
+    from ..files import atomic_write
 
-    with replacing(path) as file, file.open("w", newline="") as stream:
+    with atomic_write(path) as file, file.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(Accuracy._fields)
         writer.writerows(rows)

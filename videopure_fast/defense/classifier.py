@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..inputs import check_clips, check_logits
-from ..purifier import Denoised, Generators, Purifier
+from ..purifier import Generators, LatentVotes, Purifier
 from ..straight_through import straight_through
 
 Gradient = Literal["exact", "bpda", "surrogate"]
@@ -62,7 +62,7 @@ class DefendedClassifier(nn.Module):
         self.gradient = gradient
         self._surrogate = {"inversion_steps": 1, "sign_temperature": 0.1} if surrogate is None else dict(surrogate)
         if gradient == "surrogate":
-            purifier.variant(**self._surrogate)  # its settings are checked now
+            purifier.with_config(**self._surrogate)  # its settings are checked now
 
     def forward(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         return self.vote_logits(clips, generator=generator).mean(1)
@@ -78,10 +78,10 @@ class DefendedClassifier(nn.Module):
         if self.gradient == "bpda":
             path = clips[:, None]
         else:
-            path = self.purifier.variant(**self._surrogate)(clips, return_votes=True, generator=generator)
+            path = self.purifier.with_config(**self._surrogate)(clips, return_votes=True, generator=generator)
         return classify_votes(self.classifier, _with_gradient_of(path, votes))
 
-    def votes(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
+    def vote_labels(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The label of each vote: (B, V), int64."""
         with torch.no_grad():
             return self.vote_logits(clips, generator=generator).argmax(-1)
@@ -91,7 +91,7 @@ class DefendedClassifier(nn.Module):
         """The most frequent label over the votes, the smallest of equals: (B,), int64."""
         check_clips(clips)
         denoised = self.purifier.denoise(clips, generator=generator)
-        total = denoised.votes
+        total = denoised.num_votes
         counts, done = 0, 0
         # No majority is settled before more than half of the votes; from then on each one may settle it.
         for end in range(total // 2 + 1, total + 1) if self.early_stop else [total]:
@@ -102,7 +102,7 @@ class DefendedClassifier(nn.Module):
                 break
         return counts.argmax(-1)
 
-    def _logits(self, denoised: Denoised, votes: slice = slice(None)) -> Tensor:
+    def _logits(self, denoised: LatentVotes, votes: slice = slice(None)) -> Tensor:
         return classify_votes(self.classifier, self.purifier.decode_votes(denoised, votes))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import apgd, pgd
-from ..attacks.base import check_labeled, cross_entropy, gradient_of, margin, vote
+from ..attacks.base import check_labeled, cross_entropy, gradient_of, margin, majority_vote
 from ..defense.classifier import DefendedClassifier
 from ..inputs import check_count
 from ..purifier import Purifier
@@ -101,7 +101,7 @@ def source_check(
 
     def right(x: Tensor, y: Tensor) -> int:
         with torch.no_grad():
-            return (vote(other(x)) == y).sum().item()
+            return (majority_vote(other(x)) == y).sum().item()
 
     options = {"eps": eps, "step_size": eps / 2, "steps": steps, "generator": torch.Generator().manual_seed(0)}
     check_labeled(clips, labels)
@@ -150,8 +150,8 @@ def reach_check(
     for size in eps:
         attacked = apgd(model, clips, labels, eps=size, steps=steps, random_start=False)
         with torch.no_grad():
-            right = (vote(model(attacked)) == labels).double().mean().item()
-            draws = [vote(model(_noisy(clips, size, seed))) == labels for seed in range(steps)]
+            right = (majority_vote(model(attacked)) == labels).double().mean().item()
+            draws = [majority_vote(model(_noisy(clips, size, seed))) == labels for seed in range(steps)]
             by_noise = torch.stack(draws).all(0).double().mean().item()
         sooner |= right < by_noise / 2
         seen.append(f"{right:.2f} at {255 * size:g}/255 (noise {by_noise:.2f})")

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .runner import Examples
-from ..files import replacing
+from ..files import atomic_write
 from ..measure.plot import Line, Panel, draw
 from .tables import Accuracy
 
@@ -39,7 +39,7 @@ def write_strip(
         row = torch.cat(list(pixels), -1)
         rows += [_caption([caption], row.shape[-1]), row]
     picture = Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).contiguous().numpy())
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..attacks import ATTACKS
 from ..attacks.base import Shared
-from ..files import replacing
+from ..files import atomic_write
 from ..inputs import check_count, check_number
 
 Access = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
@@ -202,7 +202,7 @@ class Record:
             "skipped": self.skipped,
             "units": self.units,
         }
-        with replacing(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write_text(json.dumps(content))
 
     def clips(self, unit: Unit) -> int | None:
@@ -212,7 +212,7 @@ class Record:
 
 
 @contextmanager
-def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+def exclusive_lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """ValueError if another process of this machine works on the record; where the system has such locks, which end
     with their process however it ends."""
     try:

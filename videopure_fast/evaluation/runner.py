@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import ATTACKS, bpda
-from ..attacks.base import check_labeled, vote
+from ..attacks.base import check_labeled, majority_vote
 from ..defense.classifier import DefendedClassifier, classify_votes
 from ..defense.filters import FILTERS, reconstruct
 from ..files import check_writable, make_folder
 from ..machine import PeakMemory, describe_machine, synchronize
 from ..purifier import Purifier
-from .record import ADAPTIVE, Access, Plan, Record, Threat, Unit, alone
+from .record import ADAPTIVE, Access, Plan, Record, Threat, Unit, exclusive_lock
 from .tables import rescued
 
 
@@ -69,7 +69,7 @@ def defenses(purifier: Purifier, depths: tuple[int, ...] = ()) -> dict[str, Defe
     found["VAE round trip"] = _filter(partial(reconstruct, purifier))
     for suffix, depth in {"": {}, **{f", T={depth}": {"inversion_steps": depth} for depth in depths}}.items():
         for name, (settings, voting) in _PURIFICATIONS.items():
-            found[name + suffix] = _purification(purifier.variant(**settings, **depth), voting=voting)
+            found[name + suffix] = _purification(purifier.with_config(**settings, **depth), voting=voting)
     return found
 
 
@@ -136,7 +136,7 @@ def evaluate(
             raise ValueError(f"{whole} is in training mode, where answers differ from call to call: eval()")
     make_folder(Path(path).parent)
     check_writable(path)
-    with alone(path):
+    with exclusive_lock(path):
         record = Record(path, plan)
         units = list(plan.units())
         found = {(unit.seed, unit.start, unit.clips): n for unit in units if (n := record.clips(unit)) is not None}
@@ -237,7 +237,7 @@ def _judge(
             logits = classify_votes(setup.classifier, defense.votes(attacked, generator))
         if labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {labels.max()}, but the classifier returns {logits.shape[-1]} classes")
-        right += (vote(logits) == labels).to(right)
+        right += (majority_vote(logits) == labels).to(right)
     synchronize(attacked.device)
     seconds = (time.perf_counter() - start) / repeats
     return {"right": right.tolist(), "repeats": repeats, "seconds": seconds, "peak_bytes": memory.read()}
@@ -281,5 +281,5 @@ def _replay(unit: Unit, setup: Setup, name: str) -> Examples:
     attacked = _attack(unit, setup, name, clips, labels)
     with torch.no_grad():
         votes = setup.defenses[name].votes(attacked, unit.generator(f"defend {name}"))
-        seen = [vote(logits) for logits in (setup.classifier(attacked), classify_votes(setup.classifier, votes))]
+        seen = [majority_vote(logits) for logits in (setup.classifier(attacked), classify_votes(setup.classifier, votes))]
     return Examples(clips, attacked, votes[:, -1], labels, *seen)

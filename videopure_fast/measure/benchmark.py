@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files import replacing
+from ..files import atomic_write
 from ..inputs import LEAST_SIDE, check_decoder
 from ..machine import PeakMemory, describe_device, installed, nvidia_smi, synchronize
 from ..models.prior import load_decoder
@@ -246,7 +246,7 @@ def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> 
 
 
 def save(run: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(run, indent=2) + "\n")
 
 

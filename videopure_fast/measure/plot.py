@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-from ..files import check_writable, replacing
+from ..files import atomic_write, check_writable
 
 # Okabe and Ito's, which the color-blind tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -69,7 +69,7 @@ def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike
         canvas.dot(_LEFT + 12, y, _color(i), _form(i))
         canvas.text(_LEFT + 32, y, name, "start")
     canvas.text(_LEFT, height + _LINE * len(legend), note, "start")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         canvas.save(temporary)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..files import check_writable, replacing
+from ..files import atomic_write, check_writable
 from ..machine import PeakMemory, describe_device, synchronize
 from ..ops.backend import full_float32
 
@@ -330,7 +330,7 @@ def _trace(
         call(run)
         synchronize(device)
     if path is not None:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
     # Unparsed, for torch takes seconds to build its tree of events. A GPU's timeline repeats the labels.
     events = [event for event in profiler.profiler.kineto_results.events() if event.device_type() == DeviceType.CPU]

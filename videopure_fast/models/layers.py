@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.backend import serves
+from ..ops.backend import is_available
 
 # Of queries, keys and values (N, heads, tokens, head size), with scale 1/sqrt(head size).
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention_function(name: str) -> Attend:
+def attention_function(name: str) -> AttentionFn:
     """ "sdpa", torch's, or "xformers", its memory_efficient_attention. ImportError where that is not installed."""
     if name == "sdpa":
         return F.scaled_dot_product_attention
@@ -131,14 +131,14 @@ def resnet(weights: Weights, block: nn.Module, x: Tensor, embedding: Tensor | No
     return h if block.output_scale_factor == 1 else h / block.output_scale_factor
 
 
-def self_attention(weights: Weights, attention: nn.Module, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
+def self_attention(weights: Weights, attention: nn.Module, x: Tensor, residual: Tensor, attend: AttentionFn) -> Tensor:
     """Over the pixels of each frame; x has been normalized."""
     layers, heads = (attention.to_q, attention.to_k, attention.to_v), attention.heads
     bias = torch.cat([layer.bias for layer in layers]) if attention.use_bias else None
     qkv = F.linear(x, weights[attention], bias).flatten(0, 1).flatten(1, 2)
     small = layers[0].out_features <= 8 * heads and attend is F.scaled_dot_product_attention
     wanted = torch.is_grad_enabled() and qkv.requires_grad
-    if small and not wanted and serves("cpu", "temporal_attention", qkv):
+    if small and not wanted and is_available("cpu", "temporal_attention", qkv):
         # torch's own takes half as long again for heads so small. The pixels stand where frames do elsewhere.
         attended = ops.temporal_attention(qkv[:, :, None, None], heads=heads).view(*x.shape[:-1], -1)
     else:

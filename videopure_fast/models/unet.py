@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .layers import (
-    Attend,
+    AttentionFn,
     Unsupported,
     Weights,
     check_known,
@@ -65,7 +65,7 @@ class PlainUNet:
 class FastMotionUNet(PlainUNet):
     """diffusers' own forward of a UNetMotionModel (AnimateDiff), with its motion modules evaluated channels last."""
 
-    def __init__(self, unet: nn.Module, attend: Attend | None = None) -> None:
+    def __init__(self, unet: nn.Module, attend: AttentionFn | None = None) -> None:
         # A second tree of modules over the same weights: the caller's stays as it is.
         tensors = [*unet.parameters(), *unet.buffers()]
         super().__init__(copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors}))
@@ -102,7 +102,7 @@ class FastUNet:
     attend: the function for spatial and cross-attention.
     """
 
-    def __init__(self, unet: nn.Module, attend: Attend = F.scaled_dot_product_attention) -> None:
+    def __init__(self, unet: nn.Module, attend: AttentionFn = F.scaled_dot_product_attention) -> None:
         _check(unet)
         self._weights = Weights(unet)
         self._unet = unet

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import (
-    Attend,
+    AttentionFn,
     Unsupported,
     Weights,
     check_known,
@@ -36,7 +36,7 @@ class PlainVAE:
 class FastVAE:
     """Evaluates `vae`, whose weights it shares or copies into better layouts. Unsupported if it cannot."""
 
-    def __init__(self, vae: nn.Module, attend: Attend = F.scaled_dot_product_attention) -> None:
+    def __init__(self, vae: nn.Module, attend: AttentionFn = F.scaled_dot_product_attention) -> None:
         check_known(vae, _KINDS)
         if vae.use_slicing or vae.use_tiling:
             raise Unsupported("it has slicing or tiling switched on")

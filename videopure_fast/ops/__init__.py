@@ -2,8 +2,8 @@
 
 Latents are (B, C, F, h, w), activations of the models (B, F, H, W, C), channels last; both may have any strides, and
 results are contiguous. Every op equals the function of its name in reference.py for finite values; a NaN or infinity
-may spread to neighboring pixels. `backend.choose` picks the code; `backend.FORMS` lists the dtypes that have native
-forms, others run in the reference.
+may spread to neighboring pixels. `backend.choose` picks the code; `backend.SUPPORTED_DTYPES` lists the dtypes that have
+native forms, others run in the reference.
 
 The ops are torch.library operators of the namespace `videopure_fast`: they have shapes without values and FLOP counts
 (of matrix products alone, as torch counts its own), and pass through torch.compile and CUDA graphs whole. Gradients

@@ -32,7 +32,7 @@ _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 _LATENT_OP = {"cuda": _SINGLE, "triton": _SINGLE, "cpu": _SINGLE}
 _ACTIVATION_OP = {"triton": _HALF_AND_SINGLE, "cpu": _SINGLE}
 # The dtypes that each native form of an op takes. The reference takes all.
-FORMS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+SUPPORTED_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "guided_update": _LATENT_OP,
     "ddim_step": _LATENT_OP,
     "ddim_step_": _LATENT_OP,
@@ -77,8 +77,8 @@ def in_use() -> tuple[str, ...]:
 
 def backends() -> dict[str, str]:
     """Each backend's name with "available", or a sentence on what it lacks on this machine and how to get it."""
-    lacks = {name: _lacks(name) for name in BACKENDS}
-    lacks["cuda"] = lacks["cuda"] or _device_obstacle(torch.cuda.current_device())
+    lacks = {name: _missing_reason(name) for name in BACKENDS}
+    lacks["cuda"] = lacks["cuda"] or _unsupported_device_reason(torch.cuda.current_device())
     return {name: lack or "available" for name, lack in lacks.items()}
 
 
@@ -86,7 +86,7 @@ def choose(op: str, x: Tensor) -> Callable[..., Tensor]:
     """The function that serves an op whose first tensor is x. RuntimeError if none of the backends in use can."""
     obstacles = {}
     for name in in_use() or _AUTO.get(x.device.type, ("reference",)):
-        obstacle = _obstacle(op, name, x)
+        obstacle = _unsupported_reason(op, name, x)
         if obstacle is None:
             return implementation(op, name)
         obstacles[name] = obstacle
@@ -94,9 +94,9 @@ def choose(op: str, x: Tensor) -> Callable[..., Tensor]:
     raise RuntimeError(what)
 
 
-def serves(name: str, op: str, x: Tensor) -> bool:
+def is_available(name: str, op: str, x: Tensor) -> bool:
     """Whether this backend is among those in use and can serve an op whose first tensor is x."""
-    return name in (in_use() or _AUTO.get(x.device.type, ())) and _obstacle(op, name, x) is None
+    return name in (in_use() or _AUTO.get(x.device.type, ())) and _unsupported_reason(op, name, x) is None
 
 
 @cache
@@ -108,14 +108,14 @@ def implementation(op: str, name: str) -> Callable[..., Tensor]:
     return getattr(native, op)
 
 
-def _obstacle(op: str, name: str, x: Tensor) -> str | None:
+def _unsupported_reason(op: str, name: str, x: Tensor) -> str | None:
     """What keeps a backend from serving an op on x, or None."""
     if name == "reference":
         return None
-    forms = FORMS[op]
+    forms = SUPPORTED_DTYPES[op]
     if name not in forms:
         return f"it has no {name} form; its forms are {', '.join((*forms, 'reference'))}"
-    if lacks := _lacks(name):
+    if lacks := _missing_reason(name):
         return lacks
     if x.dtype not in forms[name]:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in forms[name])
@@ -125,10 +125,10 @@ def _obstacle(op: str, name: str, x: Tensor) -> str | None:
         return f"it takes {served} tensors, these are on {x.device}"
     if name == "triton" and op in _MOST_TRITON_FRAMES and x.shape[1] > _MOST_TRITON_FRAMES[op]:
         return f"it takes {_MOST_TRITON_FRAMES[op]} frames at most, these are {x.shape[1]}"
-    return _device_obstacle(x.get_device()) if name == "cuda" else None
+    return _unsupported_device_reason(x.get_device()) if name == "cuda" else None
 
 
-def _lacks(name: str) -> str | None:
+def _missing_reason(name: str) -> str | None:
     """What a backend lacks on this machine and how to get it, or None."""
     if name == "reference":
         return None
@@ -150,7 +150,7 @@ _NO_GPU = "torch sees no CUDA GPU; it needs an NVIDIA GPU with its driver and a 
 
 
 @cache
-def _device_obstacle(device: int) -> str | None:
+def _unsupported_device_reason(device: int) -> str | None:
     """Why the extension's kernels cannot run on a GPU: an older driver than nvcc's, or an architecture left out."""
     if error := native.load()[0].cuda_error(device):
         return f"GPU {device} cannot run the extension's kernels ({error}); install videopure-fast anew on this machine"

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..models.layers import Attend, Unsupported
+from ..models.layers import AttentionFn, Unsupported
 from ..models.unet import Constants, FastMotionUNet, FastUNet, PlainUNet
 from ..models.vae import FastVAE, PlainVAE
 from ..ops import backend
-from ..schedule import Transition
+from ..schedule import SamplerStep
 from .replay import Recording
 
 _MOST_WALKS = 16
@@ -27,14 +27,14 @@ _CALLS_BEFORE, _CALLS_BEFORE_ANOTHER, _MOST_WAITING = 1, 16, 64
 _MOST_REPLAYED = 2**19
 
 
-class Walk(NamedTuple):
+class SamplerTables(NamedTuple):
     """A sampler's transitions as tensors on the models' device.
 
     constants: for each prompt, conditional and, under guidance, unconditional. coefficients: (steps, 2), scale and
     noise_scale, in the state's dtype.
     """
 
-    transitions: tuple[Transition, ...]
+    transitions: tuple[SamplerStep, ...]
     constants: tuple[Constants, ...]
     coefficients: Tensor
 
@@ -47,7 +47,12 @@ class Engine:
     """
 
     def __init__(
-        self, unet: nn.Module, vae: nn.Module, *, fast: bool = True, attend: Attend = F.scaled_dot_product_attention
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        *,
+        fast: bool = True,
+        attend: AttentionFn = F.scaled_dot_product_attention,
     ) -> None:
         self._modules = unet, vae
         self._fast = fast
@@ -62,7 +67,7 @@ class Engine:
     def _forget(self) -> None:
         self._seen: tuple[Any, ...] = ()
         self._forms: tuple[Any, Any] | None = None
-        self._walks: OrderedDict[Any, Walk] = OrderedDict()
+        self._walks: OrderedDict[Any, SamplerTables] = OrderedDict()
         self._graphs: OrderedDict[Any, _Graph | Recording | None] = OrderedDict()
         self._waiting: OrderedDict[Any, int] = OrderedDict()  # calls that are still to come before a capture
 
@@ -105,7 +110,7 @@ class Engine:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def prepare(self, transitions: Sequence[Transition], prompts: Sequence[Tensor], like: Tensor) -> Walk:
+    def prepare(self, transitions: Sequence[SamplerStep], prompts: Sequence[Tensor], like: Tensor) -> SamplerTables:
         """The tables of a walk, made once. `like` has the state's dtype and device."""
         transitions = tuple(transitions)
         key = (transitions, like.dtype, like.device, *((prompt.data_ptr(), prompt._version) for prompt in prompts))
@@ -113,7 +118,7 @@ class Engine:
             timesteps = torch.tensor([step.timestep for step in transitions], device=like.device)
             constants = tuple(self.unet.constants(prompt, timesteps) for prompt in prompts)
             coefficients = like.new_tensor([(step.scale, step.noise_scale) for step in transitions])
-            _remember(self._walks, key, Walk(transitions, constants, coefficients), _MOST_WALKS)
+            _remember(self._walks, key, SamplerTables(transitions, constants, coefficients), _MOST_WALKS)
         self._walks.move_to_end(key)
         return self._walks[key]
 
@@ -164,7 +169,7 @@ def _remember(memory: OrderedDict[Any, Any], key: Any, value: Any, most: int) ->
 class _Graph:
     """A captured call. Its inputs and outputs have fixed places, from and to which each replay copies."""
 
-    tables: tuple[Walk, ...] = ()
+    tables: tuple[SamplerTables, ...] = ()
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
         self._x = x.clone()
