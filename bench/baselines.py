@@ -114,8 +114,7 @@ def _votes(purifier: Purifier) -> Path:
 
 
 def _eagerly(purifier: Purifier) -> Path:
-    # Whoever watches the loop wants it run step by step: with a callback no graph is captured.
-    return lambda clips: purifier(clips, return_votes=True, callback=lambda *_: None)
+    return lambda clips: purifier(clips, return_votes=True, capture=False)
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 
-from videopure_fast import Purifier, PurifyConfig
+from videopure_fast import Purifier, PurifyConfig, sampling
+from videopure_fast.ops.backend import full_float32
 
 UNET = {
     "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
@@ -56,6 +57,20 @@ def build_purifier(*, dtype=torch.float32, max_frames=8, prompts=1, flow=shift_f
         max_frames=max_frames,
         fast=fast,
     ).to(dtype)
+
+
+def walk(purifier, latents, steps, guidance_scale, *, first_frame_noise=False, noise_sampler=None):
+    """All states of a loop over `steps`, the first included, and all noise predictions, at float32 that is float32."""
+    unet = purifier._executor.unet
+    with full_float32(latents.device):
+        tables = sampling.prepare(unet, steps, purifier._prompts, guidance_scale, latents)
+        if not first_frame_noise:
+            states, noise_preds = sampling.denoise(unet, latents, tables, noise_sampler=noise_sampler)
+            return list(states), list(noise_preds)
+        states = [latents]
+        sampling.invert(unet, latents, tables, first_frame_noise=True, callback=lambda *step: states.append(step[3]))
+        predicted = (sampling.predict_noise(unet, z, tables, i, first_frame=True) for i, z in enumerate(states[:-1]))
+        return states, [noise_pred.expand_as(latents) for noise_pred in predicted]
 
 
 def clips(*shape, seed=0, dtype=torch.float32):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import walk
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from op_cases import INTERPRETED
 from safetensors.torch import load_file
@@ -63,12 +64,6 @@ def frame_major(latents):
 def clip_major(frames):
     """(F, C, h, w) -> (1, C, F, h, w)."""
     return frames.transpose(0, 1)[None]
-
-
-def walk(purifier, latents, *arguments, **options):
-    """All states of `Purifier.sample`, the first included, and all noise predictions."""
-    noises, states = zip(*purifier.sample(latents, *arguments, **options), strict=True)
-    return [latents, *states], list(noises)
 
 
 def residual(z, e, coefficients, flow):
@@ -206,13 +201,13 @@ def test_videopure_run(modules, case, backend, device):
         flow = purifier.latent_flow(video)
         assert_close(flow, inputs["flow_latent"], FORMULA)
         target = purifier.encode(video)
-        inversion, denoising = purifier._plan()
+        inversion, denoising = purifier._schedule.steps
         assert [step.timestep for step in inversion] == record["inv_timesteps"].tolist()
         assert [step.timestep for step in denoising] == record["timesteps"].tolist()
         inverted, inversion_noises = walk(purifier, target, inversion, 7.5, first_frame_noise=True)
         _, all_frames_noise = walk(purifier, inverted[-2], inversion[-1:], 7.5)
         states, noises = walk(purifier, inverted[-1], denoising, 9.0)
-        votes = purifier.vote(torch.stack(states), torch.stack(noises), target, flow, votes=len(states))
+        votes = purifier.vote(torch.stack(states), torch.stack(noises), target, flow)
 
     assert_close(torch.cat(inverted), record["inverted_latents"], UNET)
     assert_close(torch.cat([e[:, :, :1] for e in inversion_noises]), record["inv_noise_pred_frame0"], UNET)
@@ -267,7 +262,7 @@ def test_ddim_inversion_run(modules, backend, device):
     purifier, video, _ = build(modules, "p1", device, method="ddim_inversion")
     record = load("p1_ddim_inversion")
     with torch.no_grad(), use_backend(backend):
-        inversion, denoising = purifier._plan()
+        inversion, denoising = purifier._schedule.steps
         inverted, inversion_noises = walk(purifier, purifier.encode(video), inversion, 7.5)
         states, noises = walk(purifier, inverted[-1], denoising, 9.0)
         whole = purifier(video, return_votes=True)[0]
@@ -284,7 +279,7 @@ def test_ddim_run(modules, device):
         target = purifier.encode(video)
         assert_close(frame_major(target), record["init_latents"], UNET)
         signal, deviation = purifier._schedule.diffusion()
-        _, denoising = purifier._plan()
+        _, denoising = purifier._schedule.steps
         states, noises = walk(purifier, signal * target + deviation * record["init_noise"].to(device), denoising, 9.0)
         whole = purifier.decode(states[-1])
     assert_baseline(record, denoising, states, noises, whole)
@@ -298,11 +293,11 @@ def test_ddpm_run(modules, device):
         target = purifier.encode(video)
         assert_close(frame_major(target), record["init_latents"], UNET)
         signal, deviation = purifier._schedule.diffusion()
-        _, denoising = purifier._plan()
+        _, denoising = purifier._schedule.steps
         fresh = map(clip_major, record["step_noise"].to(device))
         assert all(step.sigma > 0 for step in denoising)
         start = signal * target + deviation * record["init_noise"].to(device)
-        states, noises = walk(purifier, start, denoising, 9.0, draw=lambda: next(fresh))
+        states, noises = walk(purifier, start, denoising, 9.0, noise_sampler=lambda: next(fresh))
         whole = purifier.decode(states[-1])
     noises = [noises[i] for i in record["noise_pred_step_index"].tolist()]
     assert_baseline(record, denoising, states, noises, whole)
@@ -343,10 +338,10 @@ def test_half_precision(modules, name, device):
     theirs = RECORD["half_precision_reference_error"][f"{name}_noCFG"]
     with torch.no_grad():
         flow, target = purifier.latent_flow(video), purifier.encode(video)
-        inversion, denoising = purifier._plan()
+        inversion, denoising = purifier._schedule.steps
         inverted, _ = walk(purifier, target, inversion, 7.5, first_frame_noise=True)
         states, noises = walk(purifier, inverted[-1], denoising, 9.0)
-        votes = purifier.vote(torch.stack(states), torch.stack(noises), target, flow, votes=len(states))
+        votes = purifier.vote(torch.stack(states), torch.stack(noises), target, flow)
         decoded = purifier.decode(votes)[:, 0]
     frames = CASES["p0"]["decoded_frames"]
     latents = torch.stack([frame_major(vote) for vote in votes]).cpu()

@@ -22,7 +22,19 @@ PACKAGE = ROOT / "videopure_fast"
 # stands at the end.
 ROOMS = (
     *("config", "inputs", "files", "machine", "straight_through", "schedule", "windows", "kernels", "_C"),
-    *("reference", "ops", "tiny", "models", "runtime", "purifier", "attacks", "defense", "adapters"),
+    *(
+        "reference",
+        "ops",
+        "tiny",
+        "models",
+        "runtime",
+        "sampling",
+        "stages",
+        "purifier",
+        "attacks",
+        "defense",
+        "adapters",
+    ),
     *("data", "streaming", "measure", "evaluation", "cli", "__main__", "__init__"),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}

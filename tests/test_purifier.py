@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_purifier, clips, shift_flow
+from conftest import build_purifier, clips, shift_flow, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -128,14 +128,14 @@ def test_purifier_equals_the_slow_reference():
 def test_feedback_lets_the_optimised_latents_go_on():
     purifier = build_purifier(dtype=torch.float64, inversion_steps=2, feedback=True)
     clip = clips(1, 3, 5, 16, 18, dtype=torch.float64)
-    config, schedule, (inversion, denoising) = purifier.config, purifier._schedule, purifier._plan()
+    config, schedule, (inversion, denoising) = purifier.config, purifier._schedule, purifier._schedule.steps
     with torch.no_grad():
         flow, target = purifier.latent_flow(clip), purifier.encode(clip)
-        *_, (_, latents) = purifier.sample(target, inversion, 1.0, first_frame_noise=True)
+        latents = walk(purifier, target, inversion, 1.0, first_frame_noise=True)[0][-1]
         votes = []
         for i, vote in enumerate(schedule.vote_coefficients()):
             if i < len(denoising):
-                ((noise, _),) = purifier.sample(latents, denoising[i : i + 1], 1.0)
+                _, (noise,) = walk(purifier, latents, denoising[i : i + 1], 1.0)
             latents = reference.guidance_by_autograd(latents, noise, target, flow, vote, config)
             clean = (latents - vote.sqrt_beta * noise) / vote.sqrt_alpha
             votes.append(purifier.decode(clean if vote.predicts_x0 else latents))
@@ -172,7 +172,7 @@ def test_different_prompts_are_guided():
     negative = purifier.unet(z, t, purifier.negative_prompt_embeds.expand(2, -1, -1)).sample
     positive = purifier.unet(z, t, purifier.prompt_embeds.expand(2, -1, -1)).sample
     expected = negative + 7.5 * (positive - negative)
-    ((noise, _),) = purifier.sample(z, [SamplerStep(t, 1.0, 0.0)], 7.5)
+    _, (noise,) = walk(purifier, z, [SamplerStep(t, 1.0, 0.0)], 7.5)
     torch.testing.assert_close(noise, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(negative, positive)
 

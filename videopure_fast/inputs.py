@@ -98,6 +98,25 @@ def check_generator(generator: torch.Generator) -> None:
         raise ValueError(f"generator must be a torch.Generator on the CPU, got one on {generator.device}")
 
 
+def check_generators(generator: Any, clips: int) -> None:
+    """TypeError or ValueError unless it is None, a torch.Generator, or a list of them, one for each clip."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, (list, tuple)):
+        raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
+    if len(generator) != clips:
+        raise ValueError(f"got {len(generator)} generators for {clips} clips; accepted: one, or one for each clip")
+    if not all(isinstance(one, torch.Generator) for one in generator):
+        raise TypeError(f"generators must be torch.Generator, got {[type(one).__name__ for one in generator]}")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """The value; TypeError unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
 def check_models(unet: nn.Module, vae: nn.Module) -> None:
     """TypeError or ValueError unless these are diffusers modules that fit each other."""
     for name, module, settings in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,13 @@ class Schedule:
             sigma = math.sqrt((1 - a_prev) / (1 - a) * beta)
             steps.append(SamplerStep(t, scale, noise_scale, sigma))
         return steps
+
+    @cached_property
+    def steps(self) -> tuple[tuple[SamplerStep, ...], tuple[SamplerStep, ...]]:
+        """The steps of inversion and of denoising for the configured method; without inversion latents are diffused."""
+        inverts = self._config.method in ("videopure", "ddim_inversion")
+        denoising = self.ancestral() if self._config.method == "ddpm" else self.denoising()
+        return tuple(self.inversion()) if inverts else (), tuple(denoising)
 
     def vote_coefficients(self) -> list[VoteCoefficients]:
         """The T + 2 guided updates of videopure: one x0 vote a denoising step, then the final latents themselves."""

@@ -1,6 +1,8 @@
-"""Overlapping windows over a clip that is longer than the UNet sees at once."""
+"""Overlapping windows over a clip that is longer than the UNet sees at once, and their blend."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,3 +20,23 @@ def window_weights(length: int, overlap: int) -> Tensor:
     position = torch.arange(length)
     ramp = torch.minimum(position, length - 1 - position) + 1
     return ramp.clamp(max=overlap + 1) / (overlap + 1)
+
+
+def cross_fade(windows: Iterable[Tensor], starts: Sequence[int], overlap: int) -> Iterator[Tensor]:
+    """Blend windows (..., length, H, W), one for each of `starts`, in order.
+
+    Yields the clip in pieces (..., frames, H, W), each before the next window is asked for: at most the overlap of two
+    windows is held back.
+    """
+    held: tuple[Tensor, Tensor] | None = None  # weighted sums of frames that the next window reaches, and their weights
+    for i, window in enumerate(windows):
+        length = window.shape[-3]
+        weights = window_weights(length, overlap).to(window)[:, None, None]
+        blended = weights * window
+        if held is not None:
+            shared = held[0].shape[-3]
+            blended = torch.cat([held[0] + blended[..., :shared, :, :], blended[..., shared:, :, :]], -3)
+            weights = torch.cat([held[1] + weights[:shared], weights[shared:]])
+        finished = starts[i + 1] - starts[i] if i + 1 < len(starts) else length
+        yield blended[..., :finished, :, :] / weights[:finished]
+        held = blended[..., finished:, :, :], weights[finished:]

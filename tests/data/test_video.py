@@ -449,6 +449,12 @@ def test_stream_refuses_another_number_of_frames(given, message):
         list(purify_stream(WindowMixer(4, 1), random_frames(given), 10))
 
 
+def test_a_stream_leaves_the_callers_grad_mode_alone():
+    frames = purify_stream(WindowMixer(4, 1), random_frames(10), 10)
+    next(frames)
+    assert torch.is_grad_enabled()
+
+
 def test_stream_hands_its_callbacks_on():
     calls = []
     purifier = build_purifier()

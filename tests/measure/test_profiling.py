@@ -105,13 +105,12 @@ def test_launches_belong_to_the_stage_they_lie_in(purifier, monkeypatch):
     monkeypatch.setattr(profiling, "_LAUNCH", re.compile("aten::(addmm|mm|conv2d)$"))
     video, device = clips(3, 8, 16, 16), torch.device("cpu")
     with torch.no_grad():
-        staged = profiling._trace(lambda run: profiling._staged(purifier, run)(video), device)
-        chained = profiling._trace(lambda run: profiling._with_chain(purifier, run)(video), device)
+        staged = profiling._trace(lambda: purifier(video, capture=False), profiling.STAGES, device)
+        chained = profiling._trace(lambda: purifier(video), ("chain",), device)
     assert set(staged) == {"encode", "inversion", "denoising", "decode"}
-    assert set(chained) == {"captured chain", "rest"}
+    assert set(chained) == {"chain", "rest"}
     assert 0 < staged["inversion"] <= staged["denoising"]
-    # With a callback or without, inversion and denoising are the chain.
-    assert chained["captured chain"] == staged["inversion"] + staged["denoising"]
+    assert chained["chain"] == staged["inversion"] + staged["denoising"]
     assert sum(chained.values()) == sum(staged.values())
 
 

@@ -32,7 +32,7 @@ def test_dis_pairs_are_independent():
 def test_dis_survives_small_and_elongated_pictures():
     # In a process of its own: a fault in OpenCV's pyramid ends the process.
     code = (
-        "import torch; from videopure_fast.flow import dis_flow\n"
+        "import torch; from videopure_fast.models.flow import dis_flow\n"
         "for size in ((16, 200), (200, 16), (16, 16), (24, 128), (17, 31)):\n"
         "    assert dis_flow(torch.rand(2, 3, *size), torch.rand(2, 3, *size)).shape == (2, 2, *size)\n"
     )

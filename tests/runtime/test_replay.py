@@ -99,7 +99,7 @@ def test_what_cannot_be_recorded(function, message):
 
 
 def captured(purifier) -> list[Recording | None]:
-    return list(purifier._engine._graphs.values())
+    return list(purifier._captures.made.values())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def captured(purifier) -> list[Recording | None]:
 def test_a_purifier_replays_from_the_second_call_on(settings, dtype):
     purifier = build_purifier(dtype=dtype, **settings)
     video, other = clips(2, 3, 5, 18, 16, dtype=dtype), clips(2, 3, 5, 18, 16, seed=1, dtype=dtype)
-    eager = [purifier(v, return_votes=True, callback=lambda *_: None) for v in (video, other)]
+    eager = [purifier(v, return_votes=True, capture=False) for v in (video, other)]
     assert torch.equal(purifier(video, return_votes=True), eager[0])
     assert not captured(purifier)
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_replaced_weights_are_seen(purifier):
     layer.weight = torch.nn.Parameter(2 * layer.weight, requires_grad=False)
     after = purifier(video)
     assert not torch.equal(before, after)
-    assert torch.equal(after, purifier(video, callback=lambda *_: None))
+    assert torch.equal(after, purifier(video, capture=False))
 
 
 def test_a_sweep_of_settings_makes_nothing_in_a_recordings_memory(purifier):
@@ -156,11 +156,12 @@ def test_a_sweep_of_settings_makes_nothing_in_a_recordings_memory(purifier):
 def test_shapes_in_turn_are_not_recorded_over_and_over(purifier, monkeypatch):
     made = []
 
-    def record(function, x):
-        made.append(tuple(x.shape))
-        return Recording(function, x)
+    class Counted(Recording):
+        def __init__(self, function, x):
+            made.append(tuple(x.shape))
+            super().__init__(function, x)
 
-    monkeypatch.setattr("videopure_fast.runtime.engine.Recording", record)
+    monkeypatch.setattr("videopure_fast.runtime.captures.Recording", Counted)
     for _ in range(5):
         for frames in range(2, 8):  # more than are kept
             purifier(clips(3, frames, 16, 16))
@@ -205,7 +206,7 @@ def test_other_forms_and_large_clips_run_as_they_are(purifier, monkeypatch):
     for _ in range(3):
         plain(clips(3, 4, 16, 16))
     assert not captured(plain)
-    monkeypatch.setattr("videopure_fast.runtime.engine._MOST_REPLAYED", 4 * 8 * 8 * 8 - 1)
+    monkeypatch.setattr("videopure_fast.runtime.captures._MOST_REPLAYED", 4 * 8 * 8 * 8 - 1)
     for _ in range(3):
         purifier(clips(3, 4, 16, 16))
     assert not captured(purifier)
@@ -213,7 +214,7 @@ def test_other_forms_and_large_clips_run_as_they_are(purifier, monkeypatch):
 
 def test_threads_share_a_recording(purifier):
     videos = [clips(3, 4, 16, 16, seed=seed) for seed in range(2)]
-    expected = [purifier(video, callback=lambda *_: None) for video in videos]
+    expected = [purifier(video, capture=False) for video in videos]
     for _ in range(2):
         purifier(videos[0])
     wrong = []

@@ -100,10 +100,7 @@ def test_a_batch_equals_its_clips_in_float32(purifier):
 def latent_votes(purifier, clips):
     """The votes before decoding (V, B, 4, F, h, w), and where float32 cannot tell the sign of a residual."""
     flow, target = purifier.latent_flow(clips), purifier.encode(clips)
-    inversion, denoising = purifier._plan()
-    *_, (_, latents) = purifier.sample(target, inversion, 7.5, first_frame_noise=True)
-    noises, states = zip(*purifier.sample(latents, denoising, 9.0), strict=True)
-    states, noises = [latents, *states], list(noises)
+    states, noises = purifier.denoise(target)
     ambiguous = []
     for z, e, step in zip(states, [*noises, noises[-1]], purifier._schedule.vote_coefficients(), strict=True):
         p = (z - step.sqrt_beta * e) / step.sqrt_alpha
@@ -111,7 +108,7 @@ def latent_votes(purifier, clips):
         warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
         unclear = (warped - p[:, :, :-1]).abs() <= 2e-5
         ambiguous.append(torch.cat([unclear, torch.zeros_like(unclear[:, :, :1])], 2))
-    votes = purifier.vote(torch.stack(states), torch.stack(noises), target, flow, votes=len(states))
+    votes = purifier.vote(states, noises, target, flow)
     return votes, torch.stack(ambiguous)
 
 

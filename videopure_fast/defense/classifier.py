@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..inputs import check_clips, check_logits
-from ..purifier import Generators, LatentVotes, Purifier
+from ..purifier import LatentVotes, Purifier
+from ..sampling import Generators
 from ..straight_through import straight_through
 
 Gradient = Literal["exact", "bpda", "surrogate"]
@@ -72,7 +73,7 @@ class DefendedClassifier(nn.Module):
         check_clips(clips)
         differentiable = torch.is_grad_enabled() and clips.requires_grad
         if self.gradient == "exact" or not differentiable:
-            return self._logits(self.purifier.denoise(clips, generator=generator))
+            return self._logits(self.purifier.latent_votes(clips, generator=generator))
         with torch.no_grad():
             votes = self.purifier(clips, return_votes=True, generator=generator)
         if self.gradient == "bpda":
@@ -90,7 +91,7 @@ class DefendedClassifier(nn.Module):
     def predict(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         """The most frequent label over the votes, the smallest of equals: (B,), int64."""
         check_clips(clips)
-        denoised = self.purifier.denoise(clips, generator=generator)
+        denoised = self.purifier.latent_votes(clips, generator=generator)
         total = denoised.num_votes
         counts, done = 0, 0
         # No majority is settled before more than half of the votes; from then on each one may settle it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -10,7 +9,8 @@ import statistics
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,17 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..files import atomic_write, check_writable
 from ..machine import PeakMemory, describe_device, synchronize
 from ..ops.backend import full_float32
+from ..runtime.spans import Span, listening
 
 STAGES = ("encode", "inversion", "denoising", "flow", "guidance", "decode", "rest")
 
-_REST, _STAGED, _CHAIN, _CALL = "rest", "all stages", "captured chain", "as called"
-_STAGE_OF = {"encode": "encode", "latent_flow": "flow", "vote": "guidance", "decode": "decode"}  # of each method
+_REST, _STAGED, _CHAIN, _CALL = "rest", "all stages", "chain", "as called"
 _MOST_ROUNDS, _ROUNDS_SECONDS = 5, 2.0
 _CEILING_SECONDS = 0.15  # for each size
 # torch's own table has the attention of GPUs alone.
@@ -38,9 +37,6 @@ _MORE_FLOPS = {
 }
 _LAUNCH = re.compile(r"(cuda|cu|hip)\w*Launch")  # how the runtimes name the launch of a kernel or a graph
 _LABEL = "videopure_fast: "
-
-# run(stage, function, *arguments) calls the function, measures, and returns its result.
-Run = Callable[..., Any]
 
 
 class Ceilings(NamedTuple):
@@ -161,27 +157,29 @@ def profile(
     device, dtype = purifier.unet.device, purifier.unet.dtype
     gpu = device.type == "cuda"
 
-    def call(model: nn.Module, **options: Any) -> Tensor:
-        return model(video, return_votes=return_votes, generator=torch.Generator().manual_seed(0), **options)
+    def call(**options: Any) -> Tensor:
+        return purifier(video, return_votes=return_votes, generator=torch.Generator().manual_seed(0), **options)
 
-    # No graph is captured where a callback wants to see each step.
-    eager = partial(call, callback=lambda *_: None)
-
-    result = call(purifier)  # checks the video, compiles kernels, captures the graph
-    counts = _count(purifier, eager)
+    eager = partial(call, capture=False)
+    result = call()  # checks the video, compiles kernels, captures the graph
+    counts = _count(eager)
     launches = launches_as_called = Counter({name: count["operations"] for name, count in counts.items()})
     if gpu or trace is not None:
-        traced = _trace(lambda run: eager(_staged(purifier, run)), device, trace)
+        traced = _trace(eager, STAGES, device, trace)
     if gpu:
-        launches, launches_as_called = traced, _trace(lambda run: call(_with_chain(purifier, run)), device)
+        launches, launches_as_called = traced, _trace(call, (_CHAIN,), device)
 
-    rounds, started = [], time.perf_counter()
+    rounds: list[_Round] = []
+    started = time.perf_counter()
     while len(rounds) < _MOST_ROUNDS and (not rounds or time.perf_counter() - started < _ROUNDS_SECONDS):
         rounds.append(_Round(device))
-        rounds[-1].run(_STAGED, eager, _staged(purifier, rounds[-1].run))
-        rounds[-1].run(_CALL, call, purifier)
+        with rounds[-1].timed(_STAGED), rounds[-1].listening_to(STAGES):
+            eager()
+        with rounds[-1].timed(_CALL):
+            call()
         if gpu:
-            call(_with_chain(purifier, rounds[-1].run))
+            with rounds[-1].listening_to((_CHAIN,)):
+                call()
     ceilings = measure_ceilings(device, dtype)
 
     # The stages are those of one round, which add up to its whole.
@@ -194,13 +192,14 @@ def profile(
         floor = max(flops / ceilings.matrix, moved / ceilings.copy)
         return Stage(name, median.seconds[name], launches[name], flops, floor, median.peaks.get(name))
 
-    def instead_of(parts: Sequence[Stage], name: str, launches: int) -> Stage:
+    def instead_of(parts: Sequence[Stage], name: str, title: str, launches: int) -> Stage:
         """What ran as a whole in place of some stages, and has their work and floor."""
         seconds = statistics.median(one.seconds[name] for one in rounds)
-        return _together(name, parts)._replace(seconds=seconds, launches=launches, peak_bytes=median.peaks[name])
+        return _together(title, parts)._replace(seconds=seconds, launches=launches, peak_bytes=median.peaks[name])
 
     stages = tuple(stage(name) for name in (*ran, _REST))
     steps = [one for one in stages if one.name in ("inversion", "denoising")]
+    chained = _CHAIN in median.seconds
     return Profile(
         method=purifier.config.method,
         shape=tuple(video.shape),
@@ -211,8 +210,8 @@ def profile(
         rounds=len(rounds),
         ceilings=ceilings,
         stages=stages,
-        chain=instead_of(steps, _CHAIN, launches_as_called[_CHAIN]) if _CHAIN in median.seconds else None,
-        call=instead_of(stages, _CALL, launches_as_called.total()),
+        chain=instead_of(steps, _CHAIN, "captured chain", launches_as_called[_CHAIN]) if chained else None,
+        call=instead_of(stages, _CALL, _CALL, launches_as_called.total()),
     )
 
 
@@ -222,66 +221,57 @@ def _together(name: str, stages: Sequence[Stage]) -> Stage:
     return Stage(name, seconds, launches, flops, floor, max(peaks, default=None))
 
 
-# Looking at the stages of a purifier
+# Listening to the spans of a purifier
 
 
-def _staged(purifier: nn.Module, run: Run) -> nn.Module:
-    """A copy that shares the models, and runs each of its stages through `run`."""
-    watched = copy.copy(purifier)
-    inversion, _ = purifier._plan()
+class _Outermost:
+    """Hears the spans of some names that lie within no other of these: `begin` and `end` are called with each."""
 
-    def stage_of(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments, **options: run(name, method, *arguments, **options)
+    def __init__(self, names: Collection[str], begin: Callable[[Span], object], end: Callable[[Span], object]) -> None:
+        self._names, self._begin, self._end = names, begin, end
+        self._depth = 0
 
-    def sample(latents: Tensor, transitions: Sequence[Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-        name = "inversion" if transitions == inversion else "denoising"
-        steps = purifier.sample(latents, transitions, *arguments, **options)
-        while (step := run(name, next, steps, None)) is not None:
-            yield step
+    def started(self, span: Span) -> None:
+        if span.name in self._names:
+            if not self._depth:
+                self._begin(span)
+            self._depth += 1
 
-    for method, name in _STAGE_OF.items():
-        setattr(watched, method, stage_of(name, getattr(purifier, method)))
-    watched.sample = sample
-    return watched
-
-
-def _with_chain(purifier: nn.Module, run: Run) -> nn.Module:
-    """A copy that runs its captured graph through `run`."""
-    watched = copy.copy(purifier)
-    watched._engine = _WatchedEngine(purifier._engine, run)
-    return watched
-
-
-class _WatchedEngine:
-    def __init__(self, engine: Any, run: Run) -> None:
-        self._engine = engine
-        self._run = run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def captured(self, *arguments: Any) -> tuple[Tensor, ...]:
-        return self._run(_CHAIN, self._engine.captured, *arguments)
+    def ended(self, span: Span) -> None:
+        if span.name in self._names:
+            self._depth -= 1
+            if not self._depth:
+                self._end(span)
 
 
 class _Round:
-    """Times and peaks of one round, by name."""
+    """Seconds and peak bytes of one round, by name; what is timed runs to its end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.peaks: dict[str, int | None] = {}
 
-    def run(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
         memory = PeakMemory(self._device)
         synchronize(self._device)
         start = time.perf_counter()
-        result = function(*arguments, **options)
+        yield
         synchronize(self._device)
         self.seconds[name] += time.perf_counter() - start
         peak = memory.read()
         self.peaks[name] = peak if peak is None else max(peak, self.peaks.get(name) or 0)
-        return result
+
+    @contextmanager
+    def listening_to(self, names: Collection[str]) -> Iterator[None]:
+        """Time the spans of these names."""
+        open_span = ExitStack()
+        listener = _Outermost(
+            names, lambda span: open_span.enter_context(self.timed(span.name)), lambda _: open_span.close()
+        )
+        with listening(listener):
+            yield
 
 
 class _Operations(TorchDispatchMode):
@@ -294,40 +284,48 @@ class _Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _count(purifier: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, Counter[str]]:
-    """Of each stage that ran, and the rest: operations, FLOPs, bytes of the tensors that entered and left."""
+def _count(call: Callable[[], Any]) -> dict[str, Counter[str]]:
+    """By stage that ran, and for the rest: operations, FLOPs, bytes of the tensors that entered and left."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     with FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS) as flops, _Operations() as operations:
+        before: Counter[str] = Counter()
 
         def seen() -> Counter[str]:
             return Counter(flops=flops.get_total_flops(), operations=operations.count)
 
-        def run(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        def begin(_: Span) -> None:
+            nonlocal before
             before = seen()
-            result = function(*arguments, **options)
-            tensors = [leaf for leaf in tree_leaves((arguments, options, result)) if isinstance(leaf, Tensor)]
-            found[name] += seen() - before + Counter(bytes=sum(tensor.nbytes for tensor in tensors))
-            return result
 
-        call(_staged(purifier, run))
+        def end(span: Span) -> None:
+            moved = Counter(bytes=sum(tensor.nbytes for tensor in span.tensors))
+            found[span.name] += seen() - before + moved
+
+        with listening(_Outermost(STAGES, begin, end)):
+            call()
         found[_REST] = seen() - sum(found.values(), Counter())
     return found
 
 
 def _trace(
-    call: Callable[[Run], Any], device: torch.device, path: str | os.PathLike[str] | None = None
+    call: Callable[[], Any],
+    names: Collection[str],
+    device: torch.device,
+    path: str | os.PathLike[str] | None = None,
 ) -> Counter[str]:
-    """The launches of each stage and of the rest; also writes a Chrome trace to `path`."""
+    """The launches within the spans of these names, and of the rest; also writes a Chrome trace to `path`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-
-    def run(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        with torch.profiler.record_function(_LABEL + name):
-            return function(*arguments, **options)
-
+    open_label = ExitStack()
+    listener = _Outermost(
+        names,
+        lambda span: open_label.enter_context(torch.profiler.record_function(_LABEL + span.name)),
+        lambda _: open_label.close(),
+    )
     with torch.profiler.profile(activities=activities) as profiler:
-        call(run)
+        with listening(listener):
+            call()
         synchronize(device)
     if path is not None:
         with atomic_write(path) as temporary:

@@ -49,6 +49,10 @@ class PlainUNet:
     def __init__(self, unet: nn.Module) -> None:
         self._unet = unet
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._unet.dtype
+
     def constants(self, prompt_embeds: Tensor, timesteps: Tensor) -> Constants:
         return Constants((prompt_embeds,), timesteps[:, None])
 
@@ -110,6 +114,15 @@ class FastUNet:
         self._resnets = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
         spatial = [module for module in unet.modules() if type(module).__name__ == "Transformer2DModel"]
         self._cross_attentions = [block.attn2 for model in spatial for block in model.transformer_blocks]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._unet.dtype
+
+    @property
+    def width(self) -> int:
+        """Channels of the first activation."""
+        return self._unet.config.block_out_channels[0]
 
     @torch.no_grad()
     def constants(self, prompt_embeds: Tensor, timesteps: Tensor) -> Constants:

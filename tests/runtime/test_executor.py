@@ -24,8 +24,8 @@ def test_fast_and_plain_forms_agree(purifier):
     video = clips(2, 3, 5, 18, 16)
     expected = plain.double()(video.double(), return_votes=True)
     torch.testing.assert_close(purifier(video.double(), return_votes=True), expected, rtol=0, atol=1e-9)
-    assert isinstance(purifier._engine.unet, FastUNet) and isinstance(purifier._engine.vae, FastVAE)
-    assert isinstance(plain._engine.unet, PlainUNet)
+    assert isinstance(purifier._executor.unet, FastUNet) and isinstance(purifier._executor.vae, FastVAE)
+    assert isinstance(plain._executor.unet, PlainUNet)
 
 
 def test_an_unknown_model_runs_in_diffusers_own_forward_with_one_warning(purifier):
@@ -38,7 +38,7 @@ def test_an_unknown_model_runs_in_diffusers_own_forward_with_one_warning(purifie
         torch.testing.assert_close(odd(clips(3, 4, 16, 16)), expected, rtol=0, atol=1e-2)
         odd(clips(3, 4, 16, 16))
     assert len(seen) == 1
-    assert isinstance(odd._engine.unet, PlainUNet) and isinstance(odd._engine.vae, FastVAE)
+    assert isinstance(odd._executor.unet, PlainUNet) and isinstance(odd._executor.vae, FastVAE)
 
 
 def test_changed_weights_are_read_anew(purifier):
@@ -56,7 +56,7 @@ def test_nothing_made_in_inference_mode_shuts_gradients_out(purifier):
     video = clips(1, 3, 4, 16, 16)
     with torch.inference_mode():
         latents = purifier.encode(video)
-        list(purifier.sample(latents, purifier._plan()[1], 1.0))
+        purifier.denoise(latents)
     video.requires_grad_()
     purifier(video).sum().backward()
     assert video.grad.abs().sum() > 0
@@ -66,7 +66,7 @@ def test_a_copy_works_and_shares_nothing_made(purifier):
     video = clips(3, 4, 16, 16)
     expected = purifier(video)
     twin = copy.deepcopy(purifier)
-    assert twin._engine is not purifier._engine and twin.unet is not purifier.unet
+    assert twin._executor is not purifier._executor and twin.unet is not purifier.unet
     assert torch.equal(twin(video), expected)
     with torch.no_grad():
         twin.unet.conv_in.weight.zero_()
@@ -130,10 +130,10 @@ def test_chunks_change_no_result(purifier, chunk):
 def test_a_captured_graph_replays_bit_for_bit():
     purifier = build_purifier().cuda()
     video = clips(2, 3, 5, 16, 18).cuda()
-    eager = purifier(video, return_votes=True, callback=lambda *_: None)
+    eager = purifier(video, return_votes=True, capture=False)
     first, second = (purifier(video, return_votes=True) for _ in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, eager, rtol=0, atol=2e-3)  # where a residual is near zero its sign may turn
     other = purifier(clips(2, 3, 5, 16, 18, seed=1).cuda(), return_votes=True)
     assert not torch.equal(other, first)
-    assert len(purifier._engine._graphs) == 1 and None not in purifier._engine._graphs.values()
+    assert len(purifier._captures.made) == 1 and None not in purifier._captures.made.values()

@@ -1,0 +1,211 @@
+"""Which calls are captured, that nothing but the setting and what needs eager steps keeps them from it, and threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import build_purifier, clips
+
+from videopure_fast import DefendedClassifier
+from videopure_fast.runtime.captures import Captures, Recent
+from videopure_fast.runtime.replay import Recording
+from videopure_fast.runtime.spans import EvaluationCounter, Span, listening
+from videopure_fast.streaming import purify_stream
+
+
+def recordings(purifier) -> list[Recording | None]:
+    return list(purifier._captures.made.values())
+
+
+def test_progress_replays_from_the_second_call_on(purifier, capfd):
+    video = clips(2, 3, 5, 16, 16)
+    eager = purifier(video, return_votes=True, capture=False)
+    assert not recordings(purifier)
+    for calls in range(3):
+        assert torch.equal(purifier(video, return_votes=True, progress=True), eager)
+        assert len(recordings(purifier)) == (1 if calls else 0)
+    assert "4/4" in capfd.readouterr().err.rpartition("\r")[2]
+
+
+def test_windows_of_one_shape_replay_from_the_second_on(purifier):
+    video = clips(3, 20, 16, 16)  # three windows of 8 frames
+    eager = purifier(video, capture=False)
+    assert not recordings(purifier)
+    assert torch.equal(purifier(video), eager)
+    assert len(recordings(purifier)) == 1 and isinstance(recordings(purifier)[0], Recording)
+
+
+def test_a_stream_replays_from_the_second_window_on(purifier):
+    frames = (clips(20, 3, 16, 16) * 255).to(torch.uint8)
+    eager = build_purifier()
+    eager.capture = False
+    for ours, expected in zip(purify_stream(purifier, frames, 20), purify_stream(eager, frames, 20), strict=True):
+        assert torch.equal(ours, expected)
+    assert len(recordings(purifier)) == 1 and not recordings(eager)
+
+
+@pytest.mark.parametrize("method", ["videopure", "ddim_inversion"])
+def test_deterministic_methods_are_captured(method):
+    purifier, video = build_purifier(method=method), clips(3, 4, 16, 16)
+    eager = purifier(video, return_votes=True, capture=False)
+    assert all(torch.equal(purifier(video, return_votes=True), eager) for _ in range(3))
+    assert len(recordings(purifier)) == 1
+
+
+@pytest.mark.parametrize("settings", [{"method": "ddim"}, {"method": "ddpm"}, {"feedback": True}])
+def test_what_draws_or_feeds_back_takes_eager_steps(settings):
+    purifier = build_purifier(inversion_steps=0, **settings)
+    for _ in range(3):
+        purifier(clips(3, 4, 16, 16))
+    assert not recordings(purifier)
+
+
+def test_capture_is_a_setting_of_the_purifier_and_of_a_call(purifier):
+    video = clips(3, 4, 16, 16)
+    eager = build_purifier()
+    eager.capture = False
+    for _ in range(3):
+        assert torch.equal(eager(video), purifier(video, callback=lambda *_: None))
+    assert not recordings(eager) and not recordings(purifier)
+    for _ in range(2):
+        eager(video, capture=True)
+    assert recordings(eager)
+    for refuse in (lambda: purifier(video, capture="yes"), lambda: purifier.denoise(clips(1, 4, 3, 8, 8), capture=1)):
+        with pytest.raises(TypeError, match="capture must be a bool"):
+            refuse()
+
+
+def test_settings_of_one_purifier_share_the_models_and_have_captures_of_their_own(purifier):
+    video = clips(3, 4, 16, 16)
+    deeper = purifier.with_config(inversion_steps=2)
+    for _ in range(3):
+        results = purifier(video), deeper(video)
+    assert len(recordings(purifier)) == 2 and deeper._captures is purifier._captures
+    assert not torch.equal(*results)
+    assert torch.equal(results[1], deeper(video, capture=False))
+
+
+def test_data_parallel_is_refused(purifier):
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    defended = DefendedClassifier(classifier, purifier)
+    for module in (purifier, defended.purifier):
+        with pytest.raises(RuntimeError, match="nn.DataParallel.*one Purifier for each GPU"):
+            module._replicate_for_data_parallel()
+
+
+def test_a_capture_is_made_once_whatever_the_number_of_threads():
+    captures, barrier = Captures(), threading.Barrier(4)
+
+    def function(x):
+        return (x + 1,)
+
+    x, wrong = torch.arange(5.0), []
+    captures(function, x, first_activation=1)  # the first call of a shape is not recorded
+
+    def run(i):
+        barrier.wait()
+        for _ in range(20):
+            (y,) = captures(function, x + i, first_activation=1)
+            if not torch.equal(y, x + i + 1):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(captures.made) == 1
+
+
+def test_recent_values_are_kept_and_copies_are_empty():
+    recent = Recent(2)
+    recent["a"], recent["b"] = 1, 2
+    assert recent["a"] == 1  # used last
+    recent["c"] = 3
+    assert list(recent) == ["a", "c"]
+    assert recent.get_or_make("a", lambda: 9) == 1 and recent.get_or_make("d", lambda: 9) == 9
+    twin = copy.deepcopy(recent)
+    assert not twin and twin is not recent
+    twin["a"], twin["b"], twin["c"] = 1, 2, 3
+    assert list(twin) == ["b", "c"]
+
+
+# Spans
+
+
+class Heard:
+    def __init__(self):
+        self.names, self.open = [], []
+
+    def started(self, span):
+        self.names.append(span.name)
+        self.open.append(span)
+
+    def ended(self, span):
+        assert self.open.pop() is span
+
+
+def test_a_call_is_heard_stage_by_stage(purifier):
+    heard = Heard()
+    with listening(heard):
+        purifier(clips(3, 4, 16, 16), capture=False)
+        with pytest.raises(ValueError):
+            purifier(clips(3, 1, 16, 16))
+    purifier(clips(3, 4, 16, 16))
+    stages = ["encode", "chain", "inversion", *["evaluation"] * 2, "denoising", *["evaluation"] * 2]
+    assert heard.names == [*stages, "flow", "guidance", "decode"] and not heard.open
+
+
+def test_spans_end_where_a_stage_raises():
+    def broken(prev, next):
+        raise RuntimeError("no flow today")
+
+    heard = Heard()
+    with pytest.raises(RuntimeError, match="no flow today"), listening(heard):
+        build_purifier(flow=broken)(clips(3, 4, 16, 16))
+    assert heard.names[-1] == "flow" and not heard.open
+
+
+def test_evaluations_are_counted_once():
+    done = []
+    counter = EvaluationCounter(done.append)
+    chain, evaluation = Span("chain", (), evaluations=3), Span("evaluation", ())
+
+    def run(times):
+        counter.started(chain)
+        for _ in range(times):
+            counter.started(evaluation)
+            counter.ended(evaluation)
+        counter.ended(chain)
+
+    run(3)  # eager
+    assert done == [1, 1, 1]
+    run(0)  # a replay
+    assert done[3:] == [3]
+    run(6)  # a capture, which runs it twice
+    assert done[4:] == [1, 1, 1]
+
+
+@pytest.mark.gpu
+def test_threads_share_a_graph_on_streams_of_their_own():
+    purifier = build_purifier().cuda()
+    videos = [clips(3, 4, 16, 16, seed=seed).cuda() for seed in range(2)]
+    expected = [purifier(video) for video in videos]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def run(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                if not torch.equal(purifier(videos[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(recordings(purifier)) == 1

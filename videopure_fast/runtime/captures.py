@@ -1,0 +1,120 @@
+"""Captured calls: a function that comes again with the same shape runs as one CUDA graph, or as a replay on the CPU."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import backend
+from .cuda_graph import CudaGraph
+from .replay import Recording
+
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+Value = TypeVar("Value")
+
+_MOST_CAPTURES = 4  # each keeps the activations of its shape
+# On the CPU: calls of a shape before it is recorded, and before it is recorded once more after it was pushed out.
+_CALLS_BEFORE, _CALLS_BEFORE_ANOTHER, _MOST_WAITING = 1, 16, 64
+# Values of the first activation above which a replay does not pay: the operations take far longer than their calls.
+_MOST_REPLAYED = 2**19
+
+
+class Recent(OrderedDict[Hashable, Value], Generic[Value]):
+    """A dictionary of the `most` values that were set or used last. A copy is empty: what it holds cannot be copied."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self._lock = threading.RLock()
+
+    def __getitem__(self, key: Hashable) -> Value:
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: Hashable, value: Value) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._most:
+            del self[next(iter(self))]
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made if it is not there; once, whatever the number of threads that ask."""
+        with self._lock:
+            if key not in self:
+                self[key] = make()
+            return self[key]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Recent, (self._most,)
+
+
+class Captures:
+    """Runs functions, and captures those that come again.
+
+    The key of a captured call is the function object itself, with the shape, dtype, device, backends and threads; so a
+    function is a prepared object that computes the same each time. It must neither read a tensor on the host nor draw
+    random numbers, and whatever it needs must have been made before: captured memory is reused by the next replay.
+    Threads may call at once. A copy holds no captures.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.made: Recent[CudaGraph | Recording | None] = Recent(_MOST_CAPTURES)  # None: it could not be captured
+        self._waiting: Recent[int] = Recent(_MOST_WAITING)  # calls that are still to come before a recording
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Captures, ()
+
+    def clear(self) -> None:
+        """Drop all captures: what they were made of has changed."""
+        with self._lock:
+            self.made.clear()
+            self._waiting.clear()
+
+    def __call__(self, function: Function, x: Tensor, *, first_activation: int | None) -> tuple[Tensor, ...]:
+        """function(x) for an x that needs no gradient; a graph on a CUDA GPU, a replay on the CPU where that pays.
+
+        first_activation: values of the function's first activation, which tell how large its operations are; None where
+        they cannot be replayed on the CPU. A recording takes longer than a call, so only a call that comes again is
+        recorded. What cannot be captured runs as it is, after one warning.
+        """
+        if not x.is_cuda and not _replay_pays(x, first_activation):
+            return function(x)
+        key = (function, backend.in_use(), torch.get_num_threads(), tuple(x.shape), x.dtype, x.device)
+        with self._lock:  # another thread that wants the same capture waits for it
+            if key in self.made:
+                captured = self.made[key]
+            elif not x.is_cuda and (calls := self._waiting.get(key, _CALLS_BEFORE)):
+                self._waiting[key] = calls - 1
+                captured = None
+            else:
+                captured = self._capture(key, function, x)
+                if isinstance(captured, Recording):
+                    return captured.results()  # the recording has computed them
+        return function(x) if captured is None else captured(x)
+
+    def _capture(self, key: Hashable, function: Function, x: Tensor) -> CudaGraph | Recording | None:
+        captured: CudaGraph | Recording | None
+        try:
+            captured = CudaGraph(function, x) if x.is_cuda else Recording(function, x)
+        except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong raises again, uncaptured
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=4)
+            captured = None
+        self.made[key] = captured
+        self._waiting[key] = _CALLS_BEFORE_ANOTHER
+        return captured
+
+
+def _replay_pays(x: Tensor, first_activation: int | None) -> bool:
+    """Whether operations are small enough that their calls matter, and are the extension's or torch's."""
+    if x.device.type != "cpu" or first_activation is None or first_activation > _MOST_REPLAYED or ops.watched():
+        return False
+    return set(backend.in_use()) <= {"cpu", "reference"}

@@ -1,0 +1,68 @@
+"""CUDA graphs of whole calls, and work on a second stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CudaGraph:
+    """function(x) -> tensors, captured for an x of this shape on a CUDA GPU; a call runs it again for another.
+
+    The graph reads and writes memory of its own: a call copies its input in, replays, and copies the outputs out.
+    Threads that call at once are served one after another, also where each has a stream of its own. The function must
+    launch the same kernels each time and read no value on the host. What it holds is kept alive.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._copied_out = torch.cuda.Event()
+        self._x = x.clone()
+        side, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            function(self._x)  # compiles kernels and chooses algorithms, which a capture may not
+        current.wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # "thread_local": other threads may go on to allocate and synchronize while this one captures.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = function(self._x)
+        self._copied_out.record(current)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        with self._lock:
+            stream = torch.cuda.current_stream(x.device)
+            stream.wait_event(self._copied_out)  # the last caller's stream may still copy from this memory
+            self._x.copy_(x)
+            self._graph.replay()
+            outputs = tuple(output.clone() for output in self._outputs)
+            self._copied_out.record(stream)
+        return outputs
+
+
+class SideStream:
+    """On a CUDA GPU, a stream for work that depends on nothing enqueued after this line; elsewhere the usual order.
+
+    Entering the block switches to it, and leaving lets the current stream wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._side is not None:
+            self._current = torch.cuda.current_stream(device)
+            self._side.wait_stream(self._current)
+            self._context = torch.cuda.stream(self._side)
+
+    def __enter__(self) -> None:
+        if self._side is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._side is not None:
+            self._context.__exit__(*error)
+            self._current.wait_stream(self._side)

@@ -1,0 +1,331 @@
+"""The stages of a purification over one set of models, each of which may be called alone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PurifyConfig
+from .inputs import (
+    MOST_FRAMES,
+    check_count,
+    check_decoder,
+    check_embeddings,
+    check_flag,
+    check_generators,
+    check_models,
+    replace_config,
+)
+from .models.executor import ModelExecutor
+from .models.flow import Flow, load_flow, no_flow, resize_flow
+from .models.layers import attention_function
+from .models.vae import frames_at_once
+from .ops.backend import full_float32
+from .runtime.captures import Captures, Recent
+from .runtime.checkpointing import checkpointed
+from .runtime.spans import span
+from .sampling import Callback, Chain, Generators, guide, per_clip_generators, prepare, standard_normal, vote
+from .schedule import Schedule, read_scheduler
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MOST_CHAINS = 16
+
+
+class PurifierStages(nn.Module):
+    """Encode, denoise, vote and decode, with a text-to-video diffusion model that is frozen and stays in eval mode.
+
+    Args:
+        unet: diffusers UNet3DConditionModel predicting epsilon; kept untouched as `.unet`.
+        vae: diffusers AutoencoderKL; kept untouched as `.vae`.
+        prompt_embeds: (1, tokens, dim), the text embedding of the prompt, which is empty in the paper.
+        negative_prompt_embeds: the same shape; classifier-free guidance runs only if it differs from `prompt_embeds`.
+        flow: callable `(prev, next) -> flow` or a name of `videopure_fast.models.flow.FLOWS`; None is no flow. Frames
+            (N, 3, H, W) in [0, 1], flow (N, 2, H, W) in pixels from prev to next; called once for every clip
+            (or window) with its F-1 pairs in order, in float32, on the padded clip.
+        config: settings of the method.
+        scheduler_config: a diffusers scheduler's configuration; its training schedule is read into `config`.
+        max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows.
+        decoder: diffusers AutoencoderTiny that decodes in the VAE's place: many times cheaper, and lossy.
+        fast: evaluate the models channels last with fused ops; off, or for models that the fast forms do not know,
+            diffusers' own forward runs.
+        attention: of pixels, in the fast forms: "sdpa" (torch's) or "xformers", which must be installed.
+        capture: run inversion and denoising as one CUDA graph on a GPU, and from the second call of a shape on as a
+            replay on the CPU, where that pays. Results are equal bit for bit. Random methods, `feedback`, gradients and
+            a `callback` take eager steps whatever it says.
+
+    The modules stay on their device and in their dtype until `.to()`; float16, bfloat16, float32 and float64 work.
+    The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 and
+    autocast are off while the purifier runs.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        prompt_embeds: Tensor,
+        *,
+        negative_prompt_embeds: Tensor | None = None,
+        flow: str | Flow | None = None,
+        config: PurifyConfig = PurifyConfig(),  # noqa: B008  (frozen)
+        scheduler_config: Mapping[str, Any] | None = None,
+        max_frames: int = 32,
+        decoder: nn.Module | None = None,
+        fast: bool = True,
+        attention: str = "sdpa",
+        capture: bool = True,
+    ) -> None:
+        super().__init__()
+        check_models(unet, vae)
+        check_decoder(vae, decoder)
+        check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
+        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
+        self.unet, self.vae, self.decoder = unet, vae, decoder
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.detach().clone().to(unet.device)
+        self.register_buffer("prompt_embeds", prompt_embeds.detach().clone().to(unet.device))
+        self.register_buffer("negative_prompt_embeds", negative_prompt_embeds)
+        # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
+        self._uses_guidance = negative_prompt_embeds is not None and not torch.equal(
+            negative_prompt_embeds.to(prompt_embeds), prompt_embeds
+        )
+        # In a tuple, a flow network is no submodule: casting the purifier to half must not cast the flow.
+        self._flow = (no_flow if flow is None else load_flow(flow),)
+        self._executor = ModelExecutor(unet, vae, fast=fast, attention_fn=attention_function(attention))
+        self._chains: Recent[Chain] = Recent(_MOST_CHAINS)
+        self._captures = Captures()
+        self.capture = check_flag("capture", capture)
+        self.max_frames = max_frames
+        self.config = config  # once for its own checks
+        self.config = read_scheduler(config, scheduler_config)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def flow(self) -> Flow:
+        return self._flow[0]
+
+    @property
+    def config(self) -> PurifyConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: PurifyConfig) -> None:
+        if not isinstance(config, PurifyConfig):
+            raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
+        if config.window_overlap >= self.max_frames:
+            raise ValueError(f"window_overlap {config.window_overlap} must be less than max_frames {self.max_frames}")
+        self._schedule = Schedule(config)
+        self._config = config
+
+    def with_config(self, **overrides: Any) -> Self:
+        """A purifier over the same modules with other settings: fields of PurifyConfig. TypeError for unknown ones."""
+        twin = copy.copy(self)
+        twin.config = replace_config(self.config, overrides)
+        return twin
+
+    @property
+    def properties(self) -> dict[str, bool]:
+        """What an evaluation has to know of this defense.
+
+        randomized: equal clips may be purified unequally, so that an attack needs the expectation over its randomness
+            (EOT). dynamic: it optimizes at test time; the guided update does, by a closed form in which no check that
+            looks for autograd in a forward pass can see it.
+        """
+        return {"randomized": self.config.method in ("ddim", "ddpm"), "dynamic": self.config.method == "videopure"}
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def evaluations(self) -> int:
+        """UNet evaluations that one window takes; clips of a batch share them."""
+        return sum(map(len, self._schedule.steps))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode whatever `mode`: dropout in the UNet would change the method."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts reach the models here: what was made of their weights is made anew."""
+        super()._apply(fn, recurse)
+        self._refresh()
+        return self
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise RuntimeError(
+            "a Purifier cannot be replicated by nn.DataParallel: its replicas would go on with the tables and captured "
+            "graphs of one GPU; make one Purifier for each GPU, in a process (torchrun) or thread of its own"
+        )
+
+    def _refresh(self) -> None:
+        """Drop what was made of weights or prompts that have changed since."""
+        if self._executor.refresh(self._prompts):
+            self._chains.clear()
+            self._captures.clear()
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w).
+
+        The means are multiplied by the VAE's scaling factor, as the UNet takes them.
+        """
+        with self._inference(clips), span("encode", clips) as work:
+            frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
+            chunks = frames.split(self._frames_at_once(*clips.shape[-2:]))
+            means = [checkpointed(self._executor.vae.encode, chunk) for chunk in chunks]
+            latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
+            latents = latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
+            work.leave(latents)
+        return latents
+
+    def denoise(
+        self,
+        latents: Tensor,
+        *,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        capture: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encoded latents (B, 4, F, h, w), inverted or diffused, and denoised.
+
+        Returns for videopure all T + 2 states of denoising, (T + 2, B, 4, F, h, w), and its T + 1 noise predictions;
+        for the baselines the final state and the last prediction, with a first axis of 1. Keywords as of a call.
+        """
+        capture = self.capture if capture is None else check_flag("capture", capture)
+        with self._inference(latents):
+            return self._run_chain(latents, self._generators(generator, len(latents)), callback, capture)
+
+    def vote(
+        self, states: Tensor, noise_preds: Tensor, target: Tensor, flow: Tensor, *, num_votes: int | None = None
+    ) -> Tensor:
+        """The last `num_votes` guided votes of videopure, or all T + 2, (votes, B, 4, F, h, w).
+
+        states, noise_preds: as `denoise` returns them; the final state shares the last prediction. target: the encoded
+        clips. flow: (B, F-1, 2, h, w) in latent pixels, as of `latent_flow`.
+        """
+        coefficients = self._schedule.vote_coefficients()
+        with self._inference(states):
+            return vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(..., 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
+        decode: Callable[[Tensor], Tensor] = self._executor.vae.decode
+        scale = self.vae.config.scaling_factor
+        if self.decoder is not None:
+            decode, scale = functools.partial(_decode_lossily, self.decoder), self.decoder.config.scaling_factor
+        with self._inference(latents), span("decode", latents) as work:
+            frames = (latents / scale).transpose(-4, -3)
+            flat = frames.flatten(0, -4).to(self.vae.dtype)
+            sides = (side * self.vae_factor for side in latents.shape[-2:])
+            chunks = flat.split(self._frames_at_once(*sides))
+            decoded = torch.cat([checkpointed(decode, chunk) for chunk in chunks])
+            clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
+            clips = clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
+            work.leave(clips)
+        return clips
+
+    @torch.no_grad()
+    def latent_flow(self, clips: Tensor) -> Tensor:
+        """Flow of clips (B, 3, F, H, W) at latent resolution: (B, F-1, 2, h, w) in latent pixels."""
+        height, width = (side // self.vae_factor for side in clips.shape[-2:])
+        with span("flow", clips) as work:
+            flows = []
+            for clip in clips.detach().float().transpose(1, 2):
+                flow = self.flow(clip[:-1], clip[1:])
+                if not isinstance(flow, Tensor) or flow.shape != (len(clip) - 1, 2, *clip.shape[-2:]):
+                    seen = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
+                    raise ValueError(f"flow must return {(len(clip) - 1, 2, *clip.shape[-2:])}, got {seen}")
+                flows.append(resize_flow(flow.to(clip), height, width))
+            found = torch.stack(flows).to(self._state_dtype)
+            work.leave(found)
+        return found
+
+    @contextmanager
+    def _inference(self, tensor: Tensor) -> Iterator[None]:
+        """A graph only if grad mode is on and the tensor needs it; float32 is float32."""
+        differentiable = torch.is_grad_enabled() and tensor.requires_grad
+        # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self.unet.device):
+            yield
+
+    def _run_chain(
+        self, target: Tensor, generators: Sequence[torch.Generator], callback: Callback | None, capture: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Inversion and denoising; captured where that was asked for and nobody draws, watches or differentiates."""
+        chain = self._chain(target)
+        with span("chain", target, evaluations=chain.evaluations) as work:
+            if capture and not generators and callback is None and not target.requires_grad:
+                results = self._captures(chain, target, first_activation=chain.first_activation(target))
+            else:
+                latents, noise_sampler = target, functools.partial(standard_normal, target, generators)
+                if chain.inversion is None:
+                    signal, deviation = self._schedule.diffusion()
+                    latents = signal * target + deviation * noise_sampler()
+                results = chain(latents, noise_sampler=noise_sampler, callback=callback)
+            work.leave(*results)
+        return results
+
+    def _feedback_votes(self, target: Tensor, flow: Tensor, callback: Callback | None) -> Tensor:
+        """All votes where each step of denoising starts from the optimized latents."""
+        optimized = []
+
+        def guidance_fn(step: int, latents: Tensor, noise_pred: Tensor) -> Tensor:
+            coefficients = self._schedule.vote_coefficients()[step]._replace(predicts_x0=False)
+            (guided,) = guide(latents[None], noise_pred[None], target, flow, [coefficients], self.config)
+            optimized.append(guided)
+            return guided
+
+        chain = self._chain(target)
+        with span("chain", target, evaluations=chain.evaluations):
+            states, noise_preds = chain(target, guidance_fn=guidance_fn, callback=callback)
+        # What was optimized already is only taken to its clean prediction; the final state has its turn now.
+        *steps, final = self._schedule.vote_coefficients()
+        coefficients = [*(step._replace(update=0.0) for step in steps), final]
+        states = torch.stack([*optimized, states[-1]])
+        return vote(states, noise_preds, target, flow, coefficients, self.config)
+
+    def _chain(self, like: Tensor) -> Chain:
+        """The prepared chain of these settings, for latents of like's dtype and device; made once."""
+        return self._chains.get_or_make((self.config, like.dtype, like.device), lambda: self._prepare(like))
+
+    def _prepare(self, like: Tensor) -> Chain:
+        inversion, denoising = self._schedule.steps
+        unet, config = self._executor.unet, self.config
+        return Chain(
+            unet,
+            prepare(unet, inversion, self._prompts, config.cfg_inversion, like) if inversion else None,
+            prepare(unet, denoising, self._prompts, config.cfg_denoise, like),
+            voting=config.method == "videopure",
+        )
+
+    def _generators(self, generator: Generators, clips: int) -> list[torch.Generator]:
+        """The random methods' generators; none of a deterministic one, whose caller's stay where they are."""
+        check_generators(generator, clips)
+        return per_clip_generators(generator, clips) if self.properties["randomized"] else []
+
+    def _frames_at_once(self, height: int, width: int) -> int:
+        """How many frames of (height, width) pixels go through the VAE at once."""
+        return self.config.decode_chunk or frames_at_once(self.vae, height, width)
+
+    @property
+    def _prompts(self) -> tuple[Tensor, ...]:
+        """The conditional prompt and, where guidance is more than the identity, the unconditional one."""
+        return (self.prompt_embeds, self.negative_prompt_embeds) if self._uses_guidance else (self.prompt_embeds,)
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.unet.dtype, torch.float32)
+
+
+def _decode_lossily(decoder: Any, latents: Tensor) -> Tensor:
+    """diffusers' own forward of an AutoencoderTiny."""
+    return decoder.decode(latents).sample
