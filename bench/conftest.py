@@ -1,4 +1,4 @@
-"""What every benchmark row says of its run, and a results file without the raw samples."""
+"""Fields of every pytest-benchmark row, and the results file: medians and spread without the raw samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture
 def row(benchmark: Any) -> Any:
-    """A benchmark that carries the versions and threads it ran under."""
+    """pytest-benchmark's fixture, whose row carries the torch version, the threads and the machine."""
     benchmark.extra_info["torch"] = torch.__version__
     benchmark.extra_info["threads"] = torch.get_num_threads()
     benchmark.extra_info["machine"] = (
@@ -21,7 +21,7 @@ def row(benchmark: Any) -> Any:
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keep medians and spread, leave out the samples and the environment's names."""
+    """Keep the median and the spread of each row; leave out the samples and the names of host and user."""
     output_json["benchmarks"] = [
         {
             "group": bench["group"],

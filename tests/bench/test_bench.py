@@ -37,10 +37,10 @@ def test_every_way_gives_the_authors_votes(name):
 
 
 def test_ways_share_the_weights():
-    from baselines import _twin
+    from baselines import _copy_sharing_weights
 
     purifier = build_purifier()
-    twin = _twin(purifier.unet)
+    twin = _copy_sharing_weights(purifier.unet)
     assert twin.conv_in is not purifier.unet.conv_in
     assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in purifier.unet.parameters()}
 
@@ -105,6 +105,30 @@ def test_a_file_of_others_is_left_alone(gpu, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="holds other results"):
         run(gpu, monkeypatch, file, "--only", "ceiling")
     assert file.read_text() == '{"benchmarks": []}'
+
+
+def test_a_change_of_any_source_measures_anew():
+    """The digest of the sources reads every code file of the package, the kernels, the C++ and the benchmarks."""
+    from gpu_runner import source_files
+
+    found = source_files()
+    assert len(set(found)) == len(found)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    code = {ROOT / name for name in tracked if name.endswith((".py", ".cpp", ".cu", ".h"))}
+    folders = [ROOT / name for name in ("videopure_fast", "kernels", "csrc", "bench")]
+    assert {path for path in code if any(path.is_relative_to(folder) for folder in folders)} <= set(found)
+    rooms = {path.parent.name for path in found}
+    assert {"videopure_fast", "ops", "models", "runtime", "attacks", "weights", "kernels", "csrc", "bench"} <= rooms
+
+
+def test_what_failed_before_runs_last():
+    from gpu_runner import Task, pending
+
+    tasks = [Task(name, "bench", dict) for name in ("done", "failed", "old", "new", "ceiling: copies")]
+    rows = {name: {"commit": "now"} for name in ("done", "ceiling: copies")}
+    rows |= {"failed": {"commit": "now", "error": "no"}, "old": {"commit": "before"}}
+    assert [task.name for task in pending(tasks, rows, "now", False)] == ["old", "new", "ceiling: copies", "failed"]
+    assert pending(tasks, rows, "now", True) == tasks
 
 
 @pytest.mark.slow
