@@ -17,17 +17,17 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 
-# Writes its rows, each of which passed its gate, also where a goal is missed; then it fails.
+# Where a speed goal is missed it fails, but still writes the rows, each of which has passed its check.
 bench: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/pytest bench -q --benchmark-json=build/cpu.json; status=$$?; mv build/cpu.json bench/results/cpu.json; exit $$status
 
-# On a machine with a GPU, by PYTHON's own packages: no venv and no network. A stage that was cut off goes on where it
-# ended when its target is made again. `$(PYTHON) bench/gpu.py --help` explains.
+# These need a GPU and run with the packages that PYTHON has: no venv is made and nothing is downloaded. Making a target
+# again continues a stage that was cut off. `$(PYTHON) bench/gpu.py --help` explains.
 gpu:
 	$(MAKE) --keep-going gpu-test gpu-bench gpu-compile
 
-# Without a compiler or build tools the Triton kernels still serve.
+# A build that fails, such as without a compiler, is ignored: the Triton kernels need none.
 gpu-build:
 	-$(PYTHON) setup.py --quiet build_ext --inplace
 

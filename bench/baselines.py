@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from videopure_fast import Purifier, reference
 
-Purify = Callable[[Tensor], Tensor]
+Path = Callable[[Tensor], Tensor]
 
 _CHANNELS_LAST = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
 
 
-def authors(purifier: Purifier, unet: nn.Module | None = None, vae: nn.Module | None = None) -> Purify:
+def authors(purifier: Purifier, unet: nn.Module | None = None, vae: nn.Module | None = None) -> Path:
     """(1) The authors' algorithm as written, clip by clip, on diffusers' modules and with torch's own settings.
 
     unet, vae: run in place of the purifier's own modules.
@@ -43,7 +43,7 @@ def authors(purifier: Purifier, unet: nn.Module | None = None, vae: nn.Module | 
     return purify
 
 
-def authors_xformers(purifier: Purifier) -> Purify:
+def authors_xformers(purifier: Purifier) -> Path:
     """(2) The authors' algorithm with xformers' attention. ModuleNotFoundError without xformers."""
     if find_spec("xformers") is None:
         raise ModuleNotFoundError("xformers is not installed here; pip install 'videopure-fast[xformers]' adds it")
@@ -53,12 +53,12 @@ def authors_xformers(purifier: Purifier) -> Purify:
     return authors(purifier, unet, vae)
 
 
-def authors_compiled(purifier: Purifier, compiler: str = "inductor") -> Purify:
+def authors_compiled(purifier: Purifier, compiler: str = "inductor") -> Path:
     """(3a) The authors' algorithm, its modules channels last and compiled by torch.compile."""
     return authors(purifier, *_compiled(purifier, compiler))
 
 
-def algebra(purifier: Purifier) -> Purify:
+def algebra(purifier: Purifier) -> Path:
     """The exact savings on diffusers' own modules, run eagerly.
 
     No doubled batch for equal prompts, frames decoded in batches, the guidance's gradient in closed form.
@@ -66,28 +66,28 @@ def algebra(purifier: Purifier) -> Purify:
     return _eagerly(_over(purifier, purifier.unet, purifier.vae, fast=False))
 
 
-def algebra_captured(purifier: Purifier) -> Purify:
+def algebra_captured(purifier: Purifier) -> Path:
     """`algebra`, its sampling loop captured as one CUDA graph; the same as `algebra` on a CPU."""
     return _votes(_over(purifier, purifier.unet, purifier.vae, fast=False))
 
 
-def algebra_compiled(purifier: Purifier, compiler: str = "inductor") -> Purify:
+def algebra_compiled(purifier: Purifier, compiler: str = "inductor") -> Path:
     """(3b) `algebra`, its modules channels last and compiled by torch.compile: what our own kernels have to beat."""
     # Decoding chunks have one size, as torch.compile compiles each size anew.
     return _eagerly(_over(purifier, *_compiled(purifier, compiler), fast=False, decode_chunk=16))
 
 
-def ours_eager(purifier: Purifier) -> Purify:
+def ours_eager(purifier: Purifier) -> Path:
     """`ours` without capturing its sampling loop."""
     return _eagerly(_over(purifier, purifier.unet, purifier.vae, fast=True))
 
 
-def ours(purifier: Purifier) -> Purify:
+def ours(purifier: Purifier) -> Path:
     """The purifier as a user calls it."""
     return _votes(_over(purifier, purifier.unet, purifier.vae, fast=True))
 
 
-PATHS: dict[str, Callable[..., Purify]] = {
+PATHS: dict[str, Callable[..., Path]] = {
     "authors": authors,
     "authors-xformers": authors_xformers,
     "authors-compiled": authors_compiled,
@@ -113,11 +113,11 @@ def _over(like: Purifier, unet: nn.Module, vae: nn.Module, *, fast: bool, **sett
     )
 
 
-def _votes(purifier: Purifier) -> Purify:
+def _votes(purifier: Purifier) -> Path:
     return lambda clips: purifier(clips, return_votes=True)
 
 
-def _eagerly(purifier: Purifier) -> Purify:
+def _eagerly(purifier: Purifier) -> Path:
     return lambda clips: purifier(clips, return_votes=True, capture=False)
 
 

@@ -124,7 +124,7 @@ def matrix_ceiling(models: BenchModels) -> Row:
 def purification(models: BenchModels, path: str, workload: Workload) -> Row:
     """One way to purify, from clips to all votes. peak_memory: bytes, weights included."""
     device = models.device
-    models.expected(workload._replace(clips=1), 0)  # made before the memory is measured
+    models.expected(workload)  # cached: must not be made while memory is measured
     models.free_memory()
     memory = PeakMemory(device)
     purifier = models.purifier(workload)
@@ -168,21 +168,13 @@ def stages(models: BenchModels, path: str, workload: Workload) -> Row:
 def stage_calls(purifier: Purifier, clips: Tensor) -> dict[str, Callable[[], Any]]:
     """Stage -> a call that runs it. "chain": inversion and denoising, captured where the purifier captures them."""
     target, flow = purifier.encode(clips), purifier.latent_flow(clips)
-
-    def sample() -> tuple[Tensor, Tensor]:
-        return purifier._engine.captured(purifier.config, purifier._denoise, target)
-
-    latents, noise = sample()
-
-    def vote() -> Tensor:
-        return purifier.vote(latents, noise, target, flow, votes=len(latents))
-
-    votes = vote()
+    states, noise_preds = purifier.denoise(target)
+    votes = purifier.vote(states, noise_preds, target, flow)
     return {
         "encode": lambda: purifier.encode(clips),
-        "chain": sample,
+        "chain": lambda: purifier.denoise(target),
         "flow": lambda: purifier.latent_flow(clips),
-        "guidance": vote,
+        "guidance": lambda: purifier.vote(states, noise_preds, target, flow),
         "decode": lambda: purifier.decode(votes),
     }
 

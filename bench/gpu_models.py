@@ -118,8 +118,13 @@ class BenchModels:
         drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(drawn).to(self.device)
 
+    def expected(self, workload: Workload) -> dict[int, tuple[Tensor, Error]]:
+        """What the first and the last clip of a workload are checked against, by seed: see `expected_of_clip`."""
+        alone = workload._replace(clips=1)
+        return {seed: self.expected_of_clip(alone, seed) for seed in sorted({0, workload.clips - 1})}
+
     @cache  # noqa: B019  (one object lives as long as the script)
-    def expected(self, workload: Workload, seed: int) -> tuple[Tensor, Error]:
+    def expected_of_clip(self, workload: Workload, seed: int) -> tuple[Tensor, Error]:
         """Votes of one clip in float32, on the CPU, and the error of the authors' algorithm in half precision.
 
         GateFailed where either says nothing about what is measured.
@@ -142,8 +147,7 @@ class BenchModels:
     def check_votes(self, workload: Workload, votes: Tensor) -> dict[str, float]:
         """GateFailed unless the first and the last clip's votes (V, 3, F, H, W) are correct; else the larger error."""
         worst = {"mean_error": 0.0, "mean_error_of_authors": 0.0}
-        for seed in sorted({0, workload.clips - 1}):
-            expected, authors = self.expected(workload._replace(clips=1), seed)
+        for seed, (expected, authors) in self.expected(workload).items():
             if votes[seed].shape != expected[0].shape:
                 raise GateFailed(f"votes of a clip are {tuple(votes[seed].shape)}, expected {tuple(expected[0].shape)}")
             error = error_of(votes[seed : seed + 1], expected)
