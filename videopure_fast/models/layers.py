@@ -1,7 +1,7 @@
 """The layers that diffusers' UNets and VAEs are made of, evaluated over their own weights, channels last.
 
 Activations are (B, F, H, W, C): spatial tokens, temporal tokens and the images of a convolution are views of that one
-layout. ops.py's operators do everything between the library's matrix products, convolutions and spatial attention.
+layout. The operators of `ops` do everything between the library's matrix products, convolutions and spatial attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.backend import is_available
 
-# Of queries, keys and values (N, heads, tokens, head size), with scale 1/sqrt(head size).
+# (queries, keys, values), each (N, heads, tokens, head size) -> attended values, with scale 1/sqrt(head size).
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -32,10 +32,10 @@ def attention_function(name: str) -> AttentionFn:
             f"attention 'xformers' needs xformers: pip install 'videopure-fast[xformers]' ({error})"
         ) from error
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention_fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
-    return attend
+    return attention_fn
 
 
 class Unsupported(Exception):
@@ -50,18 +50,20 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._relaid = {module: relaid for module in model.modules() if (relaid := _relay(module)) is not None}
+        laid_out = ((module, _laid_out_weight(module)) for module in model.modules())
+        self._weights = {module: weight for module, weight in laid_out if weight is not None}
 
     def __getitem__(self, module: nn.Module) -> Tensor:
-        return self._relaid[module]
+        return self._weights[module]
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module in self._relaid
+        return module in self._weights
 
 
-def _relay(module: nn.Module) -> Tensor | None:
+def _laid_out_weight(module: nn.Module) -> Tensor | None:
+    """A module's weight in the layout of this evaluation; None where the module's own serves as it is."""
     if type(module).__name__ == "Upsample2D":
-        # 1.6 times as fast on a CPU. On a GPU nobody has measured it.
+        # A transposed convolution is 1.6 times as fast on a CPU; on a GPU it has not been measured.
         fits = module.conv.kernel_size == (3, 3) and module.conv.weight.device.type == "cpu"
         return _upsampling_weight(module.conv.weight.detach()) if fits else None
     if isinstance(module, nn.Conv3d):
@@ -74,7 +76,10 @@ def _relay(module: nn.Module) -> Tensor | None:
 
 
 def _upsampling_weight(weight: Tensor) -> Tensor:
-    """(N, C, 3, 3) -> (C, N, 4, 4), summed in float64 and rounded once."""
+    """The transposed convolution that doubles an image and convolves it: (N, C, 3, 3) -> (C, N, 4, 4).
+
+    Weights that meet the same pixel are summed in float64 and rounded once.
+    """
     summed = weight.new_zeros(*weight.shape[:2], 4, 4, dtype=torch.float64)
     for row in range(2):
         for column in range(2):
@@ -83,20 +88,22 @@ def _upsampling_weight(weight: Tensor) -> Tensor:
 
 
 def conv(weights: Weights, layer: nn.Conv2d, x: Tensor, *, bias: bool = True) -> Tensor:
+    """A Conv2d over every frame of x (B, F, H, W, C)."""
     images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [BF, C, H, W], a view
     y = F.conv2d(images, weights[layer], layer.bias if bias else None, layer.stride, layer.padding)
     return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]).contiguous()  # channels last already: no copy
 
 
 def downsample(weights: Weights, layer: nn.Module, x: Tensor) -> Tensor:
+    """A Downsample2D: a convolution of stride 2, after zeros at the right and bottom where the layer pads nothing."""
     return conv(weights, layer.conv, F.pad(x, (0, 0, 0, 1, 0, 1)) if layer.padding == 0 else x)
 
 
 def upsample(weights: Weights, layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest neighbors to `size`, then the layer's convolution.
+    """An Upsample2D: nearest neighbors to `size` (height, width), then the layer's convolution.
 
     Doubling and a 3x3 convolution are one transposed convolution of stride 2, with 4 products in place of 9: each
-    pixel of the result sees 2x2 pixels of x, and the weights that meet the same one are added up beforehand.
+    pixel of the result depends on 2x2 pixels of x, and the weights that meet the same pixel are summed beforehand.
     """
     images = x.flatten(0, 1).permute(0, 3, 1, 2)
     if layer in weights and size == (2 * x.shape[2], 2 * x.shape[3]):
@@ -118,7 +125,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A Linear, or a convolution of one pixel, and the residual it is added to."""
+    """A Linear, or a 1x1 convolution, added to the residual if there is one."""
     weight = layer.weight.flatten(1)
     return F.linear(x, weight, layer.bias) if residual is None else ops.linear_residual(x, weight, layer.bias, residual)
 
@@ -131,25 +138,28 @@ def resnet(weights: Weights, block: nn.Module, x: Tensor, embedding: Tensor | No
     return h if block.output_scale_factor == 1 else h / block.output_scale_factor
 
 
-def self_attention(weights: Weights, attention: nn.Module, x: Tensor, residual: Tensor, attend: AttentionFn) -> Tensor:
-    """Over the pixels of each frame; x has been normalized."""
+def self_attention(
+    weights: Weights, attention: nn.Module, x: Tensor, residual: Tensor, attention_fn: AttentionFn
+) -> Tensor:
+    """Self-attention over the pixels of each frame of x, which has been normalized, added to the residual."""
     layers, heads = (attention.to_q, attention.to_k, attention.to_v), attention.heads
     bias = torch.cat([layer.bias for layer in layers]) if attention.use_bias else None
     qkv = F.linear(x, weights[attention], bias).flatten(0, 1).flatten(1, 2)
-    small = layers[0].out_features <= 8 * heads and attend is F.scaled_dot_product_attention
+    small = layers[0].out_features <= 8 * heads and attention_fn is F.scaled_dot_product_attention
     wanted = torch.is_grad_enabled() and qkv.requires_grad
     if small and not wanted and is_available("cpu", "temporal_attention", qkv):
-        # torch's own takes half as long again for heads so small. The pixels stand where frames do elsewhere.
+        # torch's own attention takes 1.5 times as long for heads so small. The pixels take the place of frames.
         attended = ops.temporal_attention(qkv[:, :, None, None], heads=heads).view(*x.shape[:-1], -1)
     else:
-        attended = merge_heads(attend(*qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)), x)
+        attended = merge_heads(attention_fn(*qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)), x)
     return project(attention.to_out[0], attended, residual)
 
 
 def temporal_transformer(weights: Weights, model: nn.Module, x: Tensor, *, first_frame: bool = False) -> Tensor:
-    """Norm, projection, self-attention over the frames of each pixel twice a block, feed-forward, projection.
+    """A TransformerTemporalModel: norm, projection, blocks, projection, added to x.
 
-    first_frame: the result of frame 0 alone, (B, 1, H, W, C).
+    A block is self-attention over the frames of each pixel, twice, and a feed-forward. first_frame: compute the result
+    for frame 0 alone, (B, 1, H, W, C).
     """
     h = project(model.proj_in, group_norm(model.norm, x, silu=False, over_frames=True))
     for block in model.transformer_blocks:

@@ -33,10 +33,10 @@ from .layers import (
 class Constants(NamedTuple):
     """What the evaluations of one prompt at some timesteps share.
 
-    texts: for each cross-attention the prompt's keys and values, (2, 1, heads, tokens, head size); or, of a prompt of
-    one token, to which every query attends with weight 1, the layer's whole result (C,).
+    texts: for each cross-attention the prompt's keys and values, (2, 1, heads, tokens, head size); for a prompt of one
+        token, to which every query attends with weight 1, the layer's whole result (C,).
     embeddings: (timesteps, sum of the resnets' widths), for each resnet the projected time embedding plus the bias of
-    its first convolution.
+        its first convolution.
     """
 
     texts: tuple[Tensor, ...]
@@ -69,7 +69,7 @@ class PlainUNet:
 class FastMotionUNet(PlainUNet):
     """diffusers' own forward of a UNetMotionModel (AnimateDiff), with its motion modules evaluated channels last."""
 
-    def __init__(self, unet: nn.Module, attend: AttentionFn | None = None) -> None:
+    def __init__(self, unet: nn.Module, attention_fn: AttentionFn | None = None) -> None:
         # A second tree of modules over the same weights: the caller's stays as it is.
         tensors = [*unet.parameters(), *unet.buffers()]
         super().__init__(copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors}))
@@ -103,14 +103,14 @@ class _FastMotionModule(nn.Module):
 class FastUNet:
     """Evaluates `unet`, whose weights it shares or copies into better layouts. Unsupported if it cannot.
 
-    attend: the function for spatial and cross-attention.
+    attention_fn: for spatial and cross-attention.
     """
 
-    def __init__(self, unet: nn.Module, attend: AttentionFn = F.scaled_dot_product_attention) -> None:
+    def __init__(self, unet: nn.Module, attention_fn: AttentionFn = F.scaled_dot_product_attention) -> None:
         _check(unet)
         self._weights = Weights(unet)
         self._unet = unet
-        self._attend = attend
+        self._attention_fn = attention_fn
         self._resnets = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
         spatial = [module for module in unet.modules() if type(module).__name__ == "Transformer2DModel"]
         self._cross_attentions = [block.attn2 for model in spatial for block in model.transformer_blocks]
@@ -157,28 +157,28 @@ class FastUNet:
         skips = [x]
         for block in unet.down_blocks:
             for i in range(len(block.resnets)):
-                x = self._convolve(block, i, x, given)
-                x = self._attend_in(block, i, x, given)
+                x = self._conv_block(block, i, x, given)
+                x = self._attention_block(block, i, x, given)
                 skips.append(x)
             for layer in block.downsamplers or ():
                 x = downsample(weights, layer, x)
                 skips.append(x)
 
-        x = self._convolve(unet.mid_block, 0, x, given)
+        x = self._conv_block(unet.mid_block, 0, x, given)
         for i in range(len(unet.mid_block.attentions)):
-            x = self._attend_in(unet.mid_block, i, x, given)
-            x = self._convolve(unet.mid_block, i + 1, x, given)
+            x = self._attention_block(unet.mid_block, i, x, given)
+            x = self._conv_block(unet.mid_block, i + 1, x, given)
 
         for block in unet.up_blocks:
             for i in range(len(block.resnets)):
-                x = self._convolve(block, i, torch.cat([x, skips.pop()], -1), given)
-                x = self._attend_in(block, i, x, given, first_frame=first_frame and not skips)
+                x = self._conv_block(block, i, torch.cat([x, skips.pop()], -1), given)
+                x = self._attention_block(block, i, x, given, first_frame=first_frame and not skips)
             for layer in block.upsamplers or ():
                 x = upsample(weights, layer, x, skips[-1].shape[2:4])
         x = group_norm(unet.conv_norm_out, x[:, :1] if first_frame else x)
         return conv(weights, unet.conv_out, x).movedim(-1, 1)
 
-    def _convolve(self, block: nn.Module, i: int, x: Tensor, given: dict[nn.Module, Tensor]) -> Tensor:
+    def _conv_block(self, block: nn.Module, i: int, x: Tensor, given: dict[nn.Module, Tensor]) -> Tensor:
         """The block's i-th resnet and the convolutions over frames that follow it."""
         x = h = resnet(self._weights, block.resnets[i], x, given[block.resnets[i]])
         convs = block.temp_convs[i]
@@ -189,7 +189,7 @@ class FastUNet:
             h = ops.temporal_conv(h, norm.weight, norm.bias, self._weights[layer], layer.bias, residual, **settings)
         return h
 
-    def _attend_in(
+    def _attention_block(
         self, block: nn.Module, i: int, x: Tensor, given: dict[nn.Module, Tensor], *, first_frame: bool = False
     ) -> Tensor:
         """The block's i-th spatial and temporal transformers, if it has any."""
@@ -201,7 +201,7 @@ class FastUNet:
     def _spatial_transformer(self, model: nn.Module, x: Tensor, given: dict[nn.Module, Tensor]) -> Tensor:
         h = project(model.proj_in, group_norm(model.norm, x, silu=False))
         for block in model.transformer_blocks:
-            h = self_attention(self._weights, block.attn1, layer_norm(block.norm1, h), h, self._attend)
+            h = self_attention(self._weights, block.attn1, layer_norm(block.norm1, h), h, self._attention_fn)
             h = self._cross_attention(block, h, given[block.attn2])
             h = feed_forward(block, h)
         return project(model.proj_out, h, x)
@@ -213,7 +213,7 @@ class FastUNet:
         # All frames of all clips ask the same prompt: they are one sequence of queries.
         q = F.linear(layer_norm(block.norm2, h), attention.to_q.weight)
         q = q.view(1, -1, attention.heads, q.shape[-1] // attention.heads).transpose(1, 2)
-        return project(attention.to_out[0], merge_heads(self._attend(q, *text), h), h)
+        return project(attention.to_out[0], merge_heads(self._attention_fn(q, *text), h), h)
 
 
 def _check(unet: nn.Module) -> None:

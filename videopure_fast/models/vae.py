@@ -37,13 +37,13 @@ class PlainVAE:
 class FastVAE:
     """Evaluates `vae`, whose weights it shares or copies into better layouts. Unsupported if it cannot."""
 
-    def __init__(self, vae: nn.Module, attend: AttentionFn = F.scaled_dot_product_attention) -> None:
+    def __init__(self, vae: nn.Module, attention_fn: AttentionFn = F.scaled_dot_product_attention) -> None:
         check_known(vae, _KINDS)
         if vae.use_slicing or vae.use_tiling:
             raise Unsupported("it has slicing or tiling switched on")
         self._weights = Weights(vae)
         self._vae = vae
-        self._attend = attend
+        self._attention_fn = attention_fn
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] -> the posterior's means (N, C, h, w), unscaled."""
@@ -78,7 +78,7 @@ class FastVAE:
         for attention, layer in zip(block.attentions, block.resnets[1:], strict=True):
             if attention is not None:
                 tokens = group_norm(attention.group_norm, x, silu=False)
-                x = self_attention(self._weights, attention, tokens, x, self._attend)
+                x = self_attention(self._weights, attention, tokens, x, self._attention_fn)
             x = resnet(self._weights, layer, x)
         return x
 
