@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["DefendedClassifier", "Purifier", "PurifyConfig", "purify", "tiny", "use_backend"]
 
-# Imported at first use: torch and what else it takes would cost every `--help` a second.
-_HOMES = {
+# Public name -> its module, imported at first use: importing torch here would add a second to every `--help`.
+_MODULES = {
     "DefendedClassifier": "defense.classifier",
     "Purifier": "purifier",
     "PurifyConfig": "config",
@@ -28,9 +28,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "tiny":
         return importlib.import_module(".tiny", __name__)
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the errors of places where none can be written."""
+"""Atomic writing of files, and checks that a file or folder can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """ValueError for a file whose folder does not exist, or that is a folder."""
+    """ValueError if the file's folder does not exist, or if the path is a folder."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
@@ -18,7 +18,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """With its parents, if absent. ValueError where there can be none, or where nothing can be written to it."""
+    """Create a folder and its parents where absent. ValueError if it cannot be made or written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -29,7 +29,10 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, of the same extension, which takes its place when the block has succeeded."""
+    """Yield a temporary path beside `path`, with the same extension, for the block to write.
+
+    The temporary file replaces `path` when the block succeeds, and is deleted when it raises.
+    """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:

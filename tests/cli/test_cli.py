@@ -11,7 +11,9 @@ from conftest import build_purifier, clips
 from typer.testing import CliRunner
 
 from videopure_fast import cli, purifier
+from videopure_fast.cli import purify as cli_purify
 from videopure_fast.cli import report as cli_report
+from videopure_fast.cli.console import format_seconds
 from videopure_fast.data.video import VideoWriter, probe
 from videopure_fast.evaluation.record import Plan, Threat
 from videopure_fast.evaluation.runner import Setup, defenses
@@ -139,7 +141,7 @@ def test_the_seed_decides_a_random_baseline(tmp_path, small_model, short_clip, m
 )
 def test_the_bar_counts_every_evaluation(method, expected):
     model = build_purifier(method=method, inversion_steps=2)
-    pace = cli._Pace(model, 12)
+    pace = cli_purify._Pace(model, 12)
     with pace:
         model(clips(3, 12, 16, 16), callback=pace)
     task = pace._bar.tasks[0]
@@ -180,7 +182,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, small_
     def stop(*_arguments):
         raise error
 
-    monkeypatch.setattr(cli._Pace, "__call__", stop)
+    monkeypatch.setattr(cli_purify._Pace, "__call__", stop)
     code, _, _ = run_main(monkeypatch, capsys, "purify", short_clip, "-o", tmp_path / "out.mp4", "--size", 16)
     assert code == status or (status is None and code != 0)
     assert list(tmp_path.iterdir()) == [short_clip]
@@ -190,7 +192,7 @@ def test_running_out_of_memory_names_the_size(tmp_path, monkeypatch, capsys, sma
     def stop(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cli._Pace, "__call__", stop)
+    monkeypatch.setattr(cli_purify._Pace, "__call__", stop)
     code, _, stderr = run_main(monkeypatch, capsys, "purify", short_clip, "-o", tmp_path / "out.mp4", "--size", 16)
     assert code == 1 and "try a smaller --size" in stderr and stderr.count("\n") == 1
 
@@ -432,5 +434,5 @@ def test_info(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (75, "1:15"), (3599.6, "1:00:00"), (7325, "2:02:05")])
-def test_clock(seconds, text):
-    assert cli._clock(seconds) == text
+def test_seconds_are_written_as_a_clock(seconds, text):
+    assert format_seconds(seconds) == text

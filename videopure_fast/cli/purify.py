@@ -1,0 +1,145 @@
+"""The command `purify`: a video file in, a video file out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import console, format_seconds
+from .options import Device, Dtype, Flow, Method, Model, Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.video import VideoInfo
+    from ..purifier import Purifier
+
+_TINY_SIDE, _USUAL_SIDE = 64, 224  # default --size, in pixels
+
+
+def purify(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A video: mp4, avi, gif or webm; 2 frames or more.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="mp4, avi, gif or webm file to write.")],
+    model: Model = "tiny",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            show_default=f"{_TINY_SIDE} for tiny, else {_USUAL_SIDE}",
+            help="Short side of the purified video in pixels; even, 16 or more.",
+        ),
+    ] = None,
+    method: Method = "videopure",
+    steps: Steps = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of ddim and ddpm; the other methods draw nothing.")] = 0,
+    flow: Flow = None,
+) -> None:
+    """Purify a video file of any length, in bounded memory.
+
+    The result has the working size of the model (see --size), the frame rate of IN, and its sound where the format
+    of OUT can hold it. OUT appears when it is complete, and may be IN; a failure or Ctrl-C leaves nothing.
+
+    Examples:
+
+    ```
+      videopure-fast purify clip.mp4 -o purified.mp4
+      videopure-fast purify clip.gif -o purified.webm --size 96
+      videopure-fast purify clip.mp4 -o out.mp4 --model ali-vilab/text-to-video-ms-1.7b --device cuda --dtype float16
+    ```
+    """
+    import torch
+
+    from ..data.video import VideoWriter, check_output, probe, read_frames, working_size
+    from ..purifier import Purifier
+    from ..streaming import purify_stream
+
+    check_output(output)
+    video = probe(source)
+    if size is None:
+        size = _TINY_SIDE if model == "tiny" else _USUAL_SIDE
+    height, width = working_size(video.height, video.width, size)
+    overrides: dict[str, Any] = {"method": method}
+    if steps is not None:
+        overrides["inversion_steps"] = steps
+    purifier = Purifier.from_pretrained(
+        model, device=device, dtype=None if dtype is None else getattr(torch, dtype), flow=flow, **overrides
+    )
+    console.print(_describe(video, height, width))
+    if model == "tiny":
+        console.print(
+            "The tiny prior was trained on drawn sprites: on real videos it is a demonstration, and it blurs them."
+        )
+    started = time.perf_counter()
+    with (
+        VideoWriter(output, height=height, width=width, rate=video.rate, source=video) as writer,
+        _Pace(purifier, video.frames) as pace,
+    ):
+        frames = read_frames(video, size)
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for frame in purify_stream(purifier, frames, video.frames, callback=pace, generator=generator):
+                writer.write(frame)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{width}x{height} does not fit in the accelerator's memory; try a smaller --size"
+            ) from error
+    console.print(f"Wrote {output} in {format_seconds(time.perf_counter() - started)}.")
+
+
+class _Pace:
+    """A progress bar over UNet evaluations, which estimates the whole duration after the second one.
+
+    It is a per-step callback of a Purifier.
+    """
+
+    def __init__(self, purifier: Purifier, frames: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from ..windows import window_starts
+
+        self._evaluations = purifier.evaluations  # of one window
+        self._windows = len(window_starts(frames, purifier.max_frames, purifier.config.window_overlap))
+        self._length = min(frames, purifier.max_frames)
+        self._times: list[float] = []
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+        )
+        self._task = self._bar.add_task("UNet evaluations", total=self._windows * self._evaluations)
+
+    def __enter__(self) -> _Pace:
+        self._times.append(time.perf_counter())
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, step: int, timestep: int, latents: Tensor) -> None:
+        if len(self._times) < 3:
+            self._times.append(time.perf_counter())
+            if len(self._times) == 3:
+                self._announce(*self._times)
+        self._bar.advance(self._task)
+
+    def _announce(self, started: float, first: float, second: float) -> None:
+        # The time up to the end of the first evaluation includes encoding a window; decoding takes about as long.
+        seconds = self._windows * (2 * (first - started) + (self._evaluations - 2) * (second - first))
+        self._bar.console.print(
+            f"This will take about {format_seconds(seconds)}: {self._windows} window{'s' * (self._windows > 1)} "
+            f"of {self._length} frames, {self._evaluations} UNet evaluations each."
+        )
+
+
+def _describe(video: VideoInfo, height: int, width: int) -> str:
+    return (
+        f"{video.path}: {video.frames} frames of {video.width}x{video.height} at {float(video.rate):.5g} per second, "
+        f"{'with' if video.has_audio else 'no'} sound; purified at {width}x{height}."
+    )
