@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import xml.dom.minidom
 
 import pytest
@@ -13,7 +14,7 @@ from videopure_fast import cli
 from videopure_fast.measure import benchmark
 from videopure_fast.measure import profile as profiling
 from videopure_fast.measure.benchmark import Limits, Setting, compare, load, measure, plot, save, sweep
-from videopure_fast.measure.plot import COLORS, _ticks
+from videopure_fast.measure.plot import COLORS, _decades
 from videopure_fast.models.prior import load_decoder
 from videopure_fast.purifier import Purifier
 
@@ -211,8 +212,10 @@ def test_plots(run, tmp_path):
     svg, png = tmp_path / "run.svg", tmp_path / "run.png"
     plot(run, svg)
     drawn = xml.dom.minidom.parse(str(svg))
-    lines = [line.getAttribute("stroke") for line in drawn.getElementsByTagName("polyline")]
-    assert lines.count(COLORS[0]) == 3 + 1 + 1  # percentiles, throughput, legend
+    styles = [path.getAttribute("style") for path in drawn.getElementsByTagName("path")]
+    lines = [style for style in styles if f"stroke: {COLORS[0].lower()}" in style and "fill: none" in style]
+    assert len(lines) == 3 + 1 + 1  # percentiles, throughput, legend
+    assert sum("stroke-dasharray" in style for style in lines) == 2  # p95 and p99
     assert "reference, float32, full, 2x16x16" in svg.read_text()
     plot(run, png)
     with Image.open(png) as picture:
@@ -220,10 +223,11 @@ def test_plots(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "top, ticks", [(1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (7, [0, 2, 4, 6, 8]), (0.003, [0, 0.001, 0.002, 0.003])]
+    "values, powers", [([1], (0, 0)), ([0.3], (-1, 0)), ([0.01, 0.3, 7], (-2, 1)), ([1e-4, 10], (-4, 1))]
 )
-def test_ticks(top, ticks):
-    assert _ticks(top) == ticks
+def test_a_logarithmic_axis_reaches_the_powers_of_ten_around_its_values(values, powers):
+    low, high = (math.log10(limit) for limit in _decades(values))
+    assert (low, high) == pytest.approx((powers[0] - 0.2, powers[1] + 0.2))
 
 
 def bench(*arguments):
@@ -264,6 +268,14 @@ def test_command(tmp_path, monkeypatch, small_model):
     compared = bench("--compare", numbers, numbers)
     assert compared.exit_code == 0 and "reference float32 full 2x2x16x20" in compared.output
     assert "ratio" in compared.output and len(small_model) == 1
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch, small_model, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    small_model.clear()
+    done = bench("--plot", tmp_path / "run.svg")
+    assert done.exit_code == 1 and isinstance(done.exception, ImportError) and not small_model
+    assert "pip install 'videopure-fast[plot]'" in str(done.exception)
 
 
 def test_command_tells_why_nothing_was_measured(monkeypatch):

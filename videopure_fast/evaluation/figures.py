@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw
@@ -12,12 +11,14 @@ from torch import Tensor
 
 from .runner import Examples
 from ..files import atomic_write
-from ..measure.plot import Line, Panel, draw
+from ..measure.plot import Panel, Series, draw
 from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16
 _VIDEO_SIDE, _VIDEO_RATE = 192, 8
 _CAPTION = 20  # pixels of height
+_BAR_DISTANCE = 0.05  # of neighboring error bars, in distances of ticks
+_LEAST_SECONDS = 1e-4  # a logarithmic axis has no zero
 
 
 def write_strip(
@@ -57,12 +58,12 @@ def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.P
 def draw_accuracy(
     rows: Sequence[Accuracy], path: str | os.PathLike[str], *, eps: float | None = None, note: str = ""
 ) -> None:
-    """Robust accuracy against eps, a panel for each threat, and against seconds a clip at one eps: .svg or .png.
+    """Robust accuracy against eps, and against seconds a clip at one eps: panels for each threat, .svg or .png.
 
-    At last the minimum over all attacks. Bars are 95 % intervals.
+    The last panels show the minimum over all attacks. Error bars are 95 % intervals.
 
-    eps: at which accuracy stands against seconds; a threat's smallest where it is None, or the threat lacks it.
-    ValueError where no row is of an attack.
+    eps: the one of the panels against seconds; a threat's smallest where it is None, or where the threat lacks it.
+    ValueError if no row belongs to an attack.
     """
     attacked = [row for row in rows if row.access != "none"]
     if not attacked:
@@ -70,44 +71,38 @@ def draw_accuracy(
     title = "minimum over all attacks"
     attacked = [row._replace(threat=title) if row.access == "adaptive" else row for row in attacked]
     names = list(dict.fromkeys(row.defense for row in attacked))
-    # One latency for all of a defense's rows: the minimum has none of its own.
+    # One time for all rows of a defense, because the minimum has none of its own.
     seconds = {row.defense: row.seconds_per_clip for row in reversed(rows) if row.seconds_per_clip is not None}
-    colors = {name: i for i, name in enumerate(names)}
     panels = [
         panel
         for threat in dict.fromkeys(row.threat for row in attacked)
-        for panel in _panels([row for row in attacked if row.threat == threat], colors, seconds, eps)
+        for panel in _panels([row for row in attacked if row.threat == threat], names, seconds, eps)
     ]
     draw(panels, names, path, note=note)
 
 
 def _panels(
-    rows: Sequence[Accuracy], colors: dict[str, int], seconds: dict[str, float], eps: float | None
+    rows: Sequence[Accuracy], names: Sequence[str], seconds: Mapping[str, float], eps: float | None
 ) -> Iterator[Panel]:
-    """Of one threat: accuracy against eps, if there is more than one, and against latency."""
+    """The panels of one threat: accuracy against eps, if it has several, then against seconds a clip."""
     sizes = sorted({row.eps for row in rows})
-    title = f"accuracy, {rows[0].threat}"
     if len(sizes) > 1:
-        lines = []
-        for name, color in colors.items():
-            aside = 0.03 * (color - (len(colors) - 1) / 2)  # bars of one eps stand side by side
-            places = [(sizes.index(row.eps) + aside, row) for row in rows if row.defense == name]
-            lines += [Line(sorted((x, row.accuracy) for x, row in places), color)] if places else []
-            lines += [_bar(x, row, color) for x, row in places]
-        yield Panel(title, "eps, 1/255", [f"{255 * eps:g}" for eps in sizes], lines, top=1)
+        series = []
+        for i, name in enumerate(names):
+            offset = _BAR_DISTANCE * (i - (len(names) - 1) / 2)  # error bars of one eps stand side by side
+            found = sorted((row for row in rows if row.defense == name), key=lambda row: row.eps)
+            if found:
+                series.append(_series(name, [sizes.index(row.eps) + offset for row in found], found))
+        yield Panel(rows[0].threat, "eps, 1/255", "accuracy", series, [f"{255 * eps:g}" for eps in sizes], top=1)
     eps = eps if eps in sizes else sizes[0]
-    alike = [row for row in rows if row.eps == eps]
-    # A logarithmic axis: its places are powers of ten.
-    times = {row.defense: math.log10(max(seconds[row.defense], 1e-4)) for row in alike}
-    least, most = math.floor(min(times.values())), math.ceil(max(times.values()) + 1e-9)
-    lines = [Line([(times[row.defense] - least, row.accuracy)], colors[row.defense]) for row in alike]
-    lines += [_bar(times[row.defense] - least, row, colors[row.defense]) for row in alike]
-    ticks = [f"{10.0**power:g}" for power in range(least, most + 1)]
-    yield Panel(f"{title}, eps {255 * eps:g}/255", "seconds a clip", ticks, lines, top=1)
+    series = [
+        _series(row.defense, [max(seconds[row.defense], _LEAST_SECONDS)], [row]) for row in rows if row.eps == eps
+    ]
+    yield Panel(f"{rows[0].threat}, eps {255 * eps:g}/255", "seconds a clip", "accuracy", series, top=1)
 
 
-def _bar(x: float, row: Accuracy, color: int) -> Line:
-    return Line([(x, row.low), (x, row.high)], color, width=1, dots=False)
+def _series(name: str, x: Sequence[float], rows: Sequence[Accuracy]) -> Series:
+    return Series(name, x, *([getattr(row, field) for row in rows] for field in ("accuracy", "low", "high")))
 
 
 def _captions(found: Examples, classes: Sequence[str], i: int) -> list[str]:

@@ -23,13 +23,13 @@ from ..machine import PeakMemory, describe_device, installed, nvidia_smi, synchr
 from ..models.prior import load_decoder
 from ..ops.backend import use_backend
 from ..purifier import Purifier
-from .plot import Line, Panel, draw
+from .plot import Panel, Series, draw
 from .profile import profile
 
 KIND = "videopure-fast bench"
 FULL_DECODER = "full"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-PERCENTILES = (50, 95, 99)
+_LINES = {"p50": "-", "p95": "--", "p99": ":"}  # percentile of a call's latency -> its line style
 # The mean distance of pixels in [0, 1] that a backend may have from the reference. Half precision rounds elsewhere.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _LEAST_CALLS = 3
@@ -305,34 +305,28 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], *, anyway: bool = False)
 
 
 def plot(run: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Latency percentiles and throughput over the batch size, to an .svg or .png file."""
+    """Latency percentiles and throughput over the batch size, to an .svg or .png file.
+
+    ImportError where matplotlib is missing.
+    """
     rows = [row for row in run["rows"] if "not_measured" not in row]
     batches = sorted({row["batch"] for row in rows})
-    series: dict[str, list[dict[str, Any]]] = {}
+    named: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name = f"{row['backend']}, {row['dtype']}, {row['decoder']}, {row['frames']}x{row['height']}x{row['width']}"
-        series.setdefault(name, []).append(row)
-
-    def line(color: int, values: Sequence[tuple[int, float]], width: float) -> Line:
-        return Line([(batches.index(batch), value) for batch, value in values], color, width)
-
-    latency = [
-        line(i, [(row["batch"], row["call_seconds"][f"p{percentile}"]) for row in part], width)
-        for i, part in enumerate(series.values())
-        for percentile, width in zip(PERCENTILES, (3, 1.5, 0.75), strict=True)
-    ]
-    throughput = [
-        line(i, [(row["batch"], row["clips_per_second"]) for row in part], 3) for i, part in enumerate(series.values())
-    ]
+        named.setdefault(name, []).append(row)
+    latency, throughput = [], []
+    for name, found in named.items():
+        x = [batches.index(row["batch"]) for row in found]
+        for percentile, line in _LINES.items():
+            latency.append(Series(name, x, [row["call_seconds"][percentile] for row in found], line=line))
+        throughput.append(Series(name, x, [row["clips_per_second"] for row in found]))
     ticks = [str(batch) for batch in batches]
+    title = "p50 (solid), p95 (dashed), p99 (dotted)"
     panels = [
-        Panel("Seconds a call: p50 (thick), p95, p99 (thin)", "clips a call", ticks, latency),
-        Panel("Clips a second", "clips a call", ticks, throughput),
+        Panel(title, "clips a call", "seconds a call", latency, ticks),
+        Panel("throughput", "clips a call", "clips a second", throughput, ticks),
     ]
-    versions = run["versions"]
-    where = f"{run['machine']['device']}, torch {versions['torch']}"
-    settings = run["settings"]
-    what = (
-        f"{settings['model']}, {settings['method']} T={settings['inversion_steps']}, {settings['votes']} votes, {where}"
-    )
-    draw(panels, list(series), path, note=what)
+    settings, where = run["settings"], f"{run['machine']['device']}, torch {run['versions']['torch']}"
+    what = f"{settings['model']}, {settings['method']} T={settings['inversion_steps']}, {settings['votes']} votes"
+    draw(panels, list(named), path, note=f"{what}, {where}")

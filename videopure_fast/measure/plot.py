@@ -1,174 +1,188 @@
-"""Line charts side by side, as an SVG or PNG file."""
+"""Line charts side by side, drawn by matplotlib into an SVG or PNG file."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import atomic_write, check_writable
 
-# Okabe and Ito's, which the color-blind tell apart.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+# The colors of Okabe and Ito, which color-blind readers can tell apart. The number of markers has no divisor in common
+# with the number of colors, so that 56 series differ in the pair, and neighbors differ in both.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_FORMS = ("circle", "square", "diamond")  # of dots: a second and third round of colors
-_WIDTH, _HEIGHT = 460, 300  # of a panel's axes, in pixels
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 64  # margins around them
-_LINE = 18  # of the legend
-_ACROSS = 3  # panels in a row
-_INK, _PALE = "#333333", "#dddddd"
-_SCALE = 2  # pixels of a PNG for each of the drawing's
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+EXTENSIONS = (".svg", ".png")
+
+_COLUMNS = 3  # panels in a row
+_PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 2.6  # inches, with labels
+_LEGEND_LINE = 0.19  # inches
+_PNG_DPI = 200
+_TITLE_CHARACTERS = 44  # in a line of a panel's title
+_LETTER_WIDTH = 0.075  # inches of an average letter, to find how many columns the legend has room for
+_MARGIN = 0.2  # on both sides of a logarithmic axis, in decades
+_INK, _GRID = "#333333", "#dddddd"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.5,
+    "lines.markeredgewidth": 0.5,
+    "svg.fonttype": "none",  # text stays text: small files, and words that can be searched
+    "svg.hashsalt": "videopure-fast",  # with a random salt, two drawings of the same numbers would differ
+}
 
 
-class Line(NamedTuple):
-    """A line through (place on the x axis, value), with a dot at each.
+class Series(NamedTuple):
+    """Points of one panel, joined by a line.
 
-    Lines of one color number share a color, and those of one round of colors the form of their dots.
+    name: entry of the legend; series of one name share color and marker in all panels.
+    low, high: ends of the error bars, on the y axis; None draws no bars. line: matplotlib's line style.
     """
 
-    points: Sequence[tuple[float, float]]
-    color: int
-    width: float = 2
-    dots: bool = True
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    line: str = "-"
 
 
 class Panel(NamedTuple):
-    """Axes from zero upwards, and lines; `ticks` are the names of the places 0, 1, ... on the x axis.
+    """One pair of axes; the y axis begins at zero.
 
-    top: the largest value that has to fit; None is the lines' own.
+    ticks: names of the positions 0, 1, ... of the x axis; None means that x is a quantity, on a logarithmic axis.
+    top: end of the y axis; None fits it to the panel. Panels of a picture that all have the same top share their axis.
     """
 
     title: str
     x_label: str
-    ticks: Sequence[str]
-    lines: Sequence[Line]
+    y_label: str
+    series: Sequence[Series]
+    ticks: Sequence[str] | None = None
     top: float | None = None
 
 
+def missing_reason() -> str | None:
+    """What `draw` lacks on this machine, and how to get it; None if it can draw."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "drawing needs matplotlib: pip install 'videopure-fast[plot]'"
+    return None
+
+
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """ValueError for a file that `draw` cannot write."""
-    if Path(path).suffix.lower() not in _CANVASES:
-        raise ValueError(f"cannot draw {path}; accepted extensions are {', '.join(_CANVASES)}")
+    """ValueError for a file that `draw` cannot write, ImportError where matplotlib is missing; loads nothing."""
+    if Path(path).suffix.lower() not in EXTENSIONS:
+        raise ValueError(f"cannot draw {path}; accepted extensions are {', '.join(EXTENSIONS)}")
     check_writable(path)
+    if missing := missing_reason():
+        raise ImportError(f"cannot draw {path}: {missing}")
 
 
-def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike[str], *, note: str) -> None:
-    """Write panels in rows and below them the legend, the colors' names in order, and a note; .svg or .png."""
+def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike[str], *, note: str = "") -> None:
+    """Write panels, three in a row, above a legend and a note, to an .svg or .png file.
+
+    legend: names of the series, which decide colors and markers by their order. The same arguments give the same bytes.
+    """
     check_picture(path)
-    across, down = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
-    width, height = across * min(len(panels), _ACROSS), down * math.ceil(len(panels) / _ACROSS)
-    canvas = _CANVASES[Path(path).suffix.lower()](width, height + _LINE * (len(legend) + 1) + 12)
-    for i, panel in enumerate(panels):
-        row, column = divmod(i, _ACROSS)
-        _draw_panel(canvas, panel, column * across + _LEFT, row * down + _TOP)
-    for i, name in enumerate(legend):
-        y = height + _LINE * i
-        canvas.line([(_LEFT, y), (_LEFT + 24, y)], _color(i), 3)
-        canvas.dot(_LEFT + 12, y, _color(i), _form(i))
-        canvas.text(_LEFT + 32, y, name, "start")
-    canvas.text(_LEFT, height + _LINE * len(legend), note, "start")
-    with atomic_write(path) as temporary:
-        canvas.save(temporary)
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    tops = {panel.top for panel in panels}
+    shared = len(tops) == 1 and None not in tops
+    with matplotlib.style.context(["default", _STYLE]):  # "default": whatever the user's own settings are
+        width = _PANEL_WIDTH * columns
+        entries_across = max(1, min(len(legend), int(width / (_LETTER_WIDTH * (max(map(len, legend)) + 8)))))
+        notes = textwrap.wrap(note, int(width / _LETTER_WIDTH))
+        lines = math.ceil(len(legend) / entries_across) + len(notes)
+        figure = Figure((width, _PANEL_HEIGHT * rows + _LEGEND_LINE * (lines + 1)), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=shared, squeeze=False).ravel()
+        handles = {name: _handle(name, i) for i, name in enumerate(legend)}
+        for i, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
+            _draw_panel(ax, panel, handles, y_label=not shared or i % columns == 0)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        under = figure.legend(
+            handles=list(handles.values()),
+            loc="outside lower center",
+            ncols=entries_across,
+            frameon=False,
+            title="\n".join(notes) or None,
+            title_fontsize="small",
+        )
+        under.get_title().set_multialignment("center")
+        metadata = {"Date": None, "Creator": None} if Path(path).suffix.lower() == ".svg" else {"Software": None}
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=_PNG_DPI, metadata=metadata)
 
 
-def _color(number: int) -> str:
-    return COLORS[number % len(COLORS)]
+def _handle(name: str, number: int) -> Line2D:
+    """The legend's entry, from which the series take color and marker."""
+    from matplotlib.lines import Line2D
+
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    return Line2D([], [], label=name, color=color, marker=marker, markeredgecolor="white")
 
 
-def _form(number: int) -> str:
-    return _FORMS[number // len(COLORS) % len(_FORMS)]
+def _draw_panel(ax: Axes, panel: Panel, handles: dict[str, Line2D], *, y_label: bool) -> None:
+    ax.set_title("\n".join(textwrap.wrap(panel.title, _TITLE_CHARACTERS)))
+    ax.set_xlabel(panel.x_label)
+    if y_label:
+        ax.set_ylabel(panel.y_label)
+    ax.grid(axis="y", color=_GRID, linewidth=0.8)
+    if panel.ticks is None:
+        ax.set_xscale("log")
+        ax.set_xlim(*_decades([x for series in panel.series for x in series.x]))
+        ax.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+        ax.minorticks_off()
+    else:
+        ax.set_xticks(range(len(panel.ticks)), panel.ticks)
+        ax.set_xlim(-0.5, len(panel.ticks) - 0.5)
+    for series in panel.series:
+        _draw_series(ax, series, handles[series.name])
+    ax.set_ylim(0, panel.top)
 
 
-def _draw_panel(canvas: Any, panel: Panel, left: float, above: float) -> None:
-    bottom = above + _HEIGHT
-    most = max((y for line in panel.lines for _, y in line.points), default=1)
-    ticks = _ticks(most if panel.top is None else panel.top)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + _WIDTH * (x + 0.5) / len(panel.ticks), bottom - _HEIGHT * y / ticks[-1]
-
-    canvas.text(left + _WIDTH / 2, above - _TOP / 2, panel.title, "middle")
-    canvas.text(left + _WIDTH / 2, bottom + 38, panel.x_label, "middle")
-    for tick in ticks:
-        y = place(0, tick)[1]
-        canvas.line([(left, y), (left + _WIDTH, y)], _PALE, 1)
-        canvas.text(left - 8, y, f"{tick:g}", "end")
-    for i, name in enumerate(panel.ticks):
-        canvas.text(place(i, 0)[0], bottom + 16, name, "middle")
-    canvas.line([(left, above), (left, bottom), (left + _WIDTH, bottom)], _INK, 1)
-    for line in panel.lines:
-        points, color = [place(x, y) for x, y in line.points], _color(line.color)
-        canvas.line(points, color, line.width)
-        for point in points if line.dots else ():
-            canvas.dot(*point, color, _form(line.color))
+def _draw_series(ax: Axes, series: Series, handle: Line2D) -> None:
+    bars: Any = None
+    if series.low is not None and series.high is not None:
+        ends = zip(series.low, series.y, series.high, strict=True)
+        # A bar's length is at least 0: an end may miss its value by rounding.
+        bars = tuple(zip(*((max(y - low, 0.0), max(high - y, 0.0)) for low, y, high in ends), strict=True))
+    ax.errorbar(
+        series.x,
+        series.y,
+        bars,
+        color=handle.get_color(),
+        marker=handle.get_marker(),
+        markeredgecolor=handle.get_markeredgecolor(),
+        linestyle=series.line,
+        elinewidth=0.8,
+        clip_on=False,  # a marker at the end of the axis is drawn whole
+    )
 
 
-def _ticks(top: float) -> list[float]:
-    """Round values from zero to `top` or more, in two to five steps."""
-    unit = 10.0 ** math.floor(math.log10(top / 4))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if 5 * unit * factor >= top)
-    return [round(step * i, 12) for i in range(math.ceil(top / step - 1e-9) + 1)]
-
-
-def _corners(x: float, y: float, form: str) -> list[tuple[float, float]]:
-    if form == "diamond":
-        return [(x - 4.5, y), (x, y - 4.5), (x + 4.5, y), (x, y + 4.5)]
-    return [(x - 3, y - 3), (x + 3, y - 3), (x + 3, y + 3), (x - 3, y + 3)]
-
-
-class _Svg:
-    def __init__(self, width: float, height: float) -> None:
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-        ]
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self._parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>')
-
-    def dot(self, x: float, y: float, color: str, form: str) -> None:
-        if form == "circle":
-            self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
-        else:
-            corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in _corners(x, y, form))
-            self._parts.append(f'<polygon points="{corners}" fill="{color}"/>')
-
-    def text(self, x: float, y: float, text: str, anchor: str) -> None:
-        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="middle"'
-        self._parts.append(f'<text {place} fill="{_INK}">{escape(text)}</text>')
-
-    def save(self, path: Path) -> None:
-        path.write_text("\n".join([*self._parts, "</svg>\n"]))
-
-
-class _Png:
-    _ANCHORS = {"start": "lm", "middle": "mm", "end": "rm"}
-
-    def __init__(self, width: float, height: float) -> None:
-        from PIL import Image, ImageDraw, ImageFont
-
-        self._image = Image.new("RGB", (round(width * _SCALE), round(height * _SCALE)), "white")
-        self._draw = ImageDraw.Draw(self._image)
-        self._font = ImageFont.load_default(12 * _SCALE)
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
-        self._draw.line([(x * _SCALE, y * _SCALE) for x, y in points], color, round(width * _SCALE), joint="curve")
-
-    def dot(self, x: float, y: float, color: str, form: str) -> None:
-        if form == "circle":
-            self._draw.ellipse([(x - 3) * _SCALE, (y - 3) * _SCALE, (x + 3) * _SCALE, (y + 3) * _SCALE], color)
-        else:
-            self._draw.polygon([(a * _SCALE, b * _SCALE) for a, b in _corners(x, y, form)], color)
-
-    def text(self, x: float, y: float, text: str, anchor: str) -> None:
-        self._draw.text((x * _SCALE, y * _SCALE), text, _INK, self._font, self._ANCHORS[anchor])
-
-    def save(self, path: Path) -> None:
-        self._image.save(path)
-
-
-_CANVASES = {".svg": _Svg, ".png": _Png}
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of a logarithmic axis: the powers of ten around positive values, and a margin."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return 10.0 ** (low - _MARGIN), 10.0 ** (high + _MARGIN)
