@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: clips before and after, and accuracy against eps and against latency."""
+"""Pictures of an evaluation: clips before and after purification; accuracy against eps and against seconds a clip."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ..files import atomic_write
 from ..measure.plot import Panel, Series, draw
 from .tables import Accuracy
 
-_STRIP_COLUMNS, _STRIP_SIDE, _AMPLIFICATION = 8, 128, 16
-_VIDEO_SIDE, _VIDEO_RATE = 192, 8
+_STRIP_COLUMNS, _STRIP_SIDE = 8, 128  # frames; pixels of a frame's longer side, at most
+_AMPLIFICATION = 16  # of the perturbation, to make it visible
+_VIDEO_SIDE, _VIDEO_RATE = 192, 8  # pixels, at most; frames per second
 _CAPTION = 20  # pixels of height
 _BAR_DISTANCE = 0.05  # of neighboring error bars, in distances of ticks
 _LEAST_SECONDS = 1e-4  # a logarithmic axis has no zero
@@ -24,12 +25,12 @@ _LEAST_SECONDS = 1e-4  # a logarithmic axis has no zero
 def write_strip(
     found: Examples, classes: Sequence[str], path: str | os.PathLike[str], *, threat: str, defense: str
 ) -> None:
-    """Rows clean, attacked, purified and amplified difference of the first clip; columns are frames.
+    """A PNG of the first clip: rows are clean, attacked, purified, and attacked - clean; columns are up to 8 frames.
 
-    threat and defense: what the clip met, in words.
+    threat, defense: names for the captions of the attacked and the purified row.
     """
     clean, attacked, purified = found.clean[0], found.attacked[0], found.purified[0]
-    # Signed, around gray: the absolute value of an l_inf attack is nearly the same everywhere.
+    # Signed, with gray for zero: the absolute value of an l_inf perturbation is nearly the same everywhere.
     difference = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
     captions = [*_captions(found, classes, 0), f"attacked - clean, x{_AMPLIFICATION}, around gray"]
     captions[1:3] = f"{captions[1]} ({threat})", f"{captions[2]} ({defense})"
@@ -45,7 +46,7 @@ def write_strip(
 
 
 def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """A video of clean | attacked | purified, one clip after another."""
+    """A video that shows clean, attacked and purified side by side, one clip after another."""
     from ..data.video import VideoWriter
 
     frames = list(_side_by_side(found, classes))
@@ -102,7 +103,7 @@ def _panels(
 
 
 def _series(name: str, x: Sequence[float], rows: Sequence[Accuracy]) -> Series:
-    return Series(name, x, *([getattr(row, field) for row in rows] for field in ("accuracy", "low", "high")))
+    return Series(name, x, [row.accuracy for row in rows], [row.low for row in rows], [row.high for row in rows])
 
 
 def _captions(found: Examples, classes: Sequence[str], i: int) -> list[str]:
@@ -113,7 +114,7 @@ def _captions(found: Examples, classes: Sequence[str], i: int) -> list[str]:
 
 
 def _side_by_side(found: Examples, classes: Sequence[str]) -> Iterator[Tensor]:
-    """Frames (3, H, W) uint8."""
+    """Yield frames (3, H, W) uint8: a caption above clean | attacked | purified."""
     for i in range(len(found.labels)):
         sides = [_enlarge(clips[i], _VIDEO_SIDE) for clips in (found.clean, found.attacked, found.purified)]
         pixels = torch.cat(sides, -1)
@@ -123,14 +124,14 @@ def _side_by_side(found: Examples, classes: Sequence[str]) -> Iterator[Tensor]:
 
 
 def _enlarge(clip: Tensor, side: int) -> Tensor:
-    """(3, F, H, W) in [0, 1] -> uint8 of the largest multiple of its size within `side` pixels, nearest neighbor."""
+    """(3, F, H, W) in [0, 1] -> uint8, enlarged by the largest whole factor that keeps its sides within `side` pixels."""
     scale = max(1, side // max(clip.shape[-2:]))
     enlarged = clip.cpu().float().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     return (enlarged * 255).round().to(torch.uint8)
 
 
 def _caption(texts: list[str], width: int) -> Tensor:
-    """A bar (3, height, width) uint8 with the texts in equal columns."""
+    """White image (3, _CAPTION, width) uint8 with the texts in columns of equal width."""
     bar = Image.new("RGB", (width, _CAPTION), "white")
     drawing = ImageDraw.Draw(bar)
     for i, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""Throughput and latency of purifying on this machine, over settings; runs are saved, drawn and compared."""
+"""Benchmark of a purifier over settings: throughput and latency on this machine. Runs are saved, drawn and compared."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ KIND = "videopure-fast bench"
 FULL_DECODER = "full"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LINES = {"p50": "-", "p95": "--", "p99": ":"}  # percentile of a call's latency -> its line style
-# The mean distance of pixels in [0, 1] that a backend may have from the reference. Half precision rounds elsewhere.
+# Largest accepted mean |difference| of pixels in [0, 1] between a backend and the reference, by dtype. In half
+# precision the two round at different places.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _LEAST_CALLS = 3
 
 
 class Setting(NamedTuple):
-    """One place of the sweep. Those that need the models anew stand first.
+    """One point of the sweep. The first three fields choose the models; a change of them loads models again.
 
-    backend: as of `use_backend`. decoder: "full", the VAE's own, or a lossy one as of `Purifier.from_pretrained`.
+    backend: what `use_backend` accepts. decoder: "full", the VAE's own, or a lossy one that `Purifier.from_pretrained`
+    accepts. height, width in pixels; frames of a clip; batch in clips a call.
     """
 
     backend: str
@@ -55,7 +57,7 @@ class Setting(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How long one setting is timed: until `repeats` calls or `seconds` have passed, three calls at least."""
+    """How long one setting is timed: until `repeats` calls or `seconds` have passed, but three calls at least."""
 
     repeats: int = 50
     seconds: float = 10.0
@@ -70,7 +72,7 @@ def sweep(
     frames: Sequence[int],
     batches: Sequence[int],
 ) -> list[Setting]:
-    """All combinations. ValueError for what no purifier accepts."""
+    """Every combination of the values. ValueError for a value that no purifier accepts."""
     for name in backends:
         with use_backend(name):
             pass
@@ -100,40 +102,43 @@ def measure(
     progress: bool = False,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Time each setting on clips of noise; yields first what all rows share, then a row for each setting.
+    """Time each setting on clips of noise. Yields the run, which all rows share, then a row for each setting.
 
-    return_votes: decode all votes, as a DefendedClassifier needs them, or the last alone. stages: profile each setting
-    too. options: device, flow and settings for `Purifier.from_pretrained`.
+    return_votes: decode all votes, as a DefendedClassifier needs them, or the last alone. stages: also profile each
+    setting. options: device, flow and config overrides for `Purifier.from_pretrained`.
 
-    A setting's first call stands apart; it may load, compile and capture. A row whose backend cannot serve it, whose
-    memory does not suffice, or whose first clip does not equal the reference backend's, says so under "not_measured"
-    and has no times. A lossy decoder's row has its mean distance from the full one's first clip.
+    The first call of a setting may load, compile and capture; it is reported apart. A row has the reason under
+    "not_measured", and no times, if its backend cannot run it, if memory does not suffice, or if its first clip differs
+    from the reference backend's by more than TOLERANCE. The row of a lossy decoder has the mean |difference| of its
+    first clip from the full decoder's.
     """
 
     def purifier_of(setting: Setting) -> Purifier:
         decoder = None if setting.decoder == FULL_DECODER else setting.decoder
         return Purifier.from_pretrained(model, dtype=getattr(torch, setting.dtype), decoder=decoder, **options)
 
-    purifier: Purifier | None = purifier_of(settings[0])
+    purifier = purifier_of(settings[0])
     for decoder in {setting.decoder for setting in settings} - {FULL_DECODER}:
-        check_decoder(purifier.vae, load_decoder(decoder, dtype=torch.float32))  # now rather than hours later
-    yield _run(model, purifier, limits, return_votes)
+        check_decoder(purifier.vae, load_decoder(decoder, dtype=torch.float32))  # fails now rather than hours later
+    yield _describe_run(model, purifier, limits, return_votes)
     with tqdm(total=len(settings) * limits.repeats, unit="call", disable=not progress) as bar:
-        # A captured graph keeps the backend it was captured with: a new backend takes a new purifier.
-        for _, group in itertools.groupby(settings, lambda setting: setting[:3]):
+        # A captured graph keeps the backend it was captured with, so a new backend needs a new purifier.
+        groups = [list(group) for _, group in itertools.groupby(settings, lambda setting: setting[:3])]
+        for group in groups:
+            if group is not groups[0]:
+                del purifier  # two models at once may not fit in memory
+                gc.collect()
+                purifier = purifier_of(group[0])
             for setting in group:
                 bar.set_description(str(setting))
-                purifier = purifier or purifier_of(setting)
                 before = bar.n
                 with use_backend(setting.backend):
                     try:
                         row = _measure_one(purifier, setting, limits, return_votes, stages, bar)
-                    except RuntimeError as error:  # no backend for an op, or no memory
+                    except RuntimeError as error:  # an op has no backend, or memory does not suffice
                         row = {"not_measured": str(error).splitlines()[0]}
                 bar.update(limits.repeats - (bar.n - before))
                 yield {**setting._asdict(), **row}
-            purifier = None
-            gc.collect()
 
 
 def _measure_one(
@@ -155,7 +160,7 @@ def _measure_one(
         first_seconds, purified = call()
         with use_backend("reference"):
             difference = _difference(purifier, clips[:1], purified[:1], return_votes)
-        if not difference <= TOLERANCE[setting.dtype]:  # nor NaN
+        if not difference <= TOLERANCE[setting.dtype]:  # written so that NaN fails too
             allowed = f"more than {TOLERANCE[setting.dtype]:g}"
             return {"not_measured": f"differs from the reference by {difference:.3g} a pixel on average, {allowed}"}
         loss = None if purifier.decoder is None else _decoder_loss(purifier, clips[:1], purified[:1], return_votes)
@@ -181,14 +186,14 @@ def _measure_one(
 
 
 def _difference(purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool) -> float:
-    """The mean distance of a purified clip from what the purifier makes of the clip alone, as it is now."""
+    """Mean |difference| of `purified` from what the purifier, as it is now, makes of the clip alone, eagerly."""
     generator = torch.Generator().manual_seed(0)
     expected = purifier(clip, return_votes=return_votes, generator=generator, capture=False)
     return (purified.double() - expected.double()).abs().mean().item()
 
 
 def _decoder_loss(purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool) -> float:
-    """The mean distance of a purified clip from what the full decoder makes of it."""
+    """Mean |difference| of `purified` from what the full decoder makes of the clip."""
     lossy, purifier.decoder = purifier.decoder, None
     try:
         return _difference(purifier, clip, purified, return_votes)
@@ -204,7 +209,9 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"mean": values.mean().item(), **dict(zip(names, found, strict=True))}
 
 
-def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> dict[str, Any]:
+def _describe_run(
+    model: str | os.PathLike[str], purifier: Purifier, limits: Limits, return_votes: bool
+) -> dict[str, Any]:
     device = purifier.unet.device
     gpu = nvidia_smi(device, driver="driver_version", power_limit_w="power.limit", most_sm_mhz="clocks.max.sm")
     names = ("videopure-fast", "torch", "diffusers", "triton", "opencv-python-headless", "xformers")
@@ -241,16 +248,14 @@ def _run(model: Any, purifier: Purifier, limits: Limits, return_votes: bool) -> 
     }
 
 
-# Saved runs
-
-
 def save(run: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a run as JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(run, indent=2) + "\n")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A saved run. ValueError for a file that is none."""
+    """Read a saved run. ValueError if there is no such file, or if it is not a run."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -259,12 +264,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(run, dict) or run.get("kind") != KIND:
-        raise ValueError(f"{path} is no run that videopure-fast bench --json wrote")
+        raise ValueError(f"{path} is no run: its kind is not {KIND!r}; accepted: a file written by {KIND} --json")
     return run
 
 
 class Pair(NamedTuple):
-    """A setting that both runs measured: its name, and the rows."""
+    """A setting that both runs measured: its name, and the row of each run."""
 
     name: str
     a: dict[str, Any]
@@ -274,8 +279,8 @@ class Pair(NamedTuple):
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], *, anyway: bool = False) -> list[Pair]:
     """The settings that two runs have in common.
 
-    ValueError where the runs are of different machines or settings, unless told to compare them `anyway`: then an axis
-    on which each run has one value, and not the same, is left out of account. Versions may differ.
+    Versions may differ. ValueError if the runs differ in their machine or settings, or on an axis of the sweep where
+    each has a single value. `anyway` compares them all the same: such an axis is ignored, and its name becomes "*".
     """
     different = [
         f"{name} ({a[part].get(name)} and {b[part].get(name)})"
@@ -286,7 +291,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], *, anyway: bool = False)
     rows = [[row for row in run["rows"] if "not_measured" not in row] for run in (a, b)]
     axes = list(Setting._fields)
     for axis in Setting._fields:
-        values = [{row[axis] for row in part} for part in rows]
+        values = [{row[axis] for row in measured} for measured in rows]
         if all(len(found) == 1 for found in values) and values[0] != values[1]:
             different.append(f"{axis} ({next(iter(values[0]))} and {next(iter(values[1]))})")
             axes.remove(axis)
@@ -297,7 +302,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], *, anyway: bool = False)
     for row in rows[1]:
         key = tuple(row[axis] for axis in axes)
         if key in known:
-            name = str(Setting(**{axis: row[axis] if axis in axes else "*" for axis in Setting._fields}))
+            name = str(Setting._make(row[axis] if axis in axes else "*" for axis in Setting._fields))
             pairs.append(Pair(name, known[key], row))
     if not pairs:
         raise ValueError("these runs measured no setting in common")

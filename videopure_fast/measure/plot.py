@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # with the number of colors, so that 56 series differ in the pair, and neighbors differ in both.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-EXTENSIONS = (".svg", ".png")
+# Turns off what matplotlib writes by default beside the drawing: the date and its own version would change the bytes.
+_NO_METADATA = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
 
 _COLUMNS = 3  # panels in a row
 _PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 2.6  # inches, with labels
@@ -32,11 +33,13 @@ _MARGIN = 0.2  # on both sides of a logarithmic axis, in decades
 _INK, _GRID = "#333333", "#dddddd"
 _STYLE = {
     "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is matplotlib's own and measures the text
     "axes.titlesize": 9,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.titlecolor": _INK,
     "text.color": _INK,
+    "text.parse_math": False,  # print a dollar sign as it is; it begins no formula
     "xtick.color": _INK,
     "ytick.color": _INK,
     "axes.spines.top": False,
@@ -46,7 +49,7 @@ _STYLE = {
     "lines.linewidth": 1.5,
     "lines.markersize": 5.5,
     "lines.markeredgewidth": 0.5,
-    "svg.fonttype": "none",  # text stays text: small files, and words that can be searched
+    "svg.fonttype": "none",  # write words as text rather than outlines: smaller, and searchable
     "svg.hashsalt": "videopure-fast",  # with a random salt, two drawings of the same numbers would differ
 }
 
@@ -90,15 +93,15 @@ def missing_reason() -> str | None:
 
 def check_picture(path: str | os.PathLike[str]) -> None:
     """ValueError for a file that `draw` cannot write, ImportError where matplotlib is missing; loads nothing."""
-    if Path(path).suffix.lower() not in EXTENSIONS:
-        raise ValueError(f"cannot draw {path}; accepted extensions are {', '.join(EXTENSIONS)}")
+    if Path(path).suffix.lower() not in _NO_METADATA:
+        raise ValueError(f"cannot draw {path}; accepted extensions are {', '.join(_NO_METADATA)}")
     check_writable(path)
     if missing := missing_reason():
         raise ImportError(f"cannot draw {path}: {missing}")
 
 
 def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike[str], *, note: str = "") -> None:
-    """Write panels, three in a row, above a legend and a note, to an .svg or .png file.
+    """Draw panels, three in a row, and below them the note and the legend, into an .svg or .png file.
 
     legend: names of the series, which decide colors and markers by their order. The same arguments give the same bytes.
     """
@@ -108,36 +111,30 @@ def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike
 
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
+    width = _PANEL_WIDTH * columns
+    # 8 letters' width is left for an entry's line and the space around it.
+    entries_across = max(1, min(len(legend), int(width / (_LETTER_WIDTH * (max(map(len, legend)) + 8)))))
+    notes = textwrap.wrap(note, int(width / _LETTER_WIDTH))
+    lines = math.ceil(len(legend) / entries_across) + len(notes) + 1  # one blank
     tops = {panel.top for panel in panels}
     shared = len(tops) == 1 and None not in tops
-    with matplotlib.style.context(["default", _STYLE]):  # "default": whatever the user's own settings are
-        width = _PANEL_WIDTH * columns
-        entries_across = max(1, min(len(legend), int(width / (_LETTER_WIDTH * (max(map(len, legend)) + 8)))))
-        notes = textwrap.wrap(note, int(width / _LETTER_WIDTH))
-        lines = math.ceil(len(legend) / entries_across) + len(notes)
-        figure = Figure((width, _PANEL_HEIGHT * rows + _LEGEND_LINE * (lines + 1)), layout="constrained")
+    with matplotlib.style.context(["default", _STYLE]):  # "default" undoes the user's own settings
+        figure = Figure((width, _PANEL_HEIGHT * rows + _LEGEND_LINE * lines), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=shared, squeeze=False).ravel()
         handles = {name: _handle(name, i) for i, name in enumerate(legend)}
         for i, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
             _draw_panel(ax, panel, handles, y_label=not shared or i % columns == 0)
         for ax in axes[len(panels) :]:
             ax.remove()
-        under = figure.legend(
-            handles=list(handles.values()),
-            loc="outside lower center",
-            ncols=entries_across,
-            frameon=False,
-            title="\n".join(notes) or None,
-            title_fontsize="small",
-        )
-        under.get_title().set_multialignment("center")
-        metadata = {"Date": None, "Creator": None} if Path(path).suffix.lower() == ".svg" else {"Software": None}
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": entries_across, "frameon": False}
+        box = figure.legend(handles=list(handles.values()), title="\n".join(notes), title_fontsize="small", **place)
+        box.get_title().set_multialignment("center")
         with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=_PNG_DPI, metadata=metadata)
+            figure.savefig(temporary, dpi=_PNG_DPI, metadata=_NO_METADATA[Path(path).suffix.lower()])
 
 
 def _handle(name: str, number: int) -> Line2D:
-    """The legend's entry, from which the series take color and marker."""
+    """The legend's entry; the series of this name take its color and marker."""
     from matplotlib.lines import Line2D
 
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
