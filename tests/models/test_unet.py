@@ -241,7 +241,7 @@ def one_operation(q, k, v):
 
 
 def test_cost_of_a_full_size_evaluation(full_size):
-    fast = FastUNet(full_size, attend=one_operation)
+    fast = FastUNet(full_size, attention_fn=one_operation)
     sample = torch.empty(1, 4, 32, 28, 28, dtype=torch.half, device="meta")
     constants = fast.constants(sample.new_empty(1, 77, 1024), torch.ones(12, device="meta"))
     with torch.no_grad(), Calls() as calls, FlopCounterMode(display=False) as counter:
@@ -260,8 +260,8 @@ def test_products_of_a_full_size_purification(full_size):
             block_out_channels=[128, 256, 512, 512],
             layers_per_block=2,
         )
-        vae = FastVAE(vae.half().requires_grad_(False), attend=one_operation)
-        unet = FastUNet(full_size, attend=one_operation)
+        vae = FastVAE(vae.half().requires_grad_(False), attention_fn=one_operation)
+        unet = FastUNet(full_size, attention_fn=one_operation)
         sample, images = torch.empty(1, 4, 32, 28, 28).half(), torch.empty(32, 3, 224, 224).half()
         constants = unet.constants(torch.empty(1, 77, 1024).half(), torch.ones(6))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
