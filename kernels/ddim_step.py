@@ -1,4 +1,8 @@
-"""A sampler's step in Triton, also in place. reference.ddim_step states the maths."""
+"""One step of the DDIM sampler in Triton, out of place and in place.
+
+latents, noise: (B, C, F, h, w). coefficients: (B, 2), a scale of the latents and one of the noise for each clip.
+Returns scale * latents + noise_scale * noise, in float32.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +11,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512  # reasoned, measured on no GPU: a small op, bound by memory
+from .launch import loadable, options, pixels_of_block
+
+BLOCK = 512  # chosen by reasoning, not measured: a small op, bound by memory
 NUM_WARPS = 4
 
 
 # A batch of another size needs no new compilation.
 @triton.jit(do_not_specialize=["clips", "channels", "frames", "height", "width"])
 def _ddim_step_kernel(
-    latents_ptr,
-    noise_ptr,
-    coefficients_ptr,
-    output_ptr,  # may be the latents
-    clips,
-    channels,
-    frames,
-    height,
-    width,
-    z_clip,
-    z_channel,
-    z_frame,
-    z_row,
-    z_column,
-    e_clip,
-    e_channel,
-    e_frame,
-    e_row,
-    e_column,
-    c_clip,
-    c_column,
-    o_clip,
-    o_channel,
-    o_frame,
-    o_row,
-    o_column,
+    latents_ptr: tl.tensor,
+    noise_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    output_ptr: tl.tensor,  # may be the latents
+    clips: tl.tensor,
+    channels: tl.tensor,
+    frames: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    latents_stride_clip: tl.tensor,
+    latents_stride_channel: tl.tensor,
+    latents_stride_frame: tl.tensor,
+    latents_stride_y: tl.tensor,
+    latents_stride_x: tl.tensor,
+    noise_stride_clip: tl.tensor,
+    noise_stride_channel: tl.tensor,
+    noise_stride_frame: tl.tensor,
+    noise_stride_y: tl.tensor,
+    noise_stride_x: tl.tensor,
+    coefficients_stride_clip: tl.tensor,
+    coefficients_stride_column: tl.tensor,
+    output_stride_clip: tl.tensor,
+    output_stride_channel: tl.tensor,
+    output_stride_frame: tl.tensor,
+    output_stride_y: tl.tensor,
+    output_stride_x: tl.tensor,
     BLOCK: tl.constexpr,
-):
-    # One division takes 64 bits; the planes of all frames, and the pixels of one, are counted in 32.
-    pixels = height * width
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offset = (first % pixels).to(tl.int32) + tl.arange(0, BLOCK)
-    plane = (first // pixels).to(tl.int32) + offset // pixels
-    mask = plane < clips * channels * frames
-    pixel = offset % pixels
-    y = (pixel // width).to(tl.int64)
-    x = (pixel % width).to(tl.int64)
+) -> None:
+    _, plane, y, x = pixels_of_block(height, width, BLOCK)
+    inside = plane < clips * channels * frames
+    y = y.to(tl.int64)
+    x = x.to(tl.int64)
     frame = (plane % frames).to(tl.int64)
     channel = (plane // frames % channels).to(tl.int64)
     clip = (plane // frames // channels).to(tl.int64)
 
-    z_at = clip * z_clip + channel * z_channel + frame * z_frame + y * z_row + x * z_column
-    e_at = clip * e_clip + channel * e_channel + frame * e_frame + y * e_row + x * e_column
-    o_at = clip * o_clip + channel * o_channel + frame * o_frame + y * o_row + x * o_column
-    scale = tl.load(coefficients_ptr + clip * c_clip, mask=mask, other=0.0)
-    noise_scale = tl.load(coefficients_ptr + clip * c_clip + c_column, mask=mask, other=0.0)
-    z = tl.load(latents_ptr + z_at, mask=mask, other=0.0)
-    e = tl.load(noise_ptr + e_at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output_ptr + o_at, scale * z + noise_scale * e, mask=mask)
+    latents_offset = clip * latents_stride_clip + channel * latents_stride_channel + frame * latents_stride_frame
+    latents_offset += y * latents_stride_y + x * latents_stride_x
+    noise_offset = clip * noise_stride_clip + channel * noise_stride_channel + frame * noise_stride_frame
+    noise_offset += y * noise_stride_y + x * noise_stride_x
+    output_offset = clip * output_stride_clip + channel * output_stride_channel + frame * output_stride_frame
+    output_offset += y * output_stride_y + x * output_stride_x
+    coefficients_ptr += clip * coefficients_stride_clip
+    scale = tl.load(coefficients_ptr, mask=inside, other=0.0)
+    noise_scale = tl.load(coefficients_ptr + coefficients_stride_column, mask=inside, other=0.0)
+    latents = tl.load(latents_ptr + latents_offset, mask=inside, other=0.0)
+    noise = tl.load(noise_ptr + noise_offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output_ptr + output_offset, scale * latents + noise_scale * noise, mask=inside)
 
 
 def ddim_step(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool = False) -> Tensor:
-    """As reference.ddim_step, for float32 latents (B, C, F, h, w) and coefficients (B, 2) of any strides."""
+    """As the op's reference, for float32 latents (B, C, F, h, w) and coefficients (B, 2) of any strides."""
     output = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
     return _launch(latents, noise, coefficients, first_frame_noise, output)
 
@@ -77,8 +82,7 @@ def ddim_step_(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame
 
 
 def _launch(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool, output: Tensor) -> Tensor:
-    if noise.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        noise = noise.float()
+    noise = loadable(noise)
     if first_frame_noise:
         noise = noise[:, :, :1].expand(noise.shape)
     with torch.cuda.device_of(latents):
@@ -93,7 +97,6 @@ def _launch(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_no
             *coefficients.stride(),
             *output.stride(),
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,  # Triton's default changes between versions
+            **options(NUM_WARPS),
         )
     return output

@@ -1,4 +1,7 @@
-"""A feed-forward block out of two kernels, with torch's LayerNorm before them."""
+"""A feed-forward block of two Triton kernels, with torch's LayerNorm before them.
+
+x: (..., C). weight: (2D, C) and out_weight: (C, D), each with its bias. Returns x + linear(geglu(linear(norm(x)))).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,6 @@ def feed_forward(
     out_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """As reference.feed_forward, for float16, bfloat16 and float32."""
+    """As the op's reference, for float16, bfloat16 and float32."""
     tokens = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     return linear_residual(linear_geglu(tokens, weight, bias), out_weight, out_bias, x)

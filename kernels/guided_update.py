@@ -1,4 +1,11 @@
-"""The guided update in Triton, for GPUs on machines without nvcc. reference.guided_update states the maths."""
+"""The guided update of the votes' latents (arXiv 2501.14999, section 3) in Triton.
+
+latents, noise: (V, B, C, F, h, w). target: (B, C, F, h, w). flow: (B, F-1, 2, h, w), in latent pixels.
+coefficients: (V, B, 4): sqrt_alpha, sqrt_beta, update, predicts_x0. With x0 = (latents - sqrt_beta * noise) /
+sqrt_alpha, returns latents + update * gradient (V, B, C, F, h, w), or the x0 of that where predicts_x0 is not 0. The
+gradient is that of the squared distance between x0 and target, and between frames a sign: of the following frame of x0,
+warped by the flow, less the frame.
+"""
 
 from __future__ import annotations
 
@@ -7,70 +14,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512  # reasoned, measured on no GPU: a small op, bound by memory
+from .launch import loadable, options, pixels_of_block
+
+BLOCK = 512  # chosen by reasoning, not measured: a small op, bound by memory
 NUM_WARPS = 4
 
 
 @triton.jit
-def _predict_x0(z_ptr, e_ptr, mask, inverse_sqrt_alpha, sqrt_beta):
-    z = tl.load(z_ptr, mask=mask, other=0.0)
-    e = tl.load(e_ptr, mask=mask, other=0.0).to(tl.float32)
-    return (z - sqrt_beta * e) * inverse_sqrt_alpha
+def _predict_x0(
+    latents_ptr: tl.tensor, noise_ptr: tl.tensor, inside: tl.tensor, inverse_sqrt_alpha: tl.tensor, sqrt_beta: tl.tensor
+) -> tl.tensor:
+    latents = tl.load(latents_ptr, mask=inside, other=0.0)
+    noise = tl.load(noise_ptr, mask=inside, other=0.0).to(tl.float32)
+    return (latents - sqrt_beta * noise) * inverse_sqrt_alpha
 
 
-# A batch of another size, or other weights, need no new compilation.
+# A batch of another size, or other loss weights, need no new compilation.
 @triton.jit(do_not_specialize=["spatial", "temporal", "votes", "clips", "channels", "frames", "height", "width"])
 def _guided_update_kernel(
-    latents_ptr,
-    noise_ptr,
-    target_ptr,
-    flow_ptr,
-    coefficients_ptr,
-    output_ptr,  # contiguous
-    spatial,
-    temporal,
-    votes,
-    clips,
-    channels,
-    frames,
-    height,
-    width,
-    z_vote,
-    z_clip,
-    z_channel,
-    z_frame,
-    z_row,
-    z_column,
-    e_vote,
-    e_clip,
-    e_channel,
-    e_frame,
-    e_row,
-    e_column,
-    t_clip,
-    t_channel,
-    t_frame,
-    t_row,
-    t_column,
-    f_clip,
-    f_frame,
-    f_axis,
-    f_row,
-    f_column,
-    c_vote,
-    c_clip,
-    c_column,
+    latents_ptr: tl.tensor,
+    noise_ptr: tl.tensor,
+    target_ptr: tl.tensor,
+    flow_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    output_ptr: tl.tensor,  # contiguous
+    spatial: tl.tensor,  # the factors of both losses' gradients
+    temporal: tl.tensor,
+    votes: tl.tensor,
+    clips: tl.tensor,
+    channels: tl.tensor,
+    frames: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    latents_stride_vote: tl.tensor,
+    latents_stride_clip: tl.tensor,
+    latents_stride_channel: tl.tensor,
+    latents_stride_frame: tl.tensor,
+    latents_stride_y: tl.tensor,
+    latents_stride_x: tl.tensor,
+    noise_stride_vote: tl.tensor,
+    noise_stride_clip: tl.tensor,
+    noise_stride_channel: tl.tensor,
+    noise_stride_frame: tl.tensor,
+    noise_stride_y: tl.tensor,
+    noise_stride_x: tl.tensor,
+    target_stride_clip: tl.tensor,
+    target_stride_channel: tl.tensor,
+    target_stride_frame: tl.tensor,
+    target_stride_y: tl.tensor,
+    target_stride_x: tl.tensor,
+    flow_stride_clip: tl.tensor,
+    flow_stride_frame: tl.tensor,
+    flow_stride_axis: tl.tensor,
+    flow_stride_y: tl.tensor,
+    flow_stride_x: tl.tensor,
+    coefficients_stride_vote: tl.tensor,
+    coefficients_stride_clip: tl.tensor,
+    coefficients_stride_column: tl.tensor,
     BLOCK: tl.constexpr,
-):
-    # One division takes 64 bits; the planes of all frames, and the pixels of one, are counted in 32.
-    pixels = height * width
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offset = (first % pixels).to(tl.int32) + tl.arange(0, BLOCK)
-    plane = (first // pixels).to(tl.int32) + offset // pixels
-    mask = plane < votes * clips * channels * frames
-    pixel = offset % pixels
-    pixel_y = pixel // width
-    pixel_x = pixel % width
+) -> None:
+    first, plane, pixel_y, pixel_x = pixels_of_block(height, width, BLOCK)
+    inside = plane < votes * clips * channels * frames
     y = pixel_y.to(tl.int64)
     x = pixel_x.to(tl.int64)
     frame = (plane % frames).to(tl.int64)
@@ -78,48 +82,50 @@ def _guided_update_kernel(
     clip = (plane // frames // channels % clips).to(tl.int64)
     vote = (plane // frames // channels // clips).to(tl.int64)
 
-    c_ptr = coefficients_ptr + vote * c_vote + clip * c_clip
-    inverse_sqrt_alpha = 1.0 / tl.load(c_ptr, mask=mask, other=1.0)
-    sqrt_beta = tl.load(c_ptr + c_column, mask=mask, other=0.0)
-    update = tl.load(c_ptr + 2 * c_column, mask=mask, other=0.0)
-    predicts_x0 = tl.load(c_ptr + 3 * c_column, mask=mask, other=0.0)
+    coefficients_ptr += vote * coefficients_stride_vote + clip * coefficients_stride_clip
+    inverse_sqrt_alpha = 1.0 / tl.load(coefficients_ptr, mask=inside, other=1.0)
+    sqrt_beta = tl.load(coefficients_ptr + coefficients_stride_column, mask=inside, other=0.0)
+    update = tl.load(coefficients_ptr + 2 * coefficients_stride_column, mask=inside, other=0.0)
+    predicts_x0 = tl.load(coefficients_ptr + 3 * coefficients_stride_column, mask=inside, other=0.0)
 
-    z_ptr = latents_ptr + vote * z_vote + clip * z_clip + channel * z_channel + frame * z_frame
-    e_ptr = noise_ptr + vote * e_vote + clip * e_clip + channel * e_channel + frame * e_frame
-    t_ptr = target_ptr + clip * t_clip + channel * t_channel + frame * t_frame
-    z = tl.load(z_ptr + y * z_row + x * z_column, mask=mask, other=0.0)
-    e = tl.load(e_ptr + y * e_row + x * e_column, mask=mask, other=0.0).to(tl.float32)
-    target = tl.load(t_ptr + y * t_row + x * t_column, mask=mask, other=0.0)
-    p = (z - sqrt_beta * e) * inverse_sqrt_alpha
+    latents_ptr += vote * latents_stride_vote + clip * latents_stride_clip
+    latents_ptr += channel * latents_stride_channel + frame * latents_stride_frame
+    noise_ptr += vote * noise_stride_vote + clip * noise_stride_clip
+    noise_ptr += channel * noise_stride_channel + frame * noise_stride_frame
+    target_ptr += clip * target_stride_clip + channel * target_stride_channel + frame * target_stride_frame
+    latents = tl.load(latents_ptr + y * latents_stride_y + x * latents_stride_x, mask=inside, other=0.0)
+    noise = tl.load(noise_ptr + y * noise_stride_y + x * noise_stride_x, mask=inside, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + y * target_stride_y + x * target_stride_x, mask=inside, other=0.0)
+    x0 = (latents - sqrt_beta * noise) * inverse_sqrt_alpha
 
-    # Positions with no pixel in reach, NaN with them, become 0 before the integer cast and load nothing.
-    has_following = mask & (frame + 1 < frames)
-    f_ptr = flow_ptr + clip * f_clip + frame * f_frame + y * f_row + x * f_column
-    sample_x = pixel_x.to(tl.float32) + tl.load(f_ptr, mask=has_following, other=0.0)
-    sample_y = pixel_y.to(tl.float32) + tl.load(f_ptr + f_axis, mask=has_following, other=0.0)
-    inside = has_following & (sample_x > -1.0) & (sample_x < width) & (sample_y > -1.0) & (sample_y < height)
-    sample_x = tl.where(inside, sample_x, 0.0)
-    sample_y = tl.where(inside, sample_y, 0.0)
+    # Positions with no pixel in reach, NaN among them, become 0 before the integer cast and load nothing.
+    has_following = inside & (frame + 1 < frames)
+    flow_ptr += clip * flow_stride_clip + frame * flow_stride_frame + y * flow_stride_y + x * flow_stride_x
+    sample_x = pixel_x.to(tl.float32) + tl.load(flow_ptr, mask=has_following, other=0.0)
+    sample_y = pixel_y.to(tl.float32) + tl.load(flow_ptr + flow_stride_axis, mask=has_following, other=0.0)
+    reached = has_following & (sample_x > -1.0) & (sample_x < width) & (sample_y > -1.0) & (sample_y < height)
+    sample_x = tl.where(reached, sample_x, 0.0)
+    sample_y = tl.where(reached, sample_y, 0.0)
     left = tl.floor(sample_x)
     top = tl.floor(sample_y)
     warped = tl.zeros([BLOCK], dtype=tl.float32)
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # bilinear interpolation: the four pixels around a position
         tap_x = left.to(tl.int64) + i % 2
         tap_y = top.to(tl.int64) + i // 2
         weight_x = sample_x - left if i % 2 == 1 else 1.0 - (sample_x - left)
         weight_y = sample_y - top if i // 2 == 1 else 1.0 - (sample_y - top)
-        within = inside & (tap_x >= 0) & (tap_x < width) & (tap_y >= 0) & (tap_y < height)
-        z_tap = z_ptr + z_frame + tap_y * z_row + tap_x * z_column
-        e_tap = e_ptr + e_frame + tap_y * e_row + tap_x * e_column
-        sample = _predict_x0(z_tap, e_tap, within, inverse_sqrt_alpha, sqrt_beta)
-        warped += tl.where(within, weight_x * weight_y * sample, 0.0)
+        tap_inside = reached & (tap_x >= 0) & (tap_x < width) & (tap_y >= 0) & (tap_y < height)
+        latents_tap = latents_ptr + latents_stride_frame + tap_y * latents_stride_y + tap_x * latents_stride_x
+        noise_tap = noise_ptr + noise_stride_frame + tap_y * noise_stride_y + tap_x * noise_stride_x
+        sample = _predict_x0(latents_tap, noise_tap, tap_inside, inverse_sqrt_alpha, sqrt_beta)
+        warped += tl.where(tap_inside, weight_x * weight_y * sample, 0.0)
 
-    residual = warped - p
+    residual = warped - x0
     sign = (residual > 0.0).to(tl.float32) - (residual < 0.0).to(tl.float32)
-    gradient = spatial * (p - target) + tl.where(has_following, temporal * sign, 0.0)
-    optimized = z + update * gradient
-    result = tl.where(predicts_x0 != 0.0, (optimized - sqrt_beta * e) * inverse_sqrt_alpha, optimized)
-    tl.store(output_ptr + first + tl.arange(0, BLOCK), result, mask=mask)
+    gradient = spatial * (x0 - target) + tl.where(has_following, temporal * sign, 0.0)
+    optimized = latents + update * gradient
+    result = tl.where(predicts_x0 != 0.0, (optimized - sqrt_beta * noise) * inverse_sqrt_alpha, optimized)
+    tl.store(output_ptr + first + tl.arange(0, BLOCK), result, mask=inside)
 
 
 def guided_update(
@@ -131,9 +137,8 @@ def guided_update(
     spatial_weight: float,
     temporal_weight: float,
 ) -> Tensor:
-    """As reference.guided_update, for float32 latents, target, flow and coefficients; all tensors of any strides."""
-    if noise.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        noise = noise.float()
+    """As the op's reference, for float32 latents, target, flow and coefficients; all tensors of any strides."""
+    noise = loadable(noise)
     _, _, channels, frames, height, width = latents.shape
     frame_values = channels * height * width
     output = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
@@ -154,7 +159,6 @@ def guided_update(
             *flow.stride(),
             *coefficients.stride(),
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,  # Triton's default changes between versions
+            **options(NUM_WARPS),
         )
     return output

@@ -64,16 +64,16 @@ BROKEN = """
 import json, sys, tempfile, pathlib, aot
 from videopure_fast.kernels import geglu
 tiles = {
-    "fits": geglu.TILES[True],
-    "shared memory": geglu.Tile(rows=64, columns=128, step=128, warps=8, stages=4),
-    "spills": geglu.Tile(rows=64, columns=256, step=16, warps=4, stages=2),
-    "without HGMMA": geglu.Tile(rows=64, columns=32, step=32, warps=2, stages=2),
-    "does not compile": geglu.Tile(rows=100, columns=32, step=32, warps=4, stages=2),
+    "fits": geglu.TILES["half"],
+    "shared memory": geglu.Tile(block_m=64, block_n=128, block_k=128, warps=8, stages=4),
+    "spills": geglu.Tile(block_m=64, block_n=256, block_k=16, warps=4, stages=2),
+    "without HGMMA": geglu.Tile(block_m=64, block_n=32, block_k=32, warps=2, stages=2),
+    "does not compile": geglu.Tile(block_m=100, block_n=32, block_k=32, warps=4, stages=2),
     "does not launch": None,
 }
 result = {}
 for name, tile in tiles.items():
-    geglu.TILES[True] = tile
+    geglu.TILES["half"] = tile
     out = pathlib.Path(tempfile.mkdtemp()) / "rows.json"
     status = aot.main(["--sample", "--kernel", "linear_geglu", "--arch", "90", "--jobs", "1", "--out", str(out)])
     result[name] = status, [failure for row in json.loads(out.read_text())["rows"] for failure in row["failures"]]

@@ -52,9 +52,9 @@ def test_tiles_of_large_grids(backend, device, monkeypatch):
     """Triton's kernel has wider tiles where there are enough of them."""
     if backend != "triton":
         pytest.skip("the other forms have no tiles")
-    from videopure_fast.kernels import linear_residual
+    from videopure_fast.kernels import launch
 
-    monkeypatch.setattr(linear_residual, "ENOUGH_TILES", 0)
+    monkeypatch.setattr(launch, "TILES_TO_FILL_GPU", 0)
     for dtype in dtypes(backend, device):
         for n in (64, 128):
             check(backend, device, "linear_residual", *(tensor.to(dtype) for tensor in inputs((5, 50), 80, n)))

@@ -81,9 +81,9 @@ def test_tiles_of_large_grids(backend, device, size, monkeypatch):
     """Triton's kernel has wider tiles where there are enough of them."""
     if backend != "triton":
         pytest.skip("the other forms have no tiles")
-    from videopure_fast.kernels import temporal_attention
+    from videopure_fast.kernels import launch
 
-    monkeypatch.setattr(temporal_attention, "ENOUGH_PROGRAMS", 0)
+    monkeypatch.setattr(launch, "TILES_TO_FILL_GPU", 0)
     *shape, channels, heads, head = size
     for dtype in set(dtypes(backend, device)) - {torch.float32}:
         moved = (tensor.to(dtype) for tensor in norm_inputs(*shape, channels, heads * head))
