@@ -1,9 +1,8 @@
-"""The ahead-of-time gate: a sample passes it, what should fail does, and it reads its tools and the models rightly."""
+"""bench/aot.py: a sample passes, broken tiles fail, tools are read rightly, and the cases are those of the models."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import math
 import os
@@ -19,16 +18,18 @@ from videopure_fast.ops.backend import SUPPORTED_DTYPES
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
-_spec = importlib.util.spec_from_file_location("aot", ROOT / "bench" / "aot.py")
-aot = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(aot)
+sys.path.append(str(ROOT / "bench"))
+
+import aot  # noqa: E402
+import aot_cases  # noqa: E402
+import aot_machine_code  # noqa: E402
 
 needs_tools = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 FIELDS = {"kernel", "arch", "config", "dtype", "registers", "shared", "spills", "stack", "matrix", "occupancy"}
 
 
 def kernels_in_files() -> set[str]:
-    """ "geglu._geglu_kernel": the functions of kernels/ that a launch starts, by their file."""
+    """The functions of kernels/ that a launch starts, with their file, such as "geglu._geglu_kernel"."""
     found = set()
     for path in (ROOT / "kernels").glob("*.py"):
         functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
@@ -59,7 +60,7 @@ def test_sample_passes(tmp_path):
     assert "HMMA" in by_arch[80]["matrix"]
 
 
-# Each breaks linear_geglu's table in another way; the gate must say which.
+# Each entry replaces the tile of linear_geglu by one that must fail for the reason that is its key.
 BROKEN = """
 import json, sys, tempfile, pathlib, aot
 from videopure_fast.kernels import geglu
@@ -97,7 +98,7 @@ def test_broken_configurations_fail_with_their_reasons():
 
 @pytest.mark.skipif(aot.triton is None, reason="triton is not installed")
 def test_missing_tools_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(aot, "find_tool", lambda name: None)
+    monkeypatch.setattr(aot_machine_code, "find_tool", lambda name: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert aot.main(["--sample"]) == 2
     assert "Nothing was checked: cuobjdump is neither in triton's wheel nor on PATH" in capsys.readouterr().err
@@ -142,17 +143,21 @@ ASSEMBLY = """
 
 
 def test_reading_the_tools():
-    needs = aot.parse(USAGE, ASSEMBLY, 90)
+    needs = aot_machine_code.parse(USAGE, ASSEMBLY, 90)
     # 1 KiB of the shared memory is the system's.
-    assert needs["_first"] == aot.Needs(registers=42, shared=2048, stack=40, spills=3, matrix="HGMMA x2", warps=8)
-    assert needs["_second"] == aot.Needs(registers=10, shared=0, stack=0, spills=0, matrix="HMMA x1", warps=None)
-    assert aot.parse(USAGE, ASSEMBLY, 80)["_first"].shared == 3072
+    assert needs["_first"] == aot_machine_code.Needs(
+        registers=42, shared=2048, stack=40, spills=3, matrix="HGMMA x2", warps=8
+    )
+    assert needs["_second"] == aot_machine_code.Needs(
+        registers=10, shared=0, stack=0, spills=0, matrix="HMMA x1", warps=None
+    )
+    assert aot_machine_code.parse(USAGE, ASSEMBLY, 80)["_first"].shared == 3072
 
 
 def test_reading_tritons_products():
     dot = "%a = tt.dot %x, %y, %z : tensor<{0}x32x{1}> * tensor<32x64x{1}> -> tensor<{0}x64xf32> loc(#loc1)\n"
     ttir = dot.format(128, "f16") + dot.format(64, "f32") + dot.format(32, "bf16") + dot.format("4x16", "f16")
-    assert aot.half_precision_dot_rows(ttir) == [128, 32, 16]
+    assert aot_machine_code.half_precision_dot_rows(ttir) == [128, 32, 16]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +173,8 @@ def test_reading_tritons_products():
     ],
 )
 def test_occupancy(registers, shared, warps, architecture, expected):
-    needs = aot.Needs(registers, shared, 0, 0, "", warps)
-    assert aot.occupancy(needs, architecture) == pytest.approx(expected, abs=1e-3)
+    needs = aot_machine_code.Needs(registers, shared, 0, 0, "", warps)
+    assert aot_machine_code.occupancy(needs, architecture) == pytest.approx(expected, abs=1e-3)
 
 
 REAL_VAE = {
@@ -211,14 +216,14 @@ def test_widths_are_those_of_diffusers(forward, configuration, side):
             forward(configuration, side)
     finally:
         hook.remove()
-    norms = [case.arguments for case in aot.cases() if case.op == "group_norm_silu"]
+    norms = [case.arguments for case in aot_cases.cases() if case.op == "group_norm_silu"]
     cases = {(x.shape[2], x.shape[-1], groups) for x, _, _, _, groups, *_ in norms}
     assert seen
     assert seen <= cases, seen - cases
 
 
 def test_every_op_has_cases():
-    cases = {case.op for case in aot.cases()}
+    cases = {case.op for case in aot_cases.cases()}
     assert cases == {op for op, forms in SUPPORTED_DTYPES.items() if "triton" in forms}
 
 
