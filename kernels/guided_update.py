@@ -1,10 +1,13 @@
 """The guided update of the votes' latents (arXiv 2501.14999, section 3) in Triton.
 
 latents, noise: (V, B, C, F, h, w). target: (B, C, F, h, w). flow: (B, F-1, 2, h, w), in latent pixels.
-coefficients: (V, B, 4): sqrt_alpha, sqrt_beta, update, predicts_x0. With x0 = (latents - sqrt_beta * noise) /
-sqrt_alpha, returns latents + update * gradient (V, B, C, F, h, w), or the x0 of that where predicts_x0 is not 0. The
-gradient is that of the squared distance between x0 and target, and between frames a sign: of the following frame of x0,
-warped by the flow, less the frame.
+coefficients: (V, B, 4): sqrt_alpha, sqrt_beta, update, predicts_x0. With
+
+    x0(z) = (z - sqrt_beta * noise) / sqrt_alpha
+    gradient = spatial * (x0(latents) - target) + temporal * sign(warp(the following frame's x0) - x0(latents))
+    optimized = latents + update * gradient
+
+it returns optimized (V, B, C, F, h, w), or x0(optimized) where predicts_x0 is not 0. The last frame has no second term.
 """
 
 from __future__ import annotations
