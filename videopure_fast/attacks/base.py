@@ -1,26 +1,40 @@
-"""What attacks are made of: a checked call, the losses they raise, the ball they stay in, and the best clips so far."""
+"""Parts shared by the attacks: the checked call, the model under attack, the norm ball, and restarts.
+
+An attack calls `prepare`, which checks its arguments and returns a `Task`. A gradient attack then hands its update rule
+to `best_of_restarts`; `gradient_steps` is the rule of PGD and MIM.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..inputs import check_clips, check_count, check_generator, check_logits, check_number
+from .losses import LOSSES, LossFunction
 
 Model = Callable[[Tensor], Tensor]  # clips -> logits (B, K) or (B, V, K)
-Loss = str | Callable[[Tensor, Tensor], Tensor]  # a name, or (logits, labels) -> (B,)
+Loss = str | LossFunction  # a name in LOSSES, or a function from (logits, labels) to (B,)
+Norm = Literal["linf", "l2"]
 
 
 class Shared(TypedDict, total=False):
-    """Keywords of the gradient attacks, which explain them; `prepare` holds the defaults."""
+    """Keyword arguments that all gradient attacks accept; `prepare` checks them and holds their defaults.
 
-    norm: str
+    norm: norm of the ball, "linf" or "l2".
+    loss: loss to raise: "ce", "dlr", "margin", or a function from (logits, labels) to (B,).
+    restarts: number of runs, of which each clip keeps its best.
+    eot: model calls averaged for each gradient of a randomized model.
+    generator: source of all random draws, on the CPU; None is torch's default generator.
+    progress: whether to show a progress bar.
+    """
+
+    norm: Norm
     loss: Loss
     restarts: int
     eot: int
@@ -28,67 +42,26 @@ class Shared(TypedDict, total=False):
     progress: bool
 
 
-# Losses, larger where the attack is nearer to its aim
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K) or (B, V, K) logits, labels (B,) -> (B,): the cross-entropy, the mean over votes."""
-    return _mean_over_votes(lambda z, y: F.cross_entropy(z, y, reduction="none"), logits, labels)
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K) or (B, V, K) logits -> (B,): the best wrong logit less the true one, the mean over votes."""
-    return _mean_over_votes(_margin, logits, labels)
-
-
-def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K) or (B, V, K) logits, K >= 3 -> (B,): the margin over the spread of the three largest logits, the mean
-    over votes (difference of logits ratio, arXiv 2003.01690, eq. 6)."""
-    if logits.shape[-1] < 3:
-        raise ValueError(f"the dlr loss compares the three largest logits, got {logits.shape[-1]} classes")
-
-    def ratio(z: Tensor, y: Tensor) -> Tensor:
-        largest = z.topk(3, dim=-1).values
-        return _margin(z, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
-
-    return _mean_over_votes(ratio, logits, labels)
-
-
-def majority_vote(logits: Tensor) -> Tensor:
-    """(B, K) or (B, V, K) logits -> (B,): the label, the most frequent over votes, the smallest of equals."""
-    labels = logits.argmax(-1)
-    return labels if logits.ndim == 2 else F.one_hot(labels, logits.shape[-1]).sum(1).argmax(-1)
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    true = F.one_hot(labels, logits.shape[-1]).bool()
-    return logits.masked_fill(true, -math.inf).amax(-1) - logits.gather(-1, labels[:, None])[:, 0]
-
-
-def _mean_over_votes(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.ndim == 2:
-        return loss(logits, labels)
-    votes = loss(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))
-    return votes.view(logits.shape[:2]).mean(1)
-
-
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
-
-
-# The model, the ball and the best
+# The model under attack
 
 
 @dataclass(frozen=True)
 class Target:
-    """The model under attack and the loss to raise."""
+    """The model under attack, the true labels (B,), and the loss to raise.
+
+    eot: number of model calls over which scores and gradients are averaged (EOT, arXiv 1707.07397).
+    """
 
     model: Model
     labels: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: LossFunction
     eot: int
 
     def losses(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """One call of the model: whether each clip is fooled, as 0 or 1, and its loss. Both (B,)."""
+        """Call the model once. Returns two tensors (B,): 1 where the clip is misclassified, else 0; and its loss.
+
+        TypeError or ValueError for logits or losses of a wrong shape or dtype, or that are not finite.
+        """
         logits = self.model(clips)
         check_logits(logits, len(clips), votes=True)
         if self.labels.max() >= logits.shape[-1]:
@@ -97,36 +70,41 @@ class Target:
         if not isinstance(loss, Tensor) or loss.shape != clips.shape[:1] or not loss.is_floating_point():
             seen = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss must be floats ({len(clips)},), got {seen}")
-        if loss.isnan().any():  # it is never the larger: the attack would keep the clips that it began with
+        if loss.isnan().any():  # NaN compares as not larger, so that the attack would return its starting clips
             raise ValueError("the loss is NaN")
         return (majority_vote(logits.detach()) != self.labels).to(loss.dtype), loss
 
     def score(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """Over `eot` calls: how often each clip is fooled, and its mean loss. Both (B,)."""
+        """Success rate and mean loss of each clip over `eot` model calls, without gradients: two tensors (B,)."""
         with torch.no_grad():
-            rate, loss = map(torch.stack, zip(*(self.losses(clips) for _ in range(self.eot)), strict=True))
-        return rate.mean(0), loss.mean(0)
+            success, loss = map(torch.stack, zip(*(self.losses(clips) for _ in range(self.eot)), strict=True))
+        return success.mean(0), loss.mean(0)
 
-    def gradient(self, point: Tensor, show: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """Of the mean loss of the clips show(point) over `eot` calls: point's shape."""
-        return self.probe(point, show)[0]
+    def gradient(self, point: Tensor, transform: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """d loss(transform(point)) / d point, averaged over `eot` model calls: the shape of point."""
+        return self.value_and_grad(point, transform)[2]
 
-    def probe(self, point: Tensor, show: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient, and the score of the same calls."""
-        found: list[tuple[Tensor, Tensor]] = []
+    def value_and_grad(
+        self, point: Tensor, transform: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Success rate (B,), mean loss (B,) and gradient (as `gradient`) at transform(point), from the same calls."""
+        scores: list[tuple[Tensor, Tensor]] = []
 
         def loss(x: Tensor) -> Tensor:
-            rate, loss = self.losses(show(x))
-            found.append((rate, loss.detach()))
+            success, loss = self.losses(transform(x))
+            scores.append((success, loss.detach()))
             return loss
 
         gradient = sum(gradient_of(point, loss) for _ in range(self.eot)) / self.eot
-        rate, losses = map(torch.stack, zip(*found, strict=True))
-        return gradient, rate.mean(0), losses.mean(0)
+        success, losses = map(torch.stack, zip(*scores, strict=True))
+        return success.mean(0), losses.mean(0), gradient
 
 
 def gradient_of(point: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Of the sum of loss(point), whatever the caller's grad mode; no other tensor gets a gradient."""
+    """d sum(loss(point)) / d point, in whatever grad mode the caller is; no other tensor gets a gradient.
+
+    ValueError if the loss does not depend on point through differentiable operations, or the gradient is not finite.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         point = point.detach().clone().requires_grad_()  # a clone: inference tensors never get gradients
         total = loss(point).sum()
@@ -138,79 +116,112 @@ def gradient_of(point: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     return gradient
 
 
-class Ball:
-    """All clips in [0, 1] within eps of the given ones, in the norm, after rounding. mask: where they may differ."""
+def majority_vote(logits: Tensor) -> Tensor:
+    """Predicted labels (B,) of logits (B, K), or of votes (B, V, K): the most frequent, the smallest among equals."""
+    labels = logits.argmax(-1)
+    return labels if logits.ndim == 2 else F.one_hot(labels, logits.shape[-1]).sum(1).argmax(-1)
 
-    def __init__(self, clips: Tensor, eps: float, norm: str) -> None:
+
+# The ball and the best clips
+
+
+class Ball:
+    """All clips in [0, 1] whose distance from the given clips is at most eps, measured after rounding.
+
+    clips: (B, 3, F, H, W); eps: radius, in the clips' units; norm: "linf" or "l2" over a whole clip.
+    mask: bool, broadcastable to the clips: the pixels that may change. All may until `restrict` is called.
+    low, high: bounds of each pixel, of the clips' shape.
+    """
+
+    def __init__(self, clips: Tensor, eps: float, norm: Norm) -> None:
         self.clips, self.eps, self.norm = clips, eps, norm
         self.restrict(torch.ones_like(clips[:, :1], dtype=torch.bool))
 
     def restrict(self, mask: Tensor) -> None:
-        """mask: bool, broadcastable to the clips."""
+        """Keep all pixels fixed where mask, bool and broadcastable to the clips, is False."""
         self.mask, reach = mask, self.eps * mask.to(self.clips.dtype)
-        self.low, self.high = shift(self.clips, -reach), shift(self.clips, reach)
+        self.low, self.high = perturb(self.clips, -reach), perturb(self.clips, reach)
 
     def project(self, x: Tensor) -> Tensor:
+        """A point of the ball for each clip of x: the nearest in l_inf; in l2, the perturbation scaled down to eps."""
         if self.norm == "linf":
             return x.clamp(self.low, self.high)
         delta = (x - self.clips) * self.mask
-        shrink = (self.eps / lengths(delta)).clamp(max=1)
-        return shift(self.clips, delta * shrink.to(x.dtype))
+        shrink = (self.eps / l2_norm(delta)).clamp(max=1)
+        return perturb(self.clips, delta * shrink.to(x.dtype))
 
-    def ascent(self, gradient: Tensor) -> Tensor:
-        """The direction of length 1 in the norm that climbs fastest; 0 where the gradient is."""
+    def ascent_direction(self, gradient: Tensor) -> Tensor:
+        """The direction of norm 1 in which a loss with this gradient rises fastest; 0 where the gradient is 0."""
         if self.norm == "linf":
             return gradient.sign()
-        gradient = unit(gradient * self.mask, lambda g: g.abs().flatten(1).amax(1))  # squares must not underflow
-        return unit(gradient, lengths)
+        # Divide by the largest entry first: squares of small entries would underflow in the l2 norm.
+        gradient = normalize(gradient * self.mask, lambda g: g.abs().flatten(1).amax(1))
+        return normalize(gradient, l2_norm)
 
-    def draw(self, generator: torch.Generator | None) -> Tensor:
-        """A point, uniform in the ball and cut to [0, 1] (l2), or uniform in the box (l_inf)."""
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        """Random clips: uniform in the box (l_inf), or uniform in the ball and then clamped to [0, 1] (l2)."""
         make = torch.rand if self.norm == "linf" else torch.randn
         noise = make(self.clips.shape, generator=generator, dtype=self.clips.dtype).to(self.clips.device)
         if self.norm == "linf":
             return self.project(self.low + (self.high - self.low) * noise)
-        room = self.mask[0].expand_as(self.clips[0]).sum().item()
-        radius = torch.rand(len(noise), 1, 1, 1, 1, generator=generator, dtype=noise.dtype) ** (1 / room)
-        return self.project(self.clips + self.eps * radius.to(noise.device) * unit(noise * self.mask, lengths))
+        dimensions = self.mask[0].expand_as(self.clips[0]).sum().item()
+        radius = torch.rand(len(noise), 1, 1, 1, 1, generator=generator, dtype=noise.dtype) ** (1 / dimensions)
+        return self.project(self.clips + self.eps * radius.to(noise.device) * normalize(noise * self.mask, l2_norm))
 
 
 class Best:
-    """The best clips seen: those that fool more often, or as often with a larger loss."""
+    """The best version of each clip so far: the highest success rate, then the largest loss.
 
-    def __init__(self, clips: Tensor, rate: Tensor, loss: Tensor) -> None:
-        self.clips, self.rate, self.loss = clips.clone(), rate.clone(), loss.clone()
+    clips: (B, ...); success: success rate (B,), in [0, 1]; loss: (B,).
+    """
 
-    def offer(self, clips: Tensor, rate: Tensor, loss: Tensor, at: Tensor | slice = slice(None)) -> None:
-        """at: which of the rows these are."""
-        wins = (rate > self.rate[at]) | ((rate == self.rate[at]) & (loss > self.loss[at]))
-        for mine, other in ((self.clips, clips), (self.rate, rate), (self.loss, loss)):
-            mine[at] = torch.where(wins.view(-1, *[1] * (other.ndim - 1)), other, mine[at])
+    def __init__(self, clips: Tensor, success: Tensor, loss: Tensor) -> None:
+        self.clips, self.success, self.loss = clips.clone(), success.clone(), loss.clone()
+
+    def update(self, clips: Tensor, success: Tensor, loss: Tensor, at: Tensor | slice = slice(None)) -> None:
+        """Replace clips by better ones. at: indices of the rows that these clips belong to; by default all."""
+        wins = (success > self.success[at]) | ((success == self.success[at]) & (loss > self.loss[at]))
+        for current, new in ((self.clips, clips), (self.success, success), (self.loss, loss)):
+            current[at] = torch.where(wins.view(-1, *[1] * (new.ndim - 1)), new, current[at])
 
 
-def shift(clips: Tensor, delta: Tensor) -> Tensor:
-    """clips + delta in [0, 1], rounded towards clips, so that the difference is never larger than delta."""
+def perturb(clips: Tensor, delta: Tensor) -> Tensor:
+    """clips + delta clamped to [0, 1], rounded towards clips, so that no pixel changes by more than abs(delta)."""
     moved = (clips + delta).clamp(0, 1)
     return torch.where((moved - clips).abs() > delta.abs(), torch.nextafter(moved, clips), moved)
 
 
-def lengths(x: Tensor) -> Tensor:
-    """The l2 norm of each row, float64: (B, 1, ...), as many dimensions as x."""
+def l2_norm(x: Tensor) -> Tensor:
+    """The l2 norm of each row of (B, ...), in float64: (B, 1, ...), with as many dimensions as x."""
     return x.double().flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
 
-def unit(x: Tensor, size: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each row divided by its size; rows of zeros stay."""
-    size = size(x).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+def normalize(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each row of x (B, ...) divided by its norm, given as B values; rows whose norm is 0 stay as they are."""
+    size = norm(x).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     return x / torch.where(size > 0, size, 1)
 
 
-# At the door
+def interval_mask(start: Tensor, length: Tensor | int, size: int, dim: int) -> Tensor:
+    """Which of `size` positions along dim lie in [start, start + length).
+
+    start: (B,), length: (B,) or one int; dim: -3 (frames), -2 (rows) or -1 (columns). Returns bool, 5-D, of length 1
+    in the other dimensions.
+    """
+    positions = torch.arange(size)
+    inside = (positions >= start[:, None]) & (positions < (start + length)[:, None])
+    return inside.view(-1, *[size if d == dim else 1 for d in (-4, -3, -2, -1)])
+
+
+# The call of an attack
 
 
 @dataclass(frozen=True)
 class Task:
-    """A checked call of an attack."""
+    """Checked arguments of one call of an attack.
+
+    ball.clips are a detached copy of the caller's clips; step_size is in the clips' units.
+    """
 
     target: Target
     ball: Ball
@@ -228,43 +239,48 @@ def prepare(
     eps: float,
     *,
     steps: int = 1,
-    least_steps: int = 1,
+    min_steps: int = 1,
     step_size: float | None = None,
-    pace: float = 2.5,
-    norm: str = "linf",
+    path_length: float = 2.5,
+    norm: Norm = "linf",
     loss: Loss = "ce",
     restarts: int = 1,
     eot: int = 1,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Task:
-    """Checks everything before any work. Without a step_size, all steps together are `pace` times eps."""
+    """Check the arguments of an attack before any work; TypeError or ValueError says what is accepted.
+
+    min_steps: smallest number of steps that this attack accepts.
+    step_size: None is path_length * eps / steps.
+    path_length: sum of all steps, in units of eps, where step_size is None.
+    """
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     check_labeled(clips, labels)
     check_number("eps", eps, zero=False)
     if step_size is not None:
         check_number("step_size", step_size, zero=False)
-    for name, value, least in (("steps", steps, least_steps), ("restarts", restarts, 1), ("eot", eot, 1)):
+    for name, value, least in (("steps", steps, min_steps), ("restarts", restarts, 1), ("eot", eot, 1)):
         check_count(name, value, least=least)
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     if norm == "linf" and eps > 1:
         raise ValueError(f"eps must be at most 1 in l_inf, in the clips' units (4/255, not 4), got {eps}")
-    if not callable(loss) and loss not in list(_LOSSES):
-        raise ValueError(f"loss must be callable or one of {', '.join(_LOSSES)}, got {loss!r}")
+    if not callable(loss) and loss not in list(LOSSES):
+        raise ValueError(f"loss must be callable or one of {', '.join(LOSSES)}, got {loss!r}")
     if generator is not None:
         check_generator(generator)
     with torch.inference_mode(False):  # so that the model may save the labels for its backward pass
         clips, labels = clips.detach().clone(), labels.clone()
-    target = Target(model, labels, loss if callable(loss) else _LOSSES[loss], eot)
-    size = pace * eps / max(steps, 1) if step_size is None else step_size
+    target = Target(model, labels, loss if callable(loss) else LOSSES[loss], eot)
+    size = path_length * eps / max(steps, 1) if step_size is None else step_size
     return Task(target, Ball(clips, eps, norm), steps, size, restarts, generator, progress)
 
 
 def check_labeled(clips: Tensor, labels: Tensor) -> None:
-    """TypeError or ValueError unless clips are as of `check_clips`, of 32 bits or more, and labels (B,) int64 of 0 or
-    more beside them."""
+    """TypeError or ValueError unless clips are (B, 3, F, H, W) float32 or float64 in [0, 1], and labels (B,) int64 of
+    0 or more on the same device."""
     check_clips(clips, (torch.float32, torch.float64))
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
@@ -273,3 +289,49 @@ def check_labeled(clips: Tensor, labels: Tensor) -> None:
     if labels.shape != clips.shape[:1] or labels.device != clips.device or labels.min() < 0:
         seen = f"{tuple(labels.shape)} on {labels.device}, down to {labels.min() if labels.numel() else None}"
         raise ValueError(f"labels must be ({len(clips)},) of 0 or more on {clips.device}, got {seen}")
+
+
+# Runs of gradient attacks
+
+
+Run = Callable[[Tensor, tqdm], Tensor]  # (starting clips, progress bar that counts steps) -> attacked clips
+
+
+def gradient_steps(task: Task, gradient: Callable[[Tensor], Tensor], decay: float | None = None) -> Run:
+    """A run of task.steps projected steps of equal size along the gradient, the update rule of PGD.
+
+    gradient: from clips to a tensor of their shape. decay: None, or the factor of MIM's momentum, a decayed sum of
+    gradients that are each scaled to a mean absolute value of 1.
+    """
+
+    def run(x: Tensor, bar: tqdm) -> Tensor:
+        momentum = torch.zeros_like(x)
+        for _ in range(task.steps):
+            direction = gradient(x)
+            if decay is not None:
+                scaled = normalize(direction, lambda g: g.abs().flatten(1).mean(1))
+                momentum = direction = decay * momentum + scaled
+            x = task.ball.project(x + task.step_size * task.ball.ascent_direction(direction))
+            bar.update()
+        return x
+
+    return run
+
+
+def best_of_restarts(name: str, task: Task, run: Run, random_start: bool) -> Tensor:
+    """Call `run` task.restarts times, and keep the best result for each clip.
+
+    The first run starts at the clips themselves, or with random_start at random clips of the ball; later runs always
+    start at random. name: label of the progress bar.
+    """
+    best: Best | None = None
+    with tqdm(total=task.steps * task.restarts, desc=name, disable=not task.progress) as bar:
+        for i in range(task.restarts):
+            x = run(task.ball.sample(task.generator) if random_start or i else task.ball.clips.clone(), bar)
+            if task.restarts == 1:
+                return x
+            score = task.target.score(x)
+            best = best or Best(x, *score)
+            best.update(x, *score)
+    assert best is not None  # `prepare` refuses 0 restarts
+    return best.clips

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import apgd, pgd
-from ..attacks.base import check_labeled, cross_entropy, gradient_of, margin, majority_vote
+from ..attacks.base import check_labeled, gradient_of, majority_vote
+from ..attacks.losses import cross_entropy, margin
 from ..defense.classifier import DefendedClassifier
 from ..inputs import check_count
 from ..purifier import Purifier
