@@ -14,7 +14,8 @@ from videopure_fast import cli, purifier
 from videopure_fast.cli import purify as cli_purify
 from videopure_fast.cli import report as cli_report
 from videopure_fast.cli.console import format_seconds
-from videopure_fast.data.video import VideoWriter, probe
+from videopure_fast.data.video import probe
+from videopure_fast.data.video_writer import VideoWriter
 from videopure_fast.evaluation.record import Plan, Threat
 from videopure_fast.evaluation.runner import Setup, defenses
 

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from videopure_fast.data import datasets
+from videopure_fast.data import annotations
 from videopure_fast.data.datasets import Batch, ClipSampling, VideoDataset, draws, load
-from videopure_fast.data.video import VideoWriter
+from videopure_fast.data.video_writer import VideoWriter
 
 SMALL = ClipSampling(frames=4, stride=2, resize=32, crop=24)
 
@@ -398,7 +398,7 @@ def test_annotations_that_are_no_json(tmp_path, content):
 
 def test_annotations_are_bounded(ucf, monkeypatch):
     videos, splits = ucf
-    monkeypatch.setattr(datasets, "MAX_ANNOTATIONS", 30)
+    monkeypatch.setattr(annotations, "MAX_ANNOTATIONS", 30)
     with pytest.raises(ValueError, match="classInd.txt is too large; accepted: annotations of 30 bytes at most"):
         VideoDataset.ucf101(videos, splits)
 

@@ -10,8 +10,9 @@ from conftest import build_purifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videopure_fast.data import video
-from videopure_fast.data.video import VideoWriter, check_output, probe, read_frames, working_size
+from videopure_fast.data import video, video_writer
+from videopure_fast.data.video import probe, read_frames, working_size
+from videopure_fast.data.video_writer import VideoWriter, check_output
 from videopure_fast.streaming import purify_stream
 from videopure_fast.windows import window_starts, window_weights
 
@@ -341,7 +342,7 @@ def test_no_frames_leave_nothing(tmp_path):
 
 
 def test_an_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(video._FORMATS, ".mp4", video._Format("mp4", "nosuchcodec", "yuv420p", {}))
+    monkeypatch.setitem(video_writer._FORMATS, ".mp4", video_writer._Format("mp4", "nosuchcodec", "yuv420p", {}))
     with (
         pytest.raises(OSError, match="without nosuchcodec"),
         VideoWriter(tmp_path / "out.mp4", height=48, width=64, rate=25),

@@ -406,7 +406,8 @@ def _check_options(dataset: DatasetName, options: dict[str, Any]) -> None:
 
 
 def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int]) -> VideoDataset:
-    from ..data.datasets import ClipSampling, VideoDataset, read_lines
+    from ..data.annotations import read_lines
+    from ..data.datasets import ClipSampling, VideoDataset
 
     places, options = [files[option] for option in _NEEDS[name]], {"sampling": ClipSampling(**sampling)}
     if name is DatasetName.ucf101:

@@ -53,7 +53,8 @@ def purify(
     """
     import torch
 
-    from ..data.video import VideoWriter, check_output, probe, read_frames, working_size
+    from ..data.video import probe, read_frames, working_size
+    from ..data.video_writer import VideoWriter, check_output
     from ..purifier import Purifier
     from ..streaming import purify_stream
 

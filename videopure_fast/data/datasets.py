@@ -1,32 +1,33 @@
-"""Clips of UCF-101, Kinetics-400 and Something-Something V2, from their official annotations and your video files.
-
-Annotation files are data of strangers: they are read as text up to a bound, and no name in them may leave the folder
-of the videos. (Links inside that folder are yours, and followed.)
-"""
+"""Clips of UCF-101, Kinetics-400 and Something-Something V2, from their official annotations and your video files."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
-import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..inputs import check_count, check_generator, check_number
+from .annotations import (
+    path_inside,
+    read_json,
+    read_kinetics_rows,
+    read_lines,
+    read_something_classes,
+    read_ucf101_classes,
+    unique_samples,
+)
 from .video import probe, read_frames, working_size
 
-MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one
 _PathLike = str | os.PathLike[str]
 
 
@@ -35,10 +36,11 @@ class ClipSampling:
     """Which frames and pixels of a video become a clip (3, frames, crop, crop).
 
     Attributes:
-        frames: of a clip. A video that is too short repeats its last frame.
-        stride: every stride-th frame is taken.
-        resize: pixels of the shorter side, even, 16 or more; the aspect is kept (`video.working_size`).
-        crop: side of the square that is cut from the center, at most `resize`.
+        frames: number of frames in a clip. A video that is too short repeats its last frame.
+        stride: distance between frames of a clip, in frames of the video.
+        resize: length of the shorter side after resizing, in pixels, even, 16 or more; the aspect is kept
+            (`video.working_size`).
+        crop: side of the square that is cut from the center, in pixels, at most `resize`.
     """
 
     frames: int = 32
@@ -54,7 +56,8 @@ class ClipSampling:
             raise ValueError(f"crop {self.crop} is more than resize {self.resize}, the shorter side")
 
     def indices(self, total: int, place: float = 0.5) -> list[int]:
-        """Frames of a clip from a video of `total`; place in [0, 1): 0.5 is the center, 0 the earliest start."""
+        """Indices of a clip's frames in a video of `total` frames. place in [0, 1): 0 is the earliest start, 0.5 the
+        center."""
         check_count("total", total)
         check_number("place", place)
         if place >= 1:
@@ -67,28 +70,30 @@ _SAMPLING = ClipSampling()
 
 
 class Sample(NamedTuple):
+    """A video file and its label, an index into `VideoDataset.classes`."""
+
     path: Path
     label: int
 
 
 class Batch(NamedTuple):
-    """clips (B, 3, F, H, W), floats in [0, 1]; labels (B,) int64; indices (B,) int64 into `VideoDataset.samples`."""
+    """clips: (B, 3, F, H, W), float32 in [0, 1]; labels: (B,) int64; indices: (B,) int64, into VideoDataset.samples."""
 
     clips: Tensor
     labels: Tensor
     indices: Tensor
 
 
-class VideoDataset(Dataset):
-    """Labeled videos: item i is the center clip (3, frames, crop, crop), floats in [0, 1], and its label, an int.
+class VideoDataset(Dataset[tuple[Tensor, int]]):
+    """Labeled videos: item i is the center clip (3, frames, crop, crop), float32 in [0, 1], and its label, an int.
 
     Attributes:
         samples: path and label of each video, in the order of the annotations. Files are opened when they are read.
-        classes: names by label.
+        classes: name of each label.
         sampling: which frames and pixels become a clip.
-        skipped: of the files that `load` could not read, path and reason.
+        skipped: path of each file that `load` could not read, and the reason.
 
-    An item raises FileNotFoundError or ValueError for a file that `video.probe` refuses; `load` goes on without it.
+    An item raises FileNotFoundError or ValueError for a file that `video.probe` refuses; `load` skips such files.
     """
 
     def __init__(
@@ -124,26 +129,26 @@ class VideoDataset(Dataset):
     ) -> VideoDataset:
         """UCF-101: `videos` holds a folder for each class, `splits` classInd.txt, trainlist01.txt, testlist01.txt, ...
 
-        split: "train" or "test"; fold: 1, 2 or 3. Labels are classInd.txt's less one.
+        split: "train" or "test"; fold: 1, 2 or 3. Labels are the numbers in classInd.txt minus 1.
         """
         if split not in ("train", "test") or fold not in (1, 2, 3):
             raise ValueError(f"got split {split!r} and fold {fold!r}; accepted: train or test, and 1, 2 or 3")
         videos, source = _folder(videos), Path(splits) / f"{split}list{fold:02d}.txt"
-        labels = _ucf101_classes(Path(splits) / "classInd.txt")
+        labels = read_ucf101_classes(Path(splits) / "classInd.txt")
 
         def parse() -> Iterator[tuple[Path, int]]:
             for line in read_lines(source):
                 name, stated = line, None
                 if len(parts := line.rsplit(None, 1)) == 2 and re.fullmatch("[0-9]{1,9}", parts[1]):
                     name, stated = parts
-                path, label = _inside(videos, name, source), labels.get(name.split("/")[0])
+                path, label = path_inside(videos, name, source), labels.get(name.split("/")[0])
                 if label is None:
                     raise ValueError(f"{source}: {name} is in no class of classInd.txt")
                 if stated is not None and int(stated) != label + 1:
                     raise ValueError(f"{source}: {name} has label {stated}, its class {label + 1}")
                 yield path, label
 
-        return cls(_unique(parse(), source), list(labels), sampling=sampling)
+        return cls(unique_samples(parse(), source), list(labels), sampling=sampling)
 
     @classmethod
     def kinetics400(
@@ -157,13 +162,15 @@ class VideoDataset(Dataset):
     ) -> VideoDataset:
         """Kinetics: `annotations` is a CSV file with label, youtube_id, time_start, time_end and, perhaps, split.
 
-        Files are `<youtube_id>_<start:06d>_<end:06d>.mp4`, in the folder of their class, its blanks kept or
-        underscores, or where there is none in `videos` itself. `split` keeps the rows of one. `classes` are the names
-        by label, by default those of the file in alphabetical order: give them where the file has not all of a
-        model's.
+        Files are `<youtube_id>_<start:06d>_<end:06d>.mp4`, in a folder named like their class, with blanks or with
+        underscores, or in `videos` itself if there is no such folder.
+
+        split: None, or the split whose rows are kept.
+        classes: the name of each label; None is the names in the file, in alphabetical order. They must be given if the
+            file lacks some classes of the model.
         """
         videos, source = _folder(videos), Path(annotations)
-        rows = [row for row in _csv_rows(source) if split is None or row.get("split") == split]
+        rows = [row for row in read_kinetics_rows(source) if split is None or row.get("split") == split]
         if not rows:
             raise ValueError(f"{source} has no rows" + ("" if split is None else f" of split {split!r}"))
         classes = sorted({row["label"] for row in rows}) if classes is None else list(classes)
@@ -176,15 +183,15 @@ class VideoDataset(Dataset):
                 if name not in labels:
                     raise ValueError(f"{source}: label {name!r} is none of the {len(labels)} classes")
                 if name not in folders:
-                    named = [_inside(videos, spelling, source) for spelling in (name, name.replace(" ", "_"))]
+                    named = [path_inside(videos, spelling, source) for spelling in (name, name.replace(" ", "_"))]
                     folders[name] = next(filter(os.path.isdir, named), videos)
                 times = row["time_start"], row["time_end"]
                 if not all(re.fullmatch("[0-9]{1,6}", time) for time in times):
                     raise ValueError(f"{source}: {row['youtube_id']} is from {times[0]!r} to {times[1]!r} seconds")
                 file = f"{row['youtube_id']}_{int(times[0]):06d}_{int(times[1]):06d}.mp4"
-                yield _inside(folders[name], file, source), labels[name]
+                yield path_inside(folders[name], file, source), labels[name]
 
-        return cls(_unique(parse(), source), classes, sampling=sampling)
+        return cls(unique_samples(parse(), source), classes, sampling=sampling)
 
     @classmethod
     def something_something_v2(
@@ -197,23 +204,23 @@ class VideoDataset(Dataset):
     ) -> VideoDataset:
         """Something-Something V2: `annotations` is a split's JSON file, `labels` is labels.json, files `<id>.webm`."""
         videos, source = _folder(videos), Path(annotations)
-        numbers = _something_classes(Path(labels))
+        numbers = read_something_classes(Path(labels))
 
         def parse() -> Iterator[tuple[Path, int]]:
-            for i, entry in enumerate(_json(source, list)):
-                values = [entry.get(key) if isinstance(entry, dict) else None for key in ("id", "template")]
-                if not all(isinstance(value, str) for value in values):
+            for i, entry in enumerate(read_json(source, list)):
+                name, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("id", "template"))
+                if not (isinstance(name, str) and isinstance(template, str)):
                     raise ValueError(f"{source}: entry {i} must have the texts id and template")
-                name, template = values[0], re.sub(r"[\[\]]", "", values[1])
+                template = re.sub(r"[\[\]]", "", template)
                 if template not in numbers:
                     raise ValueError(f"{source}: {name} has the template {template!r}, which is not in {labels}")
-                yield _inside(videos, f"{name}.webm", source), numbers[template]
+                yield path_inside(videos, f"{name}.webm", source), numbers[template]
 
-        return cls(_unique(parse(), source), sorted(numbers, key=numbers.__getitem__), sampling=sampling)
+        return cls(unique_samples(parse(), source), sorted(numbers, key=numbers.__getitem__), sampling=sampling)
 
     @property
     def digest(self) -> str:
-        """Of classes, labels, and the files' paths and sizes: equal for equal data."""
+        """Hash (16 hex digits) of classes, sampling, labels, and the files' paths and sizes: equal for equal data."""
         found = hashlib.sha256(repr((self.classes, self.sampling)).encode())
         for path, label in self.samples:
             size = path.stat().st_size if path.is_file() else -1
@@ -227,7 +234,7 @@ class VideoDataset(Dataset):
         return self.read(index).float() / 255, self.samples[index].label
 
     def read(self, index: int, place: float = 0.5) -> Tensor:
-        """A clip of one video, (3, frames, crop, crop) uint8; `place` as for `ClipSampling.indices`."""
+        """Read one clip of a video: (3, frames, crop, crop) uint8. place: as in `ClipSampling.indices`."""
         video = probe(self.samples[index].path)
         wanted, crop = self.sampling.indices(video.frames, place), self.sampling.crop
         kept: dict[int, Tensor] = {}
@@ -246,13 +253,14 @@ def load(
     indices: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Batch]:
-    """Batches of a data set, decoded in `workers` processes, in order; 0 is the caller's own.
+    """Yield batches of a data set in order, decoded in `workers` processes; 0 is the caller's process.
 
-    A file that cannot be read is skipped: a UserWarning tells path and reason, `dataset.skipped` keeps them, and its
+    A file that cannot be read is skipped: a UserWarning gives path and reason, `dataset.skipped` keeps them, and its
     batch is smaller. Every video is in a batch or in `skipped`.
 
-    indices: of the samples to load, in this order; None is all.
-    generator: start each clip at random, the same for any number of workers; None is the center.
+    indices: indices of the samples to load, in this order; None is all.
+    generator: source of random start frames, equal for any number of workers; None starts each clip so that it lies in
+        the center of its video.
     """
     if not isinstance(dataset, VideoDataset):
         raise TypeError(f"dataset must be a VideoDataset, got {type(dataset).__name__}")
@@ -270,10 +278,11 @@ def load(
 
 
 def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
-    """What `evaluation.evaluate` draws from: (seed, start, count) -> clips (count, 3, F, H, W) and labels (count,).
+    """The source of clips of an evaluation: (seed, start, count) -> clips (count, 3, F, H, W) and labels (count,).
 
-    The videos stand in one random order, of which each seed has the next `clips`: no video is of two seeds. Those that
-    cannot be read are missing, as for `load`. ValueError for a draw beyond a seed's clips, or the last video.
+    The videos are shuffled once; seed s has the videos from s * clips to (s + 1) * clips of that order, so that no two
+    seeds share a video. Videos that cannot be read are left out, as in `load`. ValueError for a draw beyond a seed's
+    clips or the last video.
     """
     check_count("clips", clips)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
@@ -294,8 +303,11 @@ def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int,
     return draw
 
 
-class _Jobs(Dataset):
-    """(index, its clip as uint8, or why there is none). Bytes travel between processes; the floats are made after."""
+class _Jobs(Dataset[tuple[int, Tensor | str]]):
+    """Items (index of a sample, its clip as uint8 or the reason why it cannot be read).
+
+    Clips stay uint8 here because worker processes send them; floats would be four times as large.
+    """
 
     def __init__(self, dataset: VideoDataset, jobs: list[tuple[int, float]]) -> None:
         self.dataset, self.jobs = dataset, jobs
@@ -312,6 +324,7 @@ class _Jobs(Dataset):
 
 
 def _batches(dataset: VideoDataset, loader: Iterable[list[tuple[int, Tensor | str]]]) -> Iterator[Batch]:
+    """Batches of the clips that could be read; the others are warned of and go to dataset.skipped."""
     for results in loader:
         read = [(index, clip) for index, clip in results if isinstance(clip, Tensor)]
         for index, reason in results:
@@ -327,95 +340,7 @@ def _batches(dataset: VideoDataset, loader: Iterable[list[tuple[int, Tensor | st
 
 
 def _folder(path: _PathLike) -> Path:
+    """The path of a folder; FileNotFoundError if there is none."""
     if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     return Path(path)
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    with path.open("rb") as file:
-        content = file.read(MAX_ANNOTATIONS + 1)
-    if len(content) > MAX_ANNOTATIONS:
-        raise ValueError(f"{path} is too large; accepted: annotations of {MAX_ANNOTATIONS} bytes at most")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_lines(path: Path) -> list[str]:
-    """Of a text file of bounded size, in UTF-8: its lines without blanks around them, empty ones left out."""
-    # Not splitlines: a name may hold U+2028.
-    return [line for line in map(str.strip, re.split(r"\r\n|\n|\r", _text(path))) if line]
-
-
-def _json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}; accepted: a {kind.__name__}")
-    return content
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    needed = {"label", "youtube_id", "time_start", "time_end"}
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path} is not CSV that can be read: {error}") from error
-    if not needed <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path} has the columns {reader.fieldnames}; accepted: {', '.join(sorted(needed))}")
-    for i, row in enumerate(rows):
-        if None in row or any(row[key] is None for key in needed):
-            raise ValueError(f"{path}: row {i + 1} has more or fewer values than the header")
-    return rows
-
-
-def _ucf101_classes(path: Path) -> dict[str, int]:
-    """Labels by name, from lines "1 ApplyEyeMakeup"."""
-    matches = [re.fullmatch(r"([0-9]{1,9})\s+(.+)", line) for line in read_lines(path)]
-    if not all(matches):
-        raise ValueError(f"{path} must have lines of a number and a class")
-    return _numbered([(match[2], int(match[1]) - 1) for match in matches], path)
-
-
-def _something_classes(path: Path) -> dict[str, int]:
-    """Labels by template, from {"Approaching something with your camera": "0"}."""
-    entries = _json(path, dict)
-    if not all(isinstance(number, str) and re.fullmatch("[0-9]{1,9}", number) for number in entries.values()):
-        raise ValueError(f"{path} must give each template a number as a text")
-    return _numbered([(name, int(number)) for name, number in entries.items()], path)
-
-
-def _numbered(pairs: list[tuple[str, int]], path: Path) -> dict[str, int]:
-    pairs = sorted(pairs, key=lambda pair: pair[1])
-    if [label for _, label in pairs] != list(range(len(pairs))) or len(dict(pairs)) != len(pairs):
-        raise ValueError(f"{path} must number its classes without gaps, and each once")
-    return dict(pairs)
-
-
-def _inside(root: Path, name: str, source: Path) -> Path:
-    """The path of a name from an annotation file; ValueError if it could lead out of the root on any system."""
-    foreign = PureWindowsPath(name)  # which takes both / and \ for a separator
-    if foreign.anchor or ".." in foreign.parts or not foreign.parts or "\0" in name:
-        raise ValueError(f"{source}: {name!r} leads out of {root}; accepted: relative paths without ..")
-    return root / name
-
-
-def _unique(samples: Iterable[tuple[Path, int]], source: Path) -> list[tuple[Path, int]]:
-    """Each video once: a repeated one would count twice in an accuracy. ValueError if its labels differ."""
-    labels: dict[Path, int] = {}
-    lines = 0
-    for lines, (path, label) in enumerate(samples, 1):  # noqa: B007
-        if labels.setdefault(path, label) != label:
-            raise ValueError(f"{source} gives {path} two labels, {labels[path]} and {label}")
-    if not labels:
-        raise ValueError(f"{source} lists no videos")
-    if lines > len(labels):
-        warnings.warn(f"{source} repeats {lines - len(labels)} of its videos; each counts once", stacklevel=3)
-    return list(labels.items())

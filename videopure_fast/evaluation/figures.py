@@ -47,7 +47,7 @@ def write_strip(
 
 def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
     """A video that shows clean, attacked and purified side by side, one clip after another."""
-    from ..data.video import VideoWriter
+    from ..data.video_writer import VideoWriter
 
     frames = list(_side_by_side(found, classes))
     height, width = frames[0].shape[1:]
