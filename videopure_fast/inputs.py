@@ -1,4 +1,7 @@
-"""What is accepted: clips, logits, numbers, models, embeddings, settings, devices. All else is refused at once."""
+"""Checks of inputs: clips, logits, numbers, models, embeddings, settings, devices.
+
+They raise TypeError or ValueError with a sentence that says what was given and what is accepted.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from torch import Tensor, nn
 
 from .config import PurifyConfig
 
-LEAST_SIDE = 16  # pixels
-MOST_FRAMES = 1024  # of a window
+LEAST_SIDE = 16  # smallest height and width of a video, in pixels
+MOST_FRAMES = 1024  # largest number of frames of a window
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_video(video: Tensor) -> None:
-    """Raise TypeError or ValueError for anything that `Purifier` does not accept."""
+    """TypeError or ValueError unless a video is (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8, with F >= 2
+    frames and sides of LEAST_SIDE pixels or more."""
     accepted = "accepted: (B, 3, F, H, W) or (3, F, H, W) with F >= 2 frames and sides of 16 pixels or more"
     if not isinstance(video, Tensor):
         raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
@@ -43,7 +47,7 @@ def check_video(video: Tensor) -> None:
 
 
 def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """TypeError or ValueError unless clips are (B, 3, F, H, W) of one of the dtypes, in [0, 1]."""
+    """TypeError or ValueError unless clips are dense, (B, 3, F, H, W), of one of the dtypes, and in [0, 1]."""
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     accepted = f"accepted: dense tensors (B, 3, F, H, W) in [0, 1] of {names}, no axis empty"
     if not isinstance(clips, Tensor):
@@ -58,8 +62,10 @@ def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
 
 
 def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:
-    """TypeError or ValueError unless logits are (clips, K), or with votes also (clips, V, K), and each row names a
-    label: NaN's largest is the first, and would count as an answer."""
+    """TypeError or ValueError unless logits are finite floats (clips, K) with K >= 2, or with votes also (clips, V, K).
+
+    clips: number of clips. NaN is refused because argmax would return the first NaN's index as a label.
+    """
     accepted = f"({clips}, K) or ({clips}, V, K)" if votes else f"({clips}, K)"
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model must return logits {accepted}, got {type(logits).__name__}")
@@ -72,7 +78,10 @@ def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:
 
 
 def check_number(name: str, value: float, *, zero: bool = True, most: float = math.inf) -> None:
-    """TypeError or ValueError unless it is finite and 0 (if it may be) or more, and at most `most`."""
+    """TypeError or ValueError unless value is a finite number from 0 to `most`.
+
+    name: the name of the argument, for the message. zero: whether 0 is accepted.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= value <= min(most, sys.float_info.max) or not (value or zero):
@@ -82,7 +91,7 @@ def check_number(name: str, value: float, *, zero: bool = True, most: float = ma
 
 
 def check_count(name: str, value: int, *, least: int = 1, most: int | None = None) -> None:
-    """TypeError or ValueError unless it is an int from `least` to `most`."""
+    """TypeError or ValueError unless value is an int from `least` to `most`. name: of the argument, for the message."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least or (most is not None and value > most):
@@ -91,7 +100,8 @@ def check_count(name: str, value: int, *, least: int = 1, most: int | None = Non
 
 
 def check_generator(generator: torch.Generator) -> None:
-    """TypeError or ValueError unless it is on the CPU, so that its draws do not depend on the clips' device."""
+    """TypeError or ValueError unless generator is a torch.Generator on the CPU, whose draws do not depend on the device
+    of the clips."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator on the CPU, got {type(generator).__name__}")
     if generator.device.type != "cpu":
@@ -118,7 +128,8 @@ def check_flag(name: str, value: bool) -> bool:
 
 
 def check_models(unet: nn.Module, vae: nn.Module) -> None:
-    """TypeError or ValueError unless these are diffusers modules that fit each other."""
+    """TypeError or ValueError unless these are diffusers modules with the same number of latent channels, and the VAE's
+    scaling factor is positive."""
     for name, module, settings in (
         ("unet", unet, ("in_channels", "cross_attention_dim")),
         ("vae", vae, ("latent_channels", "scaling_factor", "block_out_channels")),
@@ -136,21 +147,25 @@ def check_models(unet: nn.Module, vae: nn.Module) -> None:
 
 
 def check_decoder(vae: nn.Module, decoder: nn.Module | None) -> None:
-    """TypeError or ValueError unless a lossy decoder, if any, is for the VAE's latents."""
+    """TypeError or ValueError unless decoder is None or an AutoencoderTiny for the VAE's latents: with as many channels
+    and levels."""
     if decoder is None:
         return
     if not isinstance(decoder, nn.Module) or type(decoder).__name__ != "AutoencoderTiny":
         raise TypeError(f"decoder must be a diffusers AutoencoderTiny, got {type(decoder).__name__}")
-    for name, of_vae, of_decoder in (
+    for name, vae_value, decoder_value in (
         ("latent channels", vae.config.latent_channels, decoder.config.latent_channels),
         ("levels", len(vae.config.block_out_channels), len(decoder.config.decoder_block_out_channels)),
     ):
-        if of_vae != of_decoder:
-            raise ValueError(f"the VAE has {of_vae} {name}, the decoder {of_decoder}: it is not for these latents")
+        if vae_value != decoder_value:
+            raise ValueError(
+                f"the VAE has {vae_value} {name}, the decoder {decoder_value}: it is not for these latents"
+            )
 
 
 def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:
-    """TypeError or ValueError unless both prompts, the second if there is one, are (1, tokens, dim) of the UNet."""
+    """TypeError or ValueError unless prompts are finite floats (1, tokens, cross_attention_dim of the UNet), of equal
+    shapes. negative_prompt_embeds may be None."""
     dim = unet.config.cross_attention_dim
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is None and name == "negative_prompt_embeds":
@@ -169,7 +184,7 @@ def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_emb
 
 
 def replace_config(config: PurifyConfig, overrides: Mapping[str, Any]) -> PurifyConfig:
-    """The settings with some replaced. TypeError for what is no field of them, ValueError for bad values."""
+    """A copy of config with some settings replaced. TypeError for unknown settings, ValueError for bad values."""
     if not isinstance(config, PurifyConfig):
         raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
     accepted = [field.name for field in fields(PurifyConfig)]
@@ -179,10 +194,11 @@ def replace_config(config: PurifyConfig, overrides: Mapping[str, Any]) -> Purify
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device that is meant, None the accelerator or else the CPU; ValueError where torch cannot use it."""
+    """The device with its index; None is the accelerator if there is one, else the CPU. ValueError if torch cannot use
+    it."""
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # each backend has its own way
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # the exception differs by backend
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Gradients that take another way than the values."""
+"""An operation whose gradient bypasses the computation of its values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import Tensor
 
 
 def straight_through(path: Tensor, values: Tensor) -> Tensor:
-    """`values`, whose gradient goes to `path`, of the same shape: the backward pass of BPDA (arXiv 1802.00420)."""
+    """Return `values`; in the backward pass their gradient goes to `path` unchanged (BPDA, arXiv 1802.00420).
+
+    path, values: tensors of the same shape. The gradient is cast to the dtype and device of path.
+    """
     return _StraightThrough.apply(path, values)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, path: Tensor, values: Tensor) -> Tensor:
-        ctx.like = path.new_empty(0)  # its dtype and device
+        ctx.like = path.new_empty(0)  # empty: only the dtype and device of path are needed
         return values.view_as(values)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The packaged small prior: procedural action clips, a classifier of them, and a VAE and UNet trained on them."""
+"""The packaged small prior: procedural action clips, a classifier of them, and a VAE and a UNet trained on them."""
 
 from .clips import CLASSES, sample_clips
 from .models import ActionClassifier, load_classifier

@@ -1,11 +1,12 @@
 """The packaged models: a video classifier, and the configurations of the small VAE and UNet.
 
-VAE and UNet are the diffusers classes that the full-size text-to-video models use, at toy width.
+VAE and UNet are of the diffusers classes that the full-size text-to-video models use, with few channels.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .clips import CLASSES
 
 WEIGHTS = Path(__file__).with_name("weights")
 
-VAE_CONFIG = {
+VAE_CONFIG: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -26,7 +27,7 @@ VAE_CONFIG = {
     "mid_block_add_attention": False,
     "sample_size": 32,
 }
-UNET_CONFIG = {
+UNET_CONFIG: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
@@ -41,13 +42,16 @@ UNET_CONFIG = {
 
 
 class ActionClassifier(nn.Module):
-    """Conv3d classifier of clips: (B, 3, F, H, W) in [0, 1] -> logits (B, 8)."""
+    """A 3-D convolutional classifier: clips (B, 3, F, H, W) in [0, 1] -> logits (B, 8).
+
+    width: channels of the first layer.
+    """
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        # Space shrinks first: the direction of motion lives in time.
+        # Early layers reduce height and width, not frames: the direction of motion shows only over time.
         strides = ((1, 2, 2), (2, 2, 2), 1, 2, 1)
         for out, stride in zip((width, 2 * width, 2 * width, 4 * width, 4 * width), strides, strict=True):
             layers += [nn.Conv3d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm3d(out), nn.ReLU()]
@@ -60,7 +64,7 @@ class ActionClassifier(nn.Module):
 
 
 def load_classifier() -> ActionClassifier:
-    """The packaged classifier, trained and in eval mode, its weights frozen."""
+    """The packaged classifier: trained, in eval mode, its parameters without gradients."""
     classifier = ActionClassifier()
     classifier.load_state_dict(load_file(WEIGHTS / "classifier.safetensors"))
     return classifier.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
 """Train the packaged classifier, VAE and UNet from scratch: `python -m videopure_fast.tiny.train --help`.
 
-Seeded; takes an hour or more on two CPU cores. Every step sees freshly drawn clips, from seeds that no test,
-demo or study uses. The UNet is a purifier, not a generator: it learns the first 300 of the 1000 noise levels,
-the ones that purification visits.
+Seeded; takes an hour or more on two CPU cores. Every step draws new clips, from seeds that no test, demo or study
+uses. The UNet is trained to purify, not to generate: it learns the first 300 of the 1000 timesteps, the ones that
+purification uses.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from ..schedule import Schedule
 from .clips import FRAMES, SIZE, sample_clips
 from .models import UNET_CONFIG, VAE_CONFIG, ActionClassifier
 
-_SEED = 7_000_000  # step s of a stage draws clips with seed _SEED + stage offset + s
-_MAX_TIMESTEP = 300
-# Strength of guidance, as a share of the full-size model's pull on a latent. Chosen among 0, 0.5, 1, 2 and 4 on 96
-# attacked clips of seed 777: robust accuracy fell with every increase, a little to 0.5 and by far from 1 on.
-_PULL = 0.5
+_SEED = 7_000_000  # step s of a stage draws clips with seed _SEED + offset of the stage + s
+_MAX_TIMESTEP = 300  # the UNet is trained on timesteps below
+# Guidance weights, as a share of those of the full-size model after rescaling. Chosen among 0, 0.5, 1, 2 and 4 on 96
+# attacked clips of seed 777: robust accuracy fell with every increase, a little up to 0.5 and much from 1 on.
+_GUIDANCE_SHARE = 0.5
 
 
 def fit(
     name: str, model: nn.Module, loss: Callable[[int], Tensor], *, steps: int, lr: float, decay: float = 1e-2
 ) -> nn.Module:
-    """AdamW with warm-up and cosine decay on `loss(step)`; returns the exponential moving average in eval mode."""
+    """Train with AdamW, warm-up and cosine decay, on `loss(step)`.
+
+    lr: largest learning rate; decay: weight decay. Returns the exponential moving average of the weights, in eval mode.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
@@ -57,6 +60,7 @@ def fit(
 
 
 def train_classifier(steps: int) -> nn.Module:
+    """A classifier of clips, trained on 32 of them a step."""
     model = ActionClassifier()
 
     def loss(step: int) -> Tensor:
@@ -67,8 +71,9 @@ def train_classifier(steps: int) -> nn.Module:
 
 
 def train_vae(steps: int) -> AutoencoderKL:
+    """A VAE of frames, trained on 4 frames of 16 clips a step. Its scaling factor gives latents unit variance."""
     model = AutoencoderKL(**VAE_CONFIG)
-    with torch.no_grad():  # near-deterministic from the start, or the KL term starves the reconstruction
+    with torch.no_grad():  # start with a small posterior variance: with a large one the KL term prevents reconstruction
         model.quant_conv.bias[VAE_CONFIG["latent_channels"] :] = -6.0
 
     def loss(step: int) -> Tensor:
@@ -90,6 +95,7 @@ def train_vae(steps: int) -> AutoencoderKL:
 
 
 def train_unet(vae: AutoencoderKL, steps: int) -> UNet3DConditionModel:
+    """A UNet that predicts the noise in latents of the VAE, without a prompt."""
     model = UNet3DConditionModel(**UNET_CONFIG).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -98,7 +104,8 @@ def train_unet(vae: AutoencoderKL, steps: int) -> UNet3DConditionModel:
     alphas_cumprod = torch.tensor(Schedule(PurifyConfig()).alphas_cumprod)
 
     def loss(step: int) -> Tensor:
-        # Crops of 8x8 latents for three quarters of the time, then whole latents: the same cost a step.
+        # Train on 16 crops of 8x8 latents for three quarters of the steps, then on 4 whole latents of 16x16. Both cost
+        # the same.
         whole = step >= 0.75 * steps
         clips, _ = sample_clips(4 if whole else 8, _SEED + 2_000_000 + step)
         latents = encode(vae, clips)
@@ -106,8 +113,8 @@ def train_unet(vae: AutoencoderKL, steps: int) -> UNet3DConditionModel:
             corners = torch.randint(0, 9, (16, 2)).tolist()
             latents = torch.stack([latents[i // 2, ..., y : y + 8, x : x + 8] for i, (y, x) in enumerate(corners)])
         batch = len(latents)
-        latents = torch.where(torch.rand(batch, 1, 1, 1, 1) < 0.5, latents.flip(2), latents)  # time reversed
-        # Low levels, where purification lives, more often than high ones.
+        latents = torch.where(torch.rand(batch, 1, 1, 1, 1) < 0.5, latents.flip(2), latents)  # half of them in reverse
+        # Draw small timesteps more often than large ones: purification uses them most.
         timesteps = (_MAX_TIMESTEP * torch.rand(batch) ** 1.5).long()
         level = alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
         noise = torch.randn_like(latents)
@@ -125,8 +132,8 @@ def encode(vae: AutoencoderKL, clips: Tensor) -> Tensor:
     return latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
 
 
-def keep(model: AutoencoderKL | UNet3DConditionModel, folder: Path) -> None:
-    """Save in half precision, whole or not at all."""
+def save(model: AutoencoderKL | UNet3DConditionModel, folder: Path) -> None:
+    """Save a model in half precision; the folder appears when it is complete."""
     unfinished = folder.with_suffix(".unfinished")
     model.half().save_pretrained(unfinished)
     unfinished.rename(folder)
@@ -151,20 +158,20 @@ def main() -> None:
         save_file(classifier.state_dict(), classifier_file)
     torch.manual_seed(_SEED + 1)
     if not (options.work / "vae").exists():
-        keep(train_vae(options.vae_steps), options.work / "vae")
+        save(train_vae(options.vae_steps), options.work / "vae")
     vae = AutoencoderKL.from_pretrained(options.work / "vae").eval()
     torch.manual_seed(_SEED + 2)
     if not (options.work / "unet").exists():
-        keep(train_unet(vae, options.unet_steps), options.work / "unet")
+        save(train_unet(vae, options.unet_steps), options.work / "unet")
     unet = UNet3DConditionModel.from_pretrained(options.work / "unet")
 
     prompt = torch.zeros(1, 1, UNET_CONFIG["cross_attention_dim"])
     config = PurifyConfig().rescaled(FRAMES, SIZE // 2, SIZE // 2)
     config = replace(
         config,
-        spatial_weight=_PULL * config.spatial_weight,
-        temporal_weight=_PULL * config.temporal_weight,
-        window_overlap=2,  # that of the full-size windows, in proportion
+        spatial_weight=_GUIDANCE_SHARE * config.spatial_weight,
+        temporal_weight=_GUIDANCE_SHARE * config.temporal_weight,
+        window_overlap=2,  # in proportion to the overlap of the full-size model's windows
     )
     purifier = Purifier(unet, vae, prompt, flow="dis", config=config, max_frames=FRAMES)
     purifier.half().save_pretrained(options.out)
