@@ -258,7 +258,7 @@ def test_bad_lists(tmp_path):
         VideoDataset([(tmp_path / "a.mp4", 0)], ["a"], sampling={"frames": 2})
 
 
-# Annotations of strangers
+# Bad annotation files
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_files_damaged_in_the_middle_are_refused(tmp_path, suffix):
     path = write(tmp_path / f"clip{suffix}", frames=50)
     content = bytearray(path.read_bytes())
     middle, length = len(content) // 2, len(content) // 8
-    # GIF has no checksum: noise in its picture data may decode, so that only a hole is sure to be seen.
+    # GIF has no checksum: random bytes in its picture data may decode, zeros never do.
     content[middle : middle + length] = bytes(length) if suffix == ".gif" else np.random.default_rng(3).bytes(length)
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged"):
@@ -431,7 +431,7 @@ def test_stream_equals_windows_of_the_whole(data, total, max_frames):
         purified.append(frame)
     purified = torch.stack(purified)
     assert purified.shape == frames.shape and purified.dtype == torch.uint8
-    # Half a level by rounding; the rest is float32.
+    # Rounding to uint8 gives half a level of difference; float32 arithmetic gives the rest.
     assert (purified - blended / weight_sums * 255).abs().max() <= 0.5 + 1e-3
 
 

@@ -74,7 +74,7 @@ def test_a_fooled_classifier_is_right_again(purifier, tmp_path):
     assert accuracy["gray-box", "videopure"] >= 0.8 and accuracy["none", "videopure"] >= 0.85
     assert accuracy["gray-box", "videopure"] - accuracy["gray-box", "VAE round trip"] > 0.5
     clips, _ = sample(21, 0, 4)
-    # Purified clips still show the clip.
+    # Purified clips stay close to the clips.
     assert (purifier(clips) - clips).square().mean() < 0.005
 
 
@@ -89,7 +89,7 @@ def test_a_batch_equals_its_clips_in_float32(purifier):
     alone = torch.cat([latent_votes(purifier, clip[None])[0] for clip in clips], 1)
     error = (votes - alone).abs() / (1 + alone.abs())
     assert error[~ambiguous].max() <= 1e-5 and ambiguous.float().mean() < 1e-3
-    # To the last pixel where no sign is taken.
+    # Without temporal guidance no sign is taken, and all pixels agree.
     signless = Purifier.from_pretrained("tiny", device="cpu", temporal_weight=0.0)
     batch = signless(clips, return_votes=True)
     singles = torch.stack([signless(clip, return_votes=True) for clip in clips])
