@@ -17,7 +17,7 @@ from torch import Tensor
 
 from videopure_fast import ops, reference
 from videopure_fast.config import PurifyConfig
-from videopure_fast.ops.backend import use_backend
+from videopure_fast.ops.backend import implementation, use_backend
 from videopure_fast.schedule import Schedule
 
 # (B, C, F, h, w) of latents, and (B, F, H, W, C) with heads and groups of activations.
@@ -143,7 +143,7 @@ def test_op(row, make: Callable[..., Call], backend: str, device: str, size: str
 
     with torch.no_grad(), use_backend(backend):
         wide = (None if t is None else t.float() for t in tensors)
-        expected = getattr(reference, op)(*wide, **settings)
+        expected = implementation(op, "reference")(*wide, **settings)
         right = (call() - expected).abs() / (1 + expected.abs()) <= TOLERANCE[dtype]
         assert (~right).float().mean() <= (MAX_SHARE_APART if op == "guided_update" else 0)
         row.group = f"{op} {size} {tuple(tensors[0].shape)}"

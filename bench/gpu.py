@@ -46,10 +46,10 @@ from gpu_timing import count_launches, graph_of, seconds_of, timed  # noqa: E402
 from op_baselines import LIBRARY, from_library_layout, in_library_layout  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from videopure_fast import Purifier, ops, reference  # noqa: E402
+from videopure_fast import Purifier, ops  # noqa: E402
 from videopure_fast.machine import PeakMemory  # noqa: E402
 from videopure_fast.measure.profile import measure_ceilings  # noqa: E402
-from videopure_fast.ops.backend import SUPPORTED_DTYPES, full_float32, use_backend  # noqa: E402
+from videopure_fast.ops.backend import SUPPORTED_DTYPES, full_float32, implementation, use_backend  # noqa: E402
 
 STAGES = ("test", "bench", "compile")
 USUAL_PATHS = ("authors", "authors-xformers", "algebra", "algebra-captured", "ours-eager", "ours")
@@ -190,7 +190,7 @@ def op_row(models: BenchModels, make: Callable[..., Any], size: str, form: str) 
     op, tensors, settings = make(size, str(device), dtype)
     wide = (None if t is None else t.float() for t in tensors)
     with torch.no_grad(), full_float32(device):
-        expected = getattr(reference, op)(*wide, **settings)
+        expected = implementation(op, "reference")(*wide, **settings)
     bytes_moved = sum(t.nbytes for t in tensors if t is not None) + expected.numel() * tensors[0].element_size()
     # One input over and over would be read from the cache.
     copies = copies_beyond_cache(device, bytes_moved)

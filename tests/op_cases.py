@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from videopure_fast import ops, reference
-from videopure_fast.ops.backend import use_backend
+from videopure_fast import ops
+from videopure_fast.ops.backend import OPS, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter takes milliseconds a program.
@@ -85,7 +85,7 @@ def run(backend: str, device: str, op: str, *tensors: Tensor | None, **settings:
 def check(backend: str, device: str, op: str, *tensors: Tensor | None, scale: float = 1.0, **settings: Any) -> None:
     """The op equals its reference in float64 on the same values. `scale` is the size of the result's values."""
     with torch.no_grad():
-        expected = getattr(reference, op)(*(None if t is None else t.double() for t in tensors), **settings)
+        expected = OPS[op].reference(*(None if t is None else t.double() for t in tensors), **settings)
     assert_equal(run(backend, device, op, *tensors, **settings), expected, tensors[0].dtype, scale)
 
 

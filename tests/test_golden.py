@@ -19,6 +19,8 @@ from videopure_fast import reference
 from videopure_fast.config import PurifyConfig
 from videopure_fast.models.flow import resize_flow
 from videopure_fast.ops.backend import SUPPORTED_DTYPES, use_backend
+from videopure_fast.ops.ddim_step import ddim_step_reference
+from videopure_fast.ops.guided_update import guided_update_reference, warp
 from videopure_fast.purifier import Purifier
 from videopure_fast.schedule import Schedule, VoteCoefficients, read_scheduler
 
@@ -69,7 +71,7 @@ def clip_major(frames):
 def residual(z, e, coefficients, flow):
     """warp(p[j+1]) - p[j] of frame-major latents, zero-free at the last frame, which has none."""
     p = (z - coefficients.sqrt_beta * e) / coefficients.sqrt_alpha
-    m = reference.warp(p[1:], flow) - p[:-1]
+    m = warp(p[1:], flow) - p[:-1]
     return torch.cat([m, torch.ones_like(m[:1])])
 
 
@@ -140,13 +142,13 @@ def test_unit_formulas(case):
     z, e, flow = unit["latents"], unit["noise"], unit["flow"][0]
     assert schedule.alpha(t) == pytest.approx(unit["alpha_prod_t"].item(), rel=1e-5)
 
-    assert_close(reference.warp(z[1:], flow), unit["warp"], FORMULA)
+    assert_close(warp(z[1:], flow), unit["warp"], FORMULA)
     for step, expected in (
         (schedule.denoising()[0], "step_prev_sample"),
         (schedule.inversion()[-1], "inversion_prev_sample"),
     ):
         coefficients = torch.tensor([[step.scale, step.noise_scale]])
-        z_next = reference.ddim_step(clip_major(z), clip_major(e), coefficients)
+        z_next = ddim_step_reference(clip_major(z), clip_major(e), coefficients)
         assert_close(frame_major(z_next), unit[expected], FORMULA)
     for name in ("step_log_variance", "inversion_log_variance"):
         assert_close(torch.tensor(schedule.log_variance(t)), unit[name], FORMULA)
@@ -154,7 +156,7 @@ def test_unit_formulas(case):
     def guided(noise, coefficients, **weights):
         latents, noise = clip_major(z)[None], clip_major(noise)[None]
         steps = torch.tensor([[coefficients]])
-        votes = reference.guided_update(latents, noise, clip_major(unit["ori"]), flow[None], steps, **weights)
+        votes = guided_update_reference(latents, noise, clip_major(unit["ori"]), flow[None], steps, **weights)
         return frame_major(votes[0])
 
     weights = {"spatial_weight": 800.0, "temporal_weight": 5.0}
@@ -171,7 +173,7 @@ def test_unit_formulas(case):
     only_temporal = VoteCoefficients(1.0, 0.0, 1.0, False)
     gradient = guided(e, only_temporal, spatial_weight=0.0, temporal_weight=1.0) - z
     assert_close(-gradient, unit["temporal_grad"], FORMULA, clear)
-    loss = (reference.warp(z[1:], flow) - z[:-1]).abs().mean((1, 2, 3)).sum()
+    loss = (warp(z[1:], flow) - z[:-1]).abs().mean((1, 2, 3)).sum()
     assert_close(loss, unit["temporal_loss"], FORMULA)
 
 
@@ -179,7 +181,7 @@ def test_unit_formulas(case):
 def test_warp_cases(name):
     unit = load("unit")
     flow = unit[f"warp_{name}/flow"].permute(0, 3, 1, 2)
-    assert_close(reference.warp(unit[f"warp_{name}/x"], flow), unit[f"warp_{name}/out"], FORMULA)
+    assert_close(warp(unit[f"warp_{name}/x"], flow), unit[f"warp_{name}/out"], FORMULA)
 
 
 @pytest.mark.parametrize("k", range(4))

@@ -23,8 +23,8 @@ PACKAGE = ROOT / "videopure_fast"
 ROOMS = (
     *("config", "inputs", "files", "machine", "straight_through", "schedule", "windows", "kernels", "_C"),
     *(
-        "reference",
         "ops",
+        "reference",
         "tiny",
         "models",
         "runtime",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from videopure_fast import Purifier, PurifyConfig, reference
+from videopure_fast.ops.guided_update import guided_update_reference
 from videopure_fast.schedule import SamplerStep, Schedule
 from videopure_fast.windows import window_starts, window_weights
 
@@ -110,7 +111,7 @@ def test_closed_form_equals_autograd_in_float64():
     config = PurifyConfig()
     steps = Schedule(config).vote_coefficients()[-2:]
     coefficients = z.new_tensor(steps)[:, None].expand(2, 3, 4)
-    closed = reference.guided_update(z, e, target, flow, coefficients, spatial_weight=800.0, temporal_weight=5.0)
+    closed = guided_update_reference(z, e, target, flow, coefficients, spatial_weight=800.0, temporal_weight=5.0)
     for vote, state, noise, step in zip(closed, z, e, steps, strict=True):
         slow = reference.guidance_by_autograd(state, noise, target, flow, step, config)
         slow = (slow - step.sqrt_beta * noise) / step.sqrt_alpha if step.predicts_x0 else slow

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops
 from .config import PurifyConfig
 from .models.unet import Constants, FastUNet, PlainUNet
+from .ops.guided_update import soft_guided_update
 from .runtime.checkpointing import checkpointed
 from .runtime.spans import span
 from .schedule import SamplerStep, VoteCoefficients
@@ -170,7 +171,7 @@ def guide(
     weights = {"spatial_weight": config.spatial_weight, "temporal_weight": config.temporal_weight}
     if config.sign_temperature:
         weights["sign_temperature"] = config.sign_temperature
-        return reference.soft_guided_update(states, noise_preds, target, flow, table, **weights)
+        return soft_guided_update(states, noise_preds, target, flow, table, **weights)
     return ops.guided_update(states, noise_preds, target, flow, table, **weights)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, every_backend, laid_out, normal, run
 from torch import Tensor
 
-from videopure_fast import reference
+from videopure_fast.ops.ddim_step import ddim_step_reference
 
 NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -59,7 +59,7 @@ def test_channels_last_noise_and_one_step_for_all_clips(backend, device, first_f
 @pytest.mark.parametrize("first_frame_noise", [False, True])
 def test_in_place(backend, device, layout, first_frame_noise):
     latents, noise, coefficients = make_inputs(3, 4, 5, 7, 9, layout=layout)
-    expected = reference.ddim_step(*(t.double() for t in (latents, noise, coefficients)), first_frame_noise)
+    expected = ddim_step_reference(*(t.double() for t in (latents, noise, coefficients)), first_frame_noise)
     latents = laid_out(latents.to(device), layout)
     memory = torch.empty(0, device=device).set_(latents.untyped_storage())
     unused = memory.isnan().sum()
@@ -76,7 +76,7 @@ def test_in_place(backend, device, layout, first_frame_noise):
 def test_in_place_with_noise_in_the_same_memory(backend, device, first_frame_noise, frames_behind):
     clip, _, coefficients = (tensor.to(device) for tensor in make_inputs(1, 1, 7, 5, 6))
     latents, noise = clip[:, :, 1:], clip[:, :, 1 - frames_behind : 7 - frames_behind]
-    expected = reference.ddim_step(latents, noise, coefficients, first_frame_noise)
+    expected = ddim_step_reference(latents, noise, coefficients, first_frame_noise)
     run(backend, device, "ddim_step_", latents, noise, coefficients, first_frame_noise=first_frame_noise)
     torch.testing.assert_close(latents, expected)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, assert_equal, every_backend, laid_out, normal, run
 from torch import Tensor
 
-from videopure_fast import reference
 from videopure_fast.config import PurifyConfig
+from videopure_fast.ops.guided_update import guided_update_reference, warp
 from videopure_fast.schedule import Schedule
 
 # The temporal pull jumps where the warp residual changes sign; values this close to the jump may fall on either side.
@@ -55,14 +55,14 @@ def clear_of_sign_jump(latents: Tensor, noise: Tensor, target: Tensor, flow: Ten
     clear = torch.ones(p.shape, dtype=torch.bool)
     for x0, mask in zip(p, clear, strict=True):
         following = x0[:, :, 1:].transpose(1, 2).flatten(0, 1)
-        warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
+        warped = warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
         mask[:, :, :-1] = (warped - x0[:, :, :-1]).abs() > SIGN_MARGIN
     return clear
 
 
 def check(backend: str, device: str, *tensors: Tensor) -> None:
     exact = [tensor.double() for tensor in tensors]
-    expected = reference.guided_update(*exact, **weights(tensors[0]))
+    expected = guided_update_reference(*exact, **weights(tensors[0]))
     clear = clear_of_sign_jump(*exact)
     assert clear.float().mean() > 0.8, "too few values are left to compare"
     actual = run(backend, device, "guided_update", *tensors, **weights(tensors[0]))
@@ -141,7 +141,7 @@ def test_flow_that_points_nowhere_samples_zeros(backend, device, value):
 def test_zero_residual_has_no_pull(backend, device):
     latents, noise, target, flow, steps = make_inputs(2, 1, 2, 2, 4, 4, flow_scale=0.0)
     still = [latents[:, :, :, :1].expand(latents.shape), noise[:, :, :, :1].expand(noise.shape), target, flow, steps]
-    expected = reference.guided_update(*(tensor.double() for tensor in still), **weights(latents))
+    expected = guided_update_reference(*(tensor.double() for tensor in still), **weights(latents))
     assert_equal(run(backend, device, "guided_update", *still, **weights(latents)), expected, torch.float32)
 
 

@@ -8,6 +8,14 @@ from op_cases import INTERPRETED, LAYOUTS, check, laid_out, normal
 from torch import Tensor
 
 from videopure_fast.ops import native
+from videopure_fast.ops.feed_forward import feed_forward_native
+from videopure_fast.ops.geglu import geglu_native
+from videopure_fast.ops.group_norm_silu import group_norm_silu_native
+from videopure_fast.ops.linear_geglu import linear_geglu_native
+from videopure_fast.ops.linear_residual import linear_residual_native
+from videopure_fast.ops.norm_temporal_attention import norm_temporal_attention_native
+from videopure_fast.ops.temporal_attention import temporal_attention_native
+from videopure_fast.ops.temporal_conv import temporal_conv_native
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the cpu backend")
 EPSILON = torch.finfo(torch.float32).eps
@@ -30,11 +38,11 @@ def same_bits(op, *arguments) -> Tensor:
 
 # Large enough that all three threads get work.
 def test_threads_do_not_change_a_bit_of_temporal_attention():
-    same_bits(native.temporal_attention, normal(2, 7, 11, 9, 3 * 40), 5)
+    same_bits(temporal_attention_native, normal(2, 7, 11, 9, 3 * 40), 5)
 
 
 def test_threads_do_not_change_a_bit_of_geglu():
-    same_bits(native.geglu, normal(531, 2 * 101))
+    same_bits(geglu_native, normal(531, 2 * 101))
 
 
 @pytest.mark.parametrize("clips", [1, 5])
@@ -42,7 +50,7 @@ def test_threads_do_not_change_a_bit_of_geglu():
 def test_threads_do_not_change_a_bit_of_group_norm_silu(clips, over_frames):
     frames = 2 if clips == 1 else 3
     x = normal(clips, frames, 23, 29, 40, mean=3.0)
-    same_bits(native.group_norm_silu, x, normal(40), normal(40, seed=1), None, 8, 1e-5, over_frames, True)
+    same_bits(group_norm_silu_native, x, normal(40), normal(40, seed=1), None, 8, 1e-5, over_frames, True)
 
 
 def check_group_norm(*tensors: Tensor | None, **settings) -> None:
@@ -60,15 +68,15 @@ def test_gelu_is_right_to_its_last_digits(limit):
     gate = torch.linspace(-limit, limit, 200_000)
     x = gate.double()
     expected = x * torch.erfc(-x / 2**0.5) / 2
-    assert relative_error(native.geglu(torch.cat([torch.ones_like(gate), gate])), expected) < 4
-    column = native.geglu(torch.stack([torch.ones_like(gate), gate], -1))[:, 0]
+    assert relative_error(geglu_native(torch.cat([torch.ones_like(gate), gate])), expected) < 4
+    column = geglu_native(torch.stack([torch.ones_like(gate), gate], -1))[:, 0]
     assert relative_error(column, expected) < 4, "one value a row"
 
 
 def test_gelu_beyond_float32():
     gate = torch.tensor([0.0, -0.0, -13.0, -14.0, -1e4, -3e38, -torch.inf, 14.0, 1e4, 3e38, torch.inf, torch.nan])
     expected = torch.tensor([0, 0, 0, 0, 0, 0, 0, 14, 1e4, 3e38, torch.inf, torch.nan])
-    actual = native.geglu(torch.cat([torch.ones_like(gate), gate]))
+    actual = geglu_native(torch.cat([torch.ones_like(gate), gate]))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-36, equal_nan=True)
 
 
@@ -76,7 +84,7 @@ def test_silu_is_right_to_its_last_digits():
     """The bias alone, one channel a value: zero weight leaves nothing of x."""
     x = torch.linspace(-86, 86, 100_001)
     zeros = torch.zeros_like(x)
-    actual = native.group_norm_silu(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
+    actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
     expected = x.double() * torch.sigmoid(x.double())
     nonzero = x != 0
     assert relative_error(actual[nonzero], expected[nonzero]) < 4
@@ -86,7 +94,7 @@ def test_silu_is_right_to_its_last_digits():
 def test_silu_beyond_float32():
     x = torch.tensor([-88.0, -1e4, -3e38, 88.0, 1e4, 3e38, torch.inf, torch.nan])
     zeros = torch.zeros_like(x)
-    actual = native.group_norm_silu(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
+    actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
     expected = torch.tensor([0, 0, 0, 88, 1e4, 3e38, torch.inf, torch.nan])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
 
@@ -98,7 +106,7 @@ def test_softmax_is_right_to_its_last_digits():
     qkv[..., 0] = 1
     qkv[:, 1, :, :, 1] = x
     qkv[:, 1, :, :, 2] = 1
-    weight = native.temporal_attention(qkv, 1).flatten(0, -2)
+    weight = temporal_attention_native(qkv, 1).flatten(0, -2)
     for frame in weight.view(2, -1):
         assert relative_error(frame, torch.sigmoid(x.double())) < 4
 
@@ -113,7 +121,7 @@ def test_softmax_of_huge_scores(frames):
     qkv[0, :, 0, 0, 2] = torch.arange(frames)
     largest = sign == sign.max()
     expected = torch.arange(frames)[largest].float().mean()
-    actual = native.temporal_attention(qkv, 1)
+    actual = temporal_attention_native(qkv, 1)
     torch.testing.assert_close(actual, expected.expand(actual.shape), rtol=1e-6, atol=0)
     check("cpu", "cpu", "temporal_attention", qkv, heads=1, scale=frames)
 
@@ -123,16 +131,16 @@ def test_equal_scores_average(score):
     qkv = normal(1, 21, 2, 3, 3 * 4)
     qkv[..., 0:4], qkv[..., 4:8] = 1, score / 4
     expected = qkv[..., 8:].mean(1, keepdim=True).expand(1, 21, 2, 3, 4)
-    torch.testing.assert_close(native.temporal_attention(qkv, 1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(temporal_attention_native(qkv, 1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("part", [0, 4, 8])
 def test_nan_of_one_frame_reaches_what_attends_to_it(part):
     """And no other pixel: unused lanes and padding of one must not leak into the next."""
     qkv = normal(1, 5, 1, 3, 3 * 4)
-    clean = native.temporal_attention(qkv, 2)
+    clean = temporal_attention_native(qkv, 2)
     qkv[0, 2, 0, 1, part] = torch.nan
-    actual = native.temporal_attention(qkv, 2)
+    actual = temporal_attention_native(qkv, 2)
     reached = torch.zeros_like(actual, dtype=torch.bool)
     heads = reached.view(1, 5, 1, 3, 2, 2)
     if part == 0:
@@ -239,11 +247,11 @@ def test_composites_leave_their_inputs_alone():
     weight, taps, bias, position = normal(8, 8), normal(3, 8, 8), normal(8), normal(3, 8)
     tensors = (x, residual, weight, taps, bias, position)
     before = [tensor.clone() for tensor in tensors]
-    native.linear_residual(x, weight, bias, residual)
-    native.linear_residual(x, weight, None, x)
-    native.linear_geglu(x, weight, bias)
-    native.temporal_conv(x, bias, bias, taps, bias, x, 2, 1e-5)
-    native.norm_temporal_attention(x, bias, bias, weight[:6], position, 1, 1e-5)
+    linear_residual_native(x, weight, bias, residual)
+    linear_residual_native(x, weight, None, x)
+    linear_geglu_native(x, weight, bias)
+    temporal_conv_native(x, bias, bias, taps, bias, x, 2, 1e-5)
+    norm_temporal_attention_native(x, bias, bias, weight[:6], position, 1, 1e-5)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
@@ -270,12 +278,12 @@ def test_products_by_vectors_of_other_processors(monkeypatch, width, size):
 
 def test_threads_do_not_change_a_bit_of_products():
     rows, frames, vector = normal(700, 40), normal(2, 3, 9, 21, 40), normal(40)
-    same_bits(native.linear_residual, rows, normal(56, 40), normal(56), normal(700, 56))
-    same_bits(native.linear_geglu, rows, normal(112, 40), normal(112))
+    same_bits(linear_residual_native, rows, normal(56, 40), normal(56), normal(700, 56))
+    same_bits(linear_geglu_native, rows, normal(112, 40), normal(112))
     layers = normal(112, 40), normal(112), normal(40, 56), vector
-    same_bits(native.feed_forward, rows, vector, vector, *layers, 1e-5)
-    same_bits(native.temporal_conv, frames, vector, vector, normal(3, 40, 40), vector, frames, 8, 1e-5)
-    same_bits(native.norm_temporal_attention, frames, vector, vector, normal(120, 40), None, 5, 1e-5)
+    same_bits(feed_forward_native, rows, vector, vector, *layers, 1e-5)
+    same_bits(temporal_conv_native, frames, vector, vector, normal(3, 40, 40), vector, frames, 8, 1e-5)
+    same_bits(norm_temporal_attention_native, frames, vector, vector, normal(120, 40), None, 5, 1e-5)
 
 
 def test_products_survive_a_large_mean():
@@ -290,10 +298,10 @@ def test_autocast_changes_nothing():
 
     def results() -> list[Tensor]:
         return [
-            native.linear_geglu(x, weight, bias),
-            native.linear_residual(x, weight[:8], bias[:8], x),
-            native.norm_temporal_attention(x, scale, scale, weight, normal(3, 8), 2, 1e-5),
-            native.temporal_conv(x, scale, scale, taps, scale, x, 4, 1e-5),
+            linear_geglu_native(x, weight, bias),
+            linear_residual_native(x, weight[:8], bias[:8], x),
+            norm_temporal_attention_native(x, scale, scale, weight, normal(3, 8), 2, 1e-5),
+            temporal_conv_native(x, scale, scale, taps, scale, x, 4, 1e-5),
         ]
 
     expected = results()

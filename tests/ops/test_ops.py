@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from op_cases import INTERPRETED, normal
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from videopure_fast import ops, reference
+from videopure_fast import ops
 from videopure_fast.ops import backend, native
-from videopure_fast.ops.backend import SUPPORTED_DTYPES, choose, use_backend
+from videopure_fast.ops._register import register
+from videopure_fast.ops.backend import OPS, SUPPORTED_DTYPES, choose, use_backend
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the door, not a kernel")
@@ -101,36 +103,36 @@ X = torch.zeros(1, 2, 2, 2, 8)
 
 class TestChoice:
     def test_auto_takes_the_extension(self):
-        assert choose("guided_update", X) is native.guided_update
+        assert choose("guided_update", X) is OPS["guided_update"].native
         with use_backend("auto"):
-            assert choose("ddim_step_", X) is native.ddim_step_
+            assert choose("ddim_step_", X) is OPS["ddim_step_"].native
 
     def test_auto_goes_by_device_and_dtype(self):
-        assert choose("ddim_step", X.to("meta")) is reference.ddim_step
+        assert choose("ddim_step", X.to("meta")) is OPS["ddim_step"].reference
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
-            assert choose("ddim_step", X.to(dtype)) is reference.ddim_step
+            assert choose("ddim_step", X.to(dtype)) is OPS["ddim_step"].reference
 
     def test_environment_forces(self, monkeypatch):
         monkeypatch.setenv(backend.BACKEND_VARIABLE, "reference")
-        assert choose("ddim_step", X) is reference.ddim_step
+        assert choose("ddim_step", X) is OPS["ddim_step"].reference
         with use_backend("cpu"):
-            assert choose("ddim_step", X) is native.ddim_step, "use_backend wins over the environment"
+            assert choose("ddim_step", X) is OPS["ddim_step"].native, "use_backend wins over the environment"
         with use_backend("auto"):
-            assert choose("ddim_step", X) is native.ddim_step
+            assert choose("ddim_step", X) is OPS["ddim_step"].native
         monkeypatch.setenv(backend.BACKEND_VARIABLE, "")
-        assert choose("ddim_step", X) is native.ddim_step
+        assert choose("ddim_step", X) is OPS["ddim_step"].native
 
     def test_a_list_is_tried_in_order(self, monkeypatch):
         for names, expected in (
-            ("cpu,reference", native),
-            ("reference,cpu", reference),
-            ("cuda, cpu", native),
-            ("cuda,triton,reference", reference),
+            ("cpu,reference", "native"),
+            ("reference,cpu", "reference"),
+            ("cuda, cpu", "native"),
+            ("cuda,triton,reference", "reference"),
         ):
             with use_backend(names):
-                assert choose("ddim_step", X) is expected.ddim_step
+                assert choose("ddim_step", X) is getattr(OPS["ddim_step"], expected)
         monkeypatch.setenv(backend.BACKEND_VARIABLE, "cuda, reference")
-        assert choose("ddim_step", X) is reference.ddim_step
+        assert choose("ddim_step", X) is OPS["ddim_step"].reference
         with use_backend("cuda,triton"), pytest.raises(RuntimeError, match="'cuda' cannot.*; backend 'triton' cannot"):
             choose("ddim_step", X)
 
@@ -138,8 +140,8 @@ class TestChoice:
         with use_backend("reference"):
             with pytest.raises(KeyError), use_backend("cpu"):
                 raise KeyError
-            assert choose("ddim_step", X) is reference.ddim_step
-        assert choose("ddim_step", X) is native.ddim_step
+            assert choose("ddim_step", X) is OPS["ddim_step"].reference
+        assert choose("ddim_step", X) is OPS["ddim_step"].native
 
     @pytest.mark.parametrize("names", ["cudnn", "cpu,cudnn", "", "auto,cpu", "cpu,", "CPU"])
     def test_unknown_names(self, monkeypatch, names):
@@ -175,7 +177,7 @@ class TestChoice:
 
     def test_unbuilt_extension(self, monkeypatch):
         monkeypatch.setattr(native, "load", lambda: (None, "No module named 'videopure_fast._C'"))
-        assert choose("ddim_step", X) is reference.ddim_step
+        assert choose("ddim_step", X) is OPS["ddim_step"].reference
         with use_backend("cpu"), pytest.raises(RuntimeError, match=r"No module.*install videopure-fast again"):
             choose("ddim_step", X)
         assert "C++ compiler" in backend.backends()["cpu"]
@@ -191,16 +193,74 @@ class TestChoice:
 
     @pytest.mark.parametrize("op", SUPPORTED_DTYPES)
     def test_forms_are_there(self, op):
-        assert callable(getattr(reference, op))
+        assert callable(OPS[op].reference)
         if {"cpu", "cuda"} & set(SUPPORTED_DTYPES[op]):
-            assert callable(getattr(native, op))
+            assert callable(OPS[op].native)
+        for device in {"cpu", "cuda"} & set(SUPPORTED_DTYPES[op]):
+            extension, error = native.load()
+            assert extension is not None, error
+            if device == "cpu" or extension.has_cuda:
+                assert callable(getattr(extension, f"{op.removesuffix('_')}_{device}"))
         if "triton" in SUPPORTED_DTYPES[op]:
             pytest.importorskip("triton")
-            file = importlib.import_module(f"videopure_fast.kernels.{backend._KERNEL_FILES.get(op, op)}")
+            file = importlib.import_module(f"videopure_fast.kernels.{OPS[op].kernel}")
             assert callable(getattr(file, op))
 
     def test_every_op_is_tested_here(self):
         assert set(SUPPORTED_DTYPES) == {*SHAPES, "ddim_step_"}
+
+
+# One op, one file
+
+
+class TestRegistry:
+    def test_a_registered_op_is_public(self):
+        assert set(OPS) == set(SUPPORTED_DTYPES) == set(ops.__all__)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_an_op_has_its_function_and_forms_in_its_file(self, op):
+        file = importlib.import_module(f"videopure_fast.ops.{op.removesuffix('_')}")
+        for function in (getattr(ops, op), OPS[op].reference, OPS[op].native):
+            assert function.__module__ == file.__name__
+        assert getattr(ops, op) is getattr(file, op)
+        assert getattr(ops, op).__doc__
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_the_forms_of_an_op_take_the_same_arguments(self, op):
+        expected = list(inspect.signature(OPS[op].reference).parameters)
+        assert list(inspect.signature(getattr(ops, op)).parameters) == expected
+        assert list(inspect.signature(OPS[op].native).parameters) == expected
+        schema = getattr(torch.ops.videopure_fast, op).default._schema
+        assert [argument.name for argument in schema.arguments] == expected
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_an_op_is_registered_whole(self, op):
+        registered = getattr(torch.ops.videopure_fast, op)
+        assert registered in flop_registry
+        for key in ("CompositeExplicitAutograd", "Meta", *(() if op.endswith("_") else ("Autograd",))):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"videopure_fast::{op}", key)
+
+
+def doubled(x: Tensor, scale: float) -> Tensor:
+    return 2 * scale * x
+
+
+def test_a_new_op_needs_its_registration_alone():
+    operator = register(
+        "doubled", reference=doubled, native=doubled, dtypes={"cpu": (torch.float32,)}, flops=lambda x, _: x[0]
+    )
+    try:
+        x = torch.ones(3, requires_grad=True)
+        operator(x, 4.0).sum().backward()
+        assert torch.equal(x.grad, torch.full((3,), 8.0))
+        assert choose("doubled", x) is doubled
+        assert operator(META(3), 1.0).is_meta
+        assert flops(operator, x, 1.0) == 3
+        with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve this call of doubled"):
+            operator(x, 1.0)
+        torch.library.opcheck(operator, (x, 4.0))
+    finally:
+        del OPS["doubled"], SUPPORTED_DTYPES["doubled"]
 
 
 # Misfits
@@ -352,7 +412,7 @@ def test_settings_reach_the_op(op, without):
     """Settings at their defaults, which torch may leave out of a call, and others."""
     tensors, settings = example(op, without)
     for changed in (settings, {n: not value if isinstance(value, bool) else value for n, value in settings.items()}):
-        expected = getattr(reference, op)(*tensors.values(), **changed)
+        expected = OPS[op].reference(*tensors.values(), **changed)
         torch.testing.assert_close(call(op, tensors, changed), expected, rtol=1e-5, atol=2e-5)
 
 
@@ -360,7 +420,7 @@ def test_settings_reach_the_op(op, without):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_shapes_without_values(op, without, dtype):
     tensors, settings = example(op, without, dtype)
-    expected = getattr(reference, op)(*tensors.values(), **settings)
+    expected = OPS[op].reference(*tensors.values(), **settings)
     meta = {name: None if tensor is None else tensor.to("meta") for name, tensor in tensors.items()}
     result = call(op, meta, settings)
     assert result.is_meta
@@ -403,10 +463,10 @@ def test_traces_whole_with_any_sizes(op, without):
 @every_case
 def test_gradients_are_the_references(monkeypatch, op, without):
     chosen = []
-    monkeypatch.setattr(ops, "choose", lambda *call: chosen.append(call[0]) or choose(*call))
+    monkeypatch.setattr("videopure_fast.ops._register.choose", lambda *call: chosen.append(call[0]) or choose(*call))
     tensors, settings = example(op, without)
     gradients, outputs = [], []
-    for function in (getattr(ops, op), getattr(reference, op)):
+    for function in (getattr(ops, op), OPS[op].reference):
         inputs = [None if tensor is None else tensor.clone().requires_grad_() for tensor in tensors.values()]
         outputs.append(function(*inputs, **settings))
         (outputs[-1] * normal(*outputs[-1].shape, seed=9)).sum().backward()
@@ -548,13 +608,12 @@ def test_negated_views_count_as_what_they_stand_for():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_functions_reach_the_ops():
     x = normal(3, 8)
-    expected = reference.geglu(x)
+    expected = OPS["geglu"].reference(x)
 
     def by_grad(x: Tensor) -> Tensor:
         return torch.func.grad(lambda t: t.sum() * ops.geglu(t.detach()).sum())(x)
 
     for transformed in (torch.vmap(ops.geglu), torch.func.functionalize(ops.geglu), by_grad):
-        ops._plain_keys.cache_clear()  # as in a process whose first call this is
         for _ in range(2):
             wanted = expected.sum().expand(x.shape) if transformed is by_grad else expected
             torch.testing.assert_close(transformed(x), wanted, rtol=1e-5, atol=1e-5)

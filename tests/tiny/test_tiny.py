@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from videopure_fast import DefendedClassifier, Purifier, PurifyConfig, purify, reference, tiny
+from videopure_fast import DefendedClassifier, Purifier, PurifyConfig, purify, tiny
 from videopure_fast.evaluation.record import Plan, Threat
 from videopure_fast.evaluation.runner import Setup, defenses, evaluate
 from videopure_fast.evaluation.tables import table
+from videopure_fast.ops.guided_update import warp
 from videopure_fast.tiny.models import WEIGHTS
 
 
@@ -105,7 +106,7 @@ def latent_votes(purifier, clips):
     for z, e, step in zip(states, [*noises, noises[-1]], purifier._schedule.vote_coefficients(), strict=True):
         p = (z - step.sqrt_beta * e) / step.sqrt_alpha
         following = p[:, :, 1:].transpose(1, 2).flatten(0, 1)
-        warped = reference.warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
+        warped = warp(following, flow.flatten(0, 1)).unflatten(0, flow.shape[:2]).transpose(1, 2)
         unclear = (warped - p[:, :, :-1]).abs() <= 2e-5
         ambiguous.append(torch.cat([unclear, torch.zeros_like(unclear[:, :, :1])], 2))
     votes = purifier.vote(states, noises, target, flow)

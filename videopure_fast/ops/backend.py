@@ -11,46 +11,48 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from . import native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BACKEND_VARIABLE = "VIDEOPURE_FAST_BACKEND"
 
+DtypesByBackend = Mapping[str, tuple[torch.dtype, ...]]
 _SINGLE = (torch.float32,)
 _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-_LATENT_OP = {"cuda": _SINGLE, "triton": _SINGLE, "cpu": _SINGLE}
-_ACTIVATION_OP = {"triton": _HALF_AND_SINGLE, "cpu": _SINGLE}
-# The dtypes that each native form of an op takes. The reference takes all.
-SUPPORTED_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "guided_update": _LATENT_OP,
-    "ddim_step": _LATENT_OP,
-    "ddim_step_": _LATENT_OP,
-    "temporal_attention": _ACTIVATION_OP,
-    "norm_temporal_attention": _ACTIVATION_OP,
-    "linear_residual": _ACTIVATION_OP,
-    "geglu": _ACTIVATION_OP,
-    "linear_geglu": _ACTIVATION_OP,
-    "feed_forward": _ACTIVATION_OP,
-    "group_norm_silu": _ACTIVATION_OP,
-    "temporal_conv": _ACTIVATION_OP,
-}
-# Where an op's Triton form lies, if not in kernels/ under its own name.
-_KERNEL_FILES = {"ddim_step_": "ddim_step", "norm_temporal_attention": "temporal_attention", "linear_geglu": "geglu"}
-# The most frames that one tile of an op's Triton form holds.
-_MOST_TRITON_FRAMES = {"temporal_attention": 64, "norm_temporal_attention": 64}
+# What the forms of most ops take: those on latents, and those on the models' activations.
+LATENT_DTYPES: DtypesByBackend = {"cuda": _SINGLE, "triton": _SINGLE, "cpu": _SINGLE}
+ACTIVATION_DTYPES: DtypesByBackend = {"triton": _HALF_AND_SINGLE, "cpu": _SINGLE}
 
-# Nobody wants the interpreter, with which triton serves CPU tensors, unless they ask for it.
+
+class Op(NamedTuple):
+    """The forms of an op, which take the same arguments in the same order.
+
+    kernel: the module in kernels/ with the Triton form, a function of the op's name. max_triton_frames: the most frames
+    that form takes, or None. run: what the registered operator runs, which chooses a form.
+    """
+
+    reference: Callable[..., Any]
+    native: Callable[..., Any]
+    kernel: str
+    max_triton_frames: int | None
+    run: Callable[..., Any]
+
+
+# Both are filled by _register.py. The dtypes are those of each form of an op but the reference, which takes all.
+OPS: dict[str, Op] = {}
+SUPPORTED_DTYPES: dict[str, DtypesByBackend] = {}
+
+# Triton serves CPU tensors in its interpreter, which is slow: only where it is asked for by name.
 _AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 _override: ContextVar[tuple[str, ...] | None] = ContextVar("videopure_fast_backend", default=None)
@@ -82,7 +84,7 @@ def backends() -> dict[str, str]:
     return {name: lack or "available" for name, lack in lacks.items()}
 
 
-def choose(op: str, x: Tensor) -> Callable[..., Tensor]:
+def choose(op: str, x: Tensor) -> Callable[..., Any]:
     """The function that serves an op whose first tensor is x. RuntimeError if none of the backends in use can."""
     obstacles = {}
     for name in in_use() or _AUTO.get(x.device.type, ("reference",)):
@@ -100,12 +102,14 @@ def is_available(name: str, op: str, x: Tensor) -> bool:
 
 
 @cache
-def implementation(op: str, name: str) -> Callable[..., Tensor]:
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """The function of an op's form, by backend; cuda and cpu share one, which goes by the tensors' device."""
     if name == "reference":
-        return getattr(reference, op)
+        return OPS[op].reference
     if name == "triton":
-        return getattr(importlib.import_module(f"videopure_fast.kernels.{_KERNEL_FILES.get(op, op)}"), op)
-    return getattr(native, op)
+        function: Callable[..., Any] = getattr(importlib.import_module(f"videopure_fast.kernels.{OPS[op].kernel}"), op)
+        return function
+    return OPS[op].native
 
 
 def _unsupported_reason(op: str, name: str, x: Tensor) -> str | None:
@@ -123,8 +127,8 @@ def _unsupported_reason(op: str, name: str, x: Tensor) -> str | None:
     served = "cpu" if name == "cpu" or (name == "triton" and _interpreted()) else "cuda"
     if x.device.type != served:
         return f"it takes {served} tensors, these are on {x.device}"
-    if name == "triton" and op in _MOST_TRITON_FRAMES and x.shape[1] > _MOST_TRITON_FRAMES[op]:
-        return f"it takes {_MOST_TRITON_FRAMES[op]} frames at most, these are {x.shape[1]}"
+    if name == "triton" and (most := OPS[op].max_triton_frames) is not None and x.shape[1] > most:
+        return f"it takes {most} frames at most, these are {x.shape[1]}"
     return _unsupported_device_reason(x.get_device()) if name == "cuda" else None
 
 
@@ -152,7 +156,9 @@ _NO_GPU = "torch sees no CUDA GPU; it needs an NVIDIA GPU with its driver and a 
 @cache
 def _unsupported_device_reason(device: int) -> str | None:
     """Why the extension's kernels cannot run on a GPU: an older driver than nvcc's, or an architecture left out."""
-    if error := native.load()[0].cuda_error(device):
+    extension, _ = native.load()
+    assert extension is not None  # or the backend would lack it
+    if error := extension.cuda_error(device):
         return f"GPU {device} cannot run the extension's kernels ({error}); install videopure-fast anew on this machine"
     return None
 

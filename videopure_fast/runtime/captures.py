@@ -11,10 +11,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..ops import backend
 from .cuda_graph import CudaGraph
-from .replay import Recording
+from .replay import Recording, is_observed
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 Value = TypeVar("Value")
@@ -115,6 +114,6 @@ class Captures:
 
 def _replay_pays(x: Tensor, first_activation: int | None) -> bool:
     """Whether operations are small enough that their calls matter, and are the extension's or torch's."""
-    if x.device.type != "cpu" or first_activation is None or first_activation > _MOST_REPLAYED or ops.watched():
+    if x.device.type != "cpu" or first_activation is None or first_activation > _MOST_REPLAYED or is_observed():
         return False
     return set(backend.in_use()) <= {"cpu", "reference"}

@@ -1,7 +1,7 @@
-"""A CPU's counterpart of a captured CUDA graph: what a call computes, recorded once and run again in the same memory.
+"""The CPU's counterpart of a captured CUDA graph: a call's operations, recorded once and run again in the same memory.
 
-Of a small model's evaluation a fifth is Python, which finds out each time what to compute on which memory. A replay
-does it without: one flat list of calls. Memory is handed on during the recording as it would be by an allocator.
+Python takes a fifth of the time of a small model's evaluation: each time it finds out anew what to compute on which
+memory. A replay is one flat list of calls instead. During the recording, memory that is free again is reused.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops import native
+from ..ops.backend import OPS
 
 _ALIGNMENT = 64
-_ARENA = 2**28  # bytes of addresses; only what is used becomes memory
+_ARENA = 2**28  # bytes of address space; pages become memory when they are first written
 _ATEN = torch.ops.aten
-# Operators that write into given memory as they do into their own; others are computed and then copied.
+# Operators whose out= form computes the same bits as they do. Results of others are computed anew and then copied.
 _INTO = {
     _ATEN.add.Tensor: _ATEN.add.out,
     _ATEN.addmm.default: _ATEN.addmm.out,
@@ -41,10 +42,10 @@ class Recording:
     are served one after another.
     """
 
-    tables: Any = ()  # for the maker to keep alive
+    tables: Any = ()  # tensors that the calls read, kept alive here by whoever made the recording
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
-        self._function = function  # what it holds stays where the calls look for it
+        self._function = function  # keeps the tensors that it refers to, and the calls read, alive
         self._lock = threading.Lock()
         with torch.no_grad():
             self._x = x.clone()
@@ -55,7 +56,7 @@ class Recording:
         self._calls, self._arena = recorder.calls, recorder.arena
 
     def results(self) -> tuple[Tensor, ...]:
-        """What the last call, or the recording itself, has computed."""
+        """Copies of what the last call, or the recording itself, has computed."""
         return tuple(output.clone() for output in self._outputs)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -67,8 +68,25 @@ class Recording:
             return self.results()
 
 
+def is_observed() -> bool:
+    """Whether a compiler, a profiler, a function transform, or a mode that counts or changes operators is active.
+
+    Each of them has to see the operators themselves, which a replay does not go through.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_in_torch_dispatch_mode()
+    )
+
+
 class _Recorder(TorchDispatchMode):
-    """Runs torch's operators and notes them; the extension's calls note themselves."""
+    """Runs operators and records them: torch's own as such, each of ours as what its form consists of.
+
+    Those are torch's operators again, and calls of the extension, which `native.recorded_to` adds to the same list.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +95,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "videopure_fast":
+            with self:
+                return OPS[func.overloadpacket.__name__].run(*args, **kwargs)
         if func.overloadpacket is _ATEN.new_empty:
             return self.arena.allocate(torch.empty(args[1], dtype=kwargs.get("dtype") or args[0].dtype, device="meta"))
         result = func(*args, **kwargs)
@@ -84,8 +105,8 @@ class _Recorder(TorchDispatchMode):
         if not made:
             raise RuntimeError(f"{func} reads a value on the host")
         if made <= _memories((args, kwargs)) and not mutates:
-            return result  # a view, which stays what it is
-        # Calls are noted on aliases, so that they keep no memory from being handed on.
+            return result  # a view computes nothing
+        # Recorded arguments are aliases, which do not keep their memory from being reused by later tensors.
         args, kwargs = tree_map_only(Tensor, self.arena.alias, (args, kwargs))
         if mutates:
             self.calls.append(partial(func, *args, **kwargs))
@@ -100,7 +121,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _memories(values: Any) -> set[int]:
-    """The storages of all tensors among the values."""
+    """The addresses of the storages of all tensors among the values."""
     return {value.untyped_storage().data_ptr() for value in tree_leaves(values) if isinstance(value, Tensor)}
 
 
@@ -111,15 +132,15 @@ def _compute(func: Callable[..., Any], args: Any, kwargs: Any, places: Any) -> N
 
 
 class _Arena:
-    """Memory of a recording. A block is free again when the last tensor that lives in it is gone."""
+    """The memory of a recording. A block of it is free again when the last tensor that uses it is gone."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _ARENA)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._blocks: dict[int, int] = {}  # offsets and sizes of those in use
+        self._blocks: dict[int, int] = {}  # offset -> size in bytes, of the blocks in use
 
     def allocate(self, like: Tensor) -> Tensor:
-        """Memory for a tensor of the same dtype, shape and strides; its values are whatever lies there."""
+        """A tensor in the arena of the same dtype, shape and strides, with undefined values."""
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype, device="cpu")
         reach = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
@@ -132,13 +153,13 @@ class _Arena:
         if offset + size > _ARENA:
             raise RuntimeError(f"it needs more than {_ARENA >> 20} MiB at once")
         self._blocks[offset] = size
-        # The tensor's storage owns this object: the block's end is the storage's end, whatever views there were.
+        # The tensor's storage owns `block`, so that it is finalized with the storage, after the last view is gone.
         block = (ctypes.c_byte * size).from_buffer(self._memory, offset)
         weakref.finalize(block, self._blocks.pop, offset).atexit = False
         return torch.frombuffer(block, dtype=like.dtype).as_strided(like.shape, like.stride())
 
     def alias(self, tensor: Tensor) -> Tensor:
-        """The same memory by a tensor that does not keep its block in use; one from elsewhere as it is."""
+        """The same values as a tensor that does not keep its block in use; a tensor outside the arena as it is."""
         start = tensor.data_ptr() - self._bytes.data_ptr()
         if not 0 <= start < _ARENA:
             return tensor

@@ -1,0 +1,124 @@
+"""One call registers an op: with torch, and with the choice of backends.
+
+The ops are operators of the namespace `videopure_fast` in torch's dispatcher: they have shapes without values and FLOP
+counts (of matrix products alone, as torch counts its own), and pass whole through torch.compile, CUDA graphs and
+profilers. Gradients are the reference's: a backward pass computes the op once more there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, infer_schema, register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from .backend import OPS, SUPPORTED_DTYPES, DtypesByBackend, Op, choose
+
+NAMESPACE = "videopure_fast"
+_library = Library(NAMESPACE, "DEF")
+
+
+def register(
+    name: str,
+    *,
+    reference: Callable[..., Tensor],
+    native: Callable[..., Tensor],
+    dtypes: DtypesByBackend,
+    kernel: str | None = None,
+    max_triton_frames: int | None = None,
+    shape: Callable[..., Sequence[int]] = lambda x, *_: x.shape,
+    flops: Callable[..., int] = lambda *_: 0,
+) -> Callable[..., Tensor]:
+    """Register an op whose result is a new tensor of its first argument's dtype, and return torch's operator.
+
+    reference: the op in plain torch, for every device and dtype; its signature is the operator's, tensors first.
+    native: the compiled extension's form, with the same arguments, as the form in kernels/ has them.
+    dtypes: those that each backend's form takes. kernel: the module in kernels/ with the Triton function `name`, if it
+    has another name. max_triton_frames: the frames (second dimension of the first argument) that form can take.
+    shape: arguments -> shape of the result. flops: arguments, with shapes for tensors -> floating-point operations of
+    the matrix products.
+    """
+
+    def run(*arguments: Any) -> Tensor:
+        with _no_autocast(arguments[0]):
+            result: Tensor = choose(name, arguments[0])(*arguments)
+            return result.contiguous()
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if value is None else value[0] for value in ctx.inputs]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated too: stay in its graph
+        for i in wanted:
+            inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
+        sources = [inputs[i] for i in wanted]
+        with _no_autocast(gradient):
+            with torch.enable_grad():
+                output = reference(*inputs)
+            found = torch.autograd.grad(output, sources, gradient, allow_unused=True, create_graph=again)
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for i, value in zip(wanted, found, strict=True):
+            gradients[i] = value
+        return tuple(gradients)
+
+    def fake(*arguments: Any) -> Tensor:
+        result: Tensor = arguments[0].new_empty(shape(*arguments))
+        return result
+
+    SUPPORTED_DTYPES[name] = dtypes
+    OPS[name] = Op(reference, native, kernel or name, max_triton_frames, run)
+    operator = _define(name, run, fake, infer_schema(reference, mutates_args=()), flops)
+    register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_library)
+    return operator
+
+
+def register_in_place(
+    name: str,
+    run: Callable[..., None],
+    *,
+    reference: Callable[..., None],
+    native: Callable[..., Any],
+    dtypes: DtypesByBackend,
+    kernel: str | None = None,
+) -> Callable[..., None]:
+    """Register an op that overwrites its first argument and has neither result nor gradient.
+
+    run: calls the chosen form. The others are `register`'s.
+    """
+
+    def run_and_mark(latents: Tensor, *others: Any) -> None:
+        run(latents, *others)
+        if not latents.is_inference():
+            # Autograd compares this version with the one it saved; a form that writes to an address leaves it as it is.
+            torch.autograd.graph.increment_version(latents)
+
+    first = next(iter(reference.__annotations__))
+    SUPPORTED_DTYPES[name] = dtypes
+    OPS[name] = Op(reference, native, kernel or name, None, run_and_mark)
+    return _define(name, run_and_mark, lambda *_: None, infer_schema(reference, mutates_args=(first,)), lambda *_: 0)
+
+
+def _define(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], schema: str, flops: Callable[..., int]
+) -> Callable[..., Any]:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")  # every device; gradients are registered apart
+    register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    register_flop_formula(packet)(lambda *shapes, out_shape, **_: flops(*shapes))
+    operator: Callable[..., Any] = packet.default
+    return operator
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """An op has the dtype of its tensors, whatever the caller's autocast would make of the products in it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
