@@ -17,13 +17,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-ROOMS = (
-    *("attacks", "cli", "data", "defense", "evaluation", "kernels", "measure", "models", "ops", "runtime", "tiny"),
-)
+ROOMS = ("attacks", "cli", "data", "defense", "evaluation", "kernels", "measure", "models", "ops", "runtime", "tiny")
 
 
 def find_tool(name: str, directory: str) -> str | None:
-    """The build tool on PATH, or else the one of its pip package, whose attribute `directory` says where it lies."""
+    """The build tool on PATH, or the one in the folder that the attribute `directory` of its pip package names."""
     if found := shutil.which(name):
         return found
     return shutil.which(name, path=getattr(__import__(name), directory)) if find_spec(name) else None
@@ -36,11 +34,11 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
         if cmake is None:
             raise RuntimeError("building videopure_fast needs CMake 3.22 or newer: pip install cmake")
-        # A staging folder, from which an editable install copies the module into the source tree.
+        # With --inplace and editable installs this is a staging folder: setuptools copies the module from it.
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        # A cache remembers an isolated build's vanished environment, and options that this build was not given.
+        # An old cache holds paths of an isolated build's deleted environment, and options of another build.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build)),
@@ -56,47 +54,8 @@ class CMakeBuild(build_ext):
 
 setup(
     # Named one by one: kernels/ has no __init__.py, and automatic discovery would skip it or take bench/ and tests/.
-    packages=[
-        "videopure_fast",
-        *("videopure_fast." + room for room in ROOMS),
-    ],
+    packages=["videopure_fast", *("videopure_fast." + room for room in ROOMS)],
     package_data={"videopure_fast": ["py.typed"], "videopure_fast.tiny": ["weights/**"]},
-    ext_modules=[
-        Extension(
-            "videopure_fast._C",
-            sources=[
-                "csrc/bindings.cpp",
-                "csrc/ddim_step.cpp",
-                "csrc/ddim_step.cu",
-                "csrc/feed_forward.cpp",
-                "csrc/geglu.cpp",
-                "csrc/group_norm_silu.cpp",
-                "csrc/guided_update.cpp",
-                "csrc/guided_update.cu",
-                "csrc/linear_residual.cpp",
-                "csrc/matrix_product.cpp",
-                "csrc/temporal_attention.cpp",
-                "csrc/temporal_conv.cpp",
-            ],
-            # Lets a source distribution carry them.
-            depends=[
-                "CMakeLists.txt",
-                "csrc/activations.h",
-                "csrc/ddim_step.h",
-                "csrc/feed_forward.h",
-                "csrc/geglu.h",
-                "csrc/group_norm_silu.h",
-                "csrc/guided_update.h",
-                "csrc/latents.h",
-                "csrc/launch.cuh",
-                "csrc/layer_norm.h",
-                "csrc/linear_residual.h",
-                "csrc/matrix_product.h",
-                "csrc/temporal_attention.h",
-                "csrc/temporal_conv.h",
-                "csrc/vector_math.h",
-            ],
-        )
-    ],
+    ext_modules=[Extension("videopure_fast._C", sources=[])],  # CMake finds the sources; MANIFEST.in ships them
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,5 +1,7 @@
 #include "ddim_step.h"
 
+#include "bindings.h"
+
 namespace vpf {
 
 void ddim_step_cpu(const Latents<const float>& latents, const Latents<const float>& noise,
@@ -23,5 +25,20 @@ void ddim_step_cpu(const Latents<const float>& latents, const Latents<const floa
     }
   }
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "ddim_step_cpu", &ddim_step_cpu, "latents"_a, "noise"_a, "coefficients"_a, "output"_a, pybind11::kw_only(),
+         "sizes"_a, "threads"_a);
+#ifdef VPF_HAS_CUDA
+  define(m, "ddim_step_cuda", &ddim_step_cuda, "latents"_a, "noise"_a, "coefficients"_a, "output"_a,
+         pybind11::kw_only(), "sizes"_a, "noise_dtype"_a, "device"_a, "stream"_a);
+#endif
+});
+
+}  // namespace
 
 }  // namespace vpf

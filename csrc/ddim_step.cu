@@ -19,11 +19,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void ddim_step_cuda(const Latents<const float>& latents, const Latents<const void>& noise, NoiseType noise_type,
+void ddim_step_cuda(const Latents<const float>& latents, const Latents<const void>& noise,
                     const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
-                    int device, void* stream) {
+                    NoiseType noise_dtype, int device, void* stream) {
   const DeviceGuard guard(device);
-  with_type(noise, noise_type, [&](const auto& typed_noise) {
+  with_type(noise, noise_dtype, [&](const auto& typed_noise) {
     ddim_step_kernel<<<count_blocks(sizes), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         latents, typed_noise, coefficients, output, sizes);
     check(cudaGetLastError());

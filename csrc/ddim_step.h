@@ -15,8 +15,8 @@ void ddim_step_cpu(const Latents<const float>& latents, const Latents<const floa
                    int threads);
 
 // Enqueues on `stream` of `device` and returns; throws std::runtime_error with CUDA's sentence where the launch fails.
-void ddim_step_cuda(const Latents<const float>& latents, const Latents<const void>& noise, NoiseType noise_type,
+void ddim_step_cuda(const Latents<const float>& latents, const Latents<const void>& noise,
                     const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
-                    int device, void* stream);
+                    NoiseType noise_dtype, int device, void* stream);
 
 }  // namespace vpf

@@ -1,5 +1,6 @@
 #include "feed_forward.h"
 
+#include "bindings.h"
 #include "layer_norm.h"
 #include "matrix_product.h"
 
@@ -40,10 +41,9 @@ struct FeedForwardWork {
 
 }  // namespace
 
-void feed_forward_cpu(const float* x, int64_t row_stride, const float* norm_weight, const float* norm_bias,
-                      const float* weight, const float* bias, const float* out_weight, const float* out_bias,
-                      float* output, int64_t rows, int64_t channels, int64_t hidden, double eps, int width,
-                      int threads) {
+void feed_forward_cpu(const float* x, const float* norm_weight, const float* norm_bias, const float* weight,
+                      const float* bias, const float* out_weight, const float* out_bias, float* output, int64_t rows,
+                      int64_t channels, int64_t hidden, int64_t row_stride, double eps, int width, int threads) {
   threads = product_threads(threads, rows, 3 * hidden, channels);
   const Blocks blocks(rows, threads);
   const Panels first(weight, bias, 1, 2 * hidden, channels, true, width, threads);
@@ -57,5 +57,17 @@ void feed_forward_cpu(const float* x, int64_t row_stride, const float* norm_weig
     for (int64_t block = 0; block < blocks.count; ++block) run(work, block, width);
   }
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "feed_forward_cpu", &feed_forward_cpu, "x"_a, "norm_weight"_a, "norm_bias"_a, "weight"_a, "bias"_a,
+         "out_weight"_a, "out_bias"_a, "output"_a, pybind11::kw_only(), "rows"_a, "channels"_a, "hidden"_a,
+         "row_stride"_a, "eps"_a, "width"_a, "threads"_a);
+});
+
+}  // namespace
 
 }  // namespace vpf

@@ -1,6 +1,7 @@
 #include "geglu.h"
 
 #include "activations.h"
+#include "bindings.h"
 #include "matrix_product.h"
 #include "vector_math.h"
 
@@ -44,5 +45,18 @@ void linear_geglu_cpu(const float* x, const float* weight, const float* bias, fl
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t block = 0; block < blocks.count; ++block) run(work, block, width);
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "geglu_cpu", &geglu_cpu, "x"_a, "output"_a, pybind11::kw_only(), "rows"_a, "channels"_a, "row_stride"_a,
+         "threads"_a);
+  define(m, "linear_geglu_cpu", &linear_geglu_cpu, "x"_a, "weight"_a, "bias"_a, "output"_a, pybind11::kw_only(),
+         "rows"_a, "inputs"_a, "channels"_a, "row_stride"_a, "width"_a, "threads"_a);
+});
+
+}  // namespace
 
 }  // namespace vpf

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "bindings.h"
 #include "vector_math.h"
 
 namespace vpf {
@@ -206,5 +207,16 @@ void group_norm_silu_cpu(const float* x, const float* weight, const float* bias,
     }
   }
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "group_norm_silu_cpu", &group_norm_silu_cpu, "x"_a, "weight"_a, "bias"_a, "embedding"_a, "output"_a,
+         pybind11::kw_only(), "sizes"_a, "strides"_a, "groups"_a, "eps"_a, "over_frames"_a, "silu"_a, "threads"_a);
+});
+
+}  // namespace
 
 }  // namespace vpf

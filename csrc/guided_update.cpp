@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "bindings.h"
 #include "vector_math.h"
 
 namespace vpf {
@@ -75,7 +76,8 @@ VPF_VECTOR_CLONES void guide_row(const float* __restrict z, int64_t z_column, co
 void guided_update_cpu(const Latents<const float>& latents, const Latents<const float>& noise,
                        const Latents<const float>& target, const Latents<const float>& flow,
                        const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
-                       const Weights& weights, int threads) {
+                       double spatial_weight, double temporal_weight, int threads) {
+  const Weights weights = make_weights(sizes, spatial_weight, temporal_weight);
   const int64_t pixels = sizes.height * sizes.width;
   const int64_t all_frames = sizes.clips * sizes.frames;
 
@@ -112,5 +114,21 @@ void guided_update_cpu(const Latents<const float>& latents, const Latents<const 
     }
   }
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "guided_update_cpu", &guided_update_cpu, "latents"_a, "noise"_a, "target"_a, "flow"_a, "coefficients"_a,
+         "output"_a, pybind11::kw_only(), "sizes"_a, "spatial_weight"_a, "temporal_weight"_a, "threads"_a);
+#ifdef VPF_HAS_CUDA
+  define(m, "guided_update_cuda", &guided_update_cuda, "latents"_a, "noise"_a, "target"_a, "flow"_a, "coefficients"_a,
+         "output"_a, pybind11::kw_only(), "sizes"_a, "spatial_weight"_a, "temporal_weight"_a, "noise_dtype"_a,
+         "device"_a, "stream"_a);
+#endif
+});
+
+}  // namespace
 
 }  // namespace vpf

@@ -42,12 +42,14 @@ std::string cuda_error(int device) {
   return "";
 }
 
-void guided_update_cuda(const Latents<const float>& latents, const Latents<const void>& noise, NoiseType noise_type,
+void guided_update_cuda(const Latents<const float>& latents, const Latents<const void>& noise,
                         const Latents<const float>& target, const Latents<const float>& flow,
                         const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
-                        const Weights& weights, int device, void* stream) {
+                        double spatial_weight, double temporal_weight, NoiseType noise_dtype, int device,
+                        void* stream) {
+  const Weights weights = make_weights(sizes, spatial_weight, temporal_weight);
   const DeviceGuard guard(device);
-  with_type(noise, noise_type, [&](const auto& typed_noise) {
+  with_type(noise, noise_dtype, [&](const auto& typed_noise) {
     guided_update_kernel<<<count_blocks(sizes), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         latents, typed_noise, target, flow, coefficients, output, sizes, weights);
     check(cudaGetLastError());

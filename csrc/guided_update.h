@@ -97,13 +97,13 @@ VPF_INLINE float guided_vote(float latent, float noise, float target, float warp
 void guided_update_cpu(const Latents<const float>& latents, const Latents<const float>& noise,
                        const Latents<const float>& target, const Latents<const float>& flow,
                        const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
-                       const Weights& weights, int threads);
+                       double spatial_weight, double temporal_weight, int threads);
 
 // Enqueues on `stream` of `device` and returns; throws std::runtime_error with CUDA's sentence where the launch fails.
-void guided_update_cuda(const Latents<const float>& latents, const Latents<const void>& noise, NoiseType noise_type,
+void guided_update_cuda(const Latents<const float>& latents, const Latents<const void>& noise,
                         const Latents<const float>& target, const Latents<const float>& flow,
                         const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
-                        const Weights& weights, int device, void* stream);
+                        double spatial_weight, double temporal_weight, NoiseType noise_dtype, int device, void* stream);
 
 // Why the kernels cannot run on a device, in CUDA's words, or nothing.
 std::string cuda_error(int device);

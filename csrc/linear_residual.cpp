@@ -1,5 +1,6 @@
 #include "linear_residual.h"
 
+#include "bindings.h"
 #include "matrix_product.h"
 
 namespace vpf {
@@ -24,9 +25,9 @@ struct LinearResidual {
 
 }  // namespace
 
-void linear_residual_cpu(const float* x, int64_t row_stride, const float* weight, const float* bias,
-                         const float* residual, int64_t residual_stride, float* output, int64_t rows, int64_t inputs,
-                         int64_t outputs, int width, int threads) {
+void linear_residual_cpu(const float* x, const float* weight, const float* bias, const float* residual, float* output,
+                         int64_t rows, int64_t inputs, int64_t outputs, int64_t row_stride, int64_t residual_stride,
+                         int width, int threads) {
   threads = product_threads(threads, rows, outputs, inputs);
   const Blocks blocks(rows, threads);
   const Panels panels(weight, bias, 1, outputs, inputs, false, width, threads);
@@ -34,5 +35,17 @@ void linear_residual_cpu(const float* x, int64_t row_stride, const float* weight
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t block = 0; block < blocks.count; ++block) run(work, block, width);
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "linear_residual_cpu", &linear_residual_cpu, "x"_a, "weight"_a, "bias"_a, "residual"_a, "output"_a,
+         pybind11::kw_only(), "rows"_a, "inputs"_a, "outputs"_a, "row_stride"_a, "residual_stride"_a, "width"_a,
+         "threads"_a);
+});
+
+}  // namespace
 
 }  // namespace vpf

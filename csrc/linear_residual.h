@@ -7,8 +7,8 @@ namespace vpf {
 
 // x: (rows, inputs), residual: (rows, outputs), their rows so far apart. weight: (outputs, inputs), contiguous.
 // bias: (outputs,) or nullptr. output: (rows, outputs), contiguous. width: floats of a vector, see vector_width().
-void linear_residual_cpu(const float* x, int64_t row_stride, const float* weight, const float* bias,
-                         const float* residual, int64_t residual_stride, float* output, int64_t rows, int64_t inputs,
-                         int64_t outputs, int width, int threads);
+void linear_residual_cpu(const float* x, const float* weight, const float* bias, const float* residual, float* output,
+                         int64_t rows, int64_t inputs, int64_t outputs, int64_t row_stride, int64_t residual_stride,
+                         int width, int threads);
 
 }  // namespace vpf

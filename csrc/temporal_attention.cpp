@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "bindings.h"
 #include "layer_norm.h"
 #include "matrix_product.h"
 #include "vector_math.h"
@@ -210,5 +211,19 @@ void norm_temporal_attention_cpu(const float* x, const float* norm_weight, const
     for (int64_t i = 0; i < sizes.clips * op.blocks(); ++i) run(work, i, width);
   }
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "temporal_attention_cpu", &temporal_attention_cpu, "qkv"_a, "output"_a, pybind11::kw_only(), "sizes"_a,
+         "strides"_a, "heads"_a, "threads"_a);
+  define(m, "norm_temporal_attention_cpu", &norm_temporal_attention_cpu, "x"_a, "norm_weight"_a, "norm_bias"_a,
+         "weight"_a, "position"_a, "output"_a, pybind11::kw_only(), "sizes"_a, "strides"_a, "channels"_a, "heads"_a,
+         "eps"_a, "width"_a, "threads"_a);
+});
+
+}  // namespace
 
 }  // namespace vpf

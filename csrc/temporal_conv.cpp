@@ -1,5 +1,6 @@
 #include "temporal_conv.h"
 
+#include "bindings.h"
 #include "matrix_product.h"
 
 namespace vpf {
@@ -35,9 +36,9 @@ struct TemporalConv {
 
 }  // namespace
 
-void temporal_conv_cpu(const float* x, const float* weight, const float* bias, const float* residual,
-                       const ActivationStrides& residual_strides, float* output, const ActivationSizes& sizes,
-                       int64_t outputs, int width, int threads) {
+void temporal_conv_cpu(const float* x, const float* weight, const float* bias, const float* residual, float* output,
+                       const ActivationSizes& sizes, const ActivationStrides& residual_strides, int64_t outputs,
+                       int width, int threads) {
   const int64_t images = sizes.clips * sizes.frames;
   threads = product_threads(threads, images * sizes.pixels, outputs, 3 * sizes.channels);
   const Blocks blocks(sizes.pixels, static_cast<int>((threads + images - 1) / images));
@@ -46,5 +47,16 @@ void temporal_conv_cpu(const float* x, const float* weight, const float* bias, c
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < images * blocks.count; ++i) run(work, i, width);
 }
+
+namespace {
+
+using pybind11::literals::operator""_a;
+
+const Binding binding([](pybind11::module_& m) {
+  define(m, "temporal_conv_cpu", &temporal_conv_cpu, "x"_a, "weight"_a, "bias"_a, "residual"_a, "output"_a,
+         pybind11::kw_only(), "sizes"_a, "residual_strides"_a, "outputs"_a, "width"_a, "threads"_a);
+});
+
+}  // namespace
 
 }  // namespace vpf
