@@ -23,7 +23,8 @@ from videopure_fast.schedule import Schedule
 # (B, C, F, h, w) of latents, and (B, F, H, W, C) with heads and groups of activations.
 LATENTS = {"small": (4, 4, 16, 16, 16), "full": (1, 4, 32, 28, 28)}
 ACTIVATIONS = {"small": ((1, 16, 16, 16, 32), 4, 8), "full": ((1, 32, 28, 28, 320), 5, 32)}
-# The largest error that a timed result may have, relative to 1 + |reference|; latents' signs may flip near zero.
+# The largest error of a timed result, relative to 1 + |reference|, and the share of guided_update's values that may
+# exceed it: the sign of a warp residual near zero may flip.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 MAX_SHARE_APART = 1e-4
 EPS = 1e-5
@@ -159,7 +160,7 @@ def test_guided_update_beats_the_frame_loop():
     steps = Schedule(config).vote_coefficients()
 
     def loop() -> Tensor:
-        """The optimized latents of each vote; a vote's own x0 is left out here, and of the check below."""
+        """The optimized latents of each vote, not the x0 of those that predict it: the last vote alone is compared."""
         states = zip(latents, noise, steps, strict=True)
         return torch.stack([reference.guidance_by_autograd(z, e, target, flow, step, config) for z, e, step in states])
 
@@ -167,7 +168,7 @@ def test_guided_update_beats_the_frame_loop():
         return ops.guided_update(latents, noise, target, flow, coefficients, **weights)
 
     with use_backend("cpu"):
-        right = torch.isclose(fast()[-1], loop()[-1], rtol=1e-5, atol=2e-5)  # the last vote is no x0
+        right = torch.isclose(fast()[-1], loop()[-1], rtol=1e-5, atol=2e-5)  # the last vote is latents, not x0
         assert (~right).float().mean() <= MAX_SHARE_APART
         assert median_seconds(loop, 5) >= 20 * median_seconds(fast, 40)
 

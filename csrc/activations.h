@@ -1,4 +1,4 @@
-// What the ops on the models' activations, (clips, frames, pixels, channels), share.
+// Sizes, strides and threads of the ops on the models' activations (clips, frames, pixels, channels).
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@ struct ActivationSizes {
   int64_t clips, frames, pixels, channels;
 };
 
-// Distances in elements between neighbors; the channels of one pixel are contiguous.
+// Elements between neighbors along each dimension; the channels of one pixel are contiguous.
 struct ActivationStrides {
   int64_t clip, frame, pixel;
 };
 
 inline std::vector<float> floats(int64_t size) { return std::vector<float>(static_cast<std::size_t>(size)); }
 
-// Threads worth starting for so many values: to wake one costs microseconds.
+// The number of threads, `threads` at most, for an elementwise op on `values` numbers: waking one takes microseconds.
 inline int useful_threads(int threads, int64_t values) {
   constexpr int64_t kValuesPerThread = 16384;
   return static_cast<int>(std::clamp<int64_t>(values / kValuesPerThread, 1, std::max(threads, 1)));

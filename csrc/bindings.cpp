@@ -1,4 +1,4 @@
-// The Python module _C. It knows no torch: ops/<op>.py checks the tensors. Each op's own .cpp file defines its functions.
+// The Python module _C. It knows no torch: ops/<op>.py checks the tensors. Each op's .cpp file binds its own functions.
 #include "bindings.h"
 
 #include "guided_update.h"

@@ -1,4 +1,4 @@
-// How an op's .cpp file makes its functions callable from Python. Python passes tensors as addresses, sizes and strides.
+// How an op's .cpp file makes its functions callable from Python, which passes tensors as addresses, sizes and strides.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,18 +18,18 @@ namespace vpf {
 
 using Define = void (*)(pybind11::module_&);
 
-// What bindings.cpp runs when the module is imported.
+// The functions that bindings.cpp calls to fill the module.
 inline std::vector<Define>& definitions() {
   static std::vector<Define> all;
   return all;
 }
 
-// A constant of this type in an op's file adds a definition as the module is loaded.
+// A constant of this type in an op's file adds one of those functions, when the shared library is loaded.
 struct Binding {
   explicit Binding(Define define) { definitions().push_back(define); }
 };
 
-// How an argument of a C++ function comes from Python: `type` is what pybind11 converts to. Numbers come as they are.
+// Converts what pybind11 makes of a Python value, `type`, to an argument of a C++ function. Numbers stay as they are.
 template <typename T>
 struct FromPython {
   using type = T;

@@ -16,7 +16,7 @@ struct FeedForward {
   float* output;
 };
 
-// A block of rows goes from its norm to its residual while in a near cache.
+// A block of rows goes through the norm, both layers and the residual while it is in the L2 cache.
 struct FeedForwardWork {
   explicit FeedForwardWork(const FeedForward& op)
       : op(op), tokens(floats(op.blocks.size * op.channels)), gated(floats(op.blocks.size * op.hidden)) {}

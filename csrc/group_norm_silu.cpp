@@ -11,13 +11,13 @@
 namespace vpf {
 namespace {
 
-// Pixels whose sums are taken in float32, and then joined to the rest in float64.
+// Pixels per chunk. A chunk is summed in float32; the chunks' sums are joined in float64.
 constexpr int64_t kChunk = 64;
 
 std::vector<double> doubles(int64_t size) { return std::vector<double>(static_cast<std::size_t>(size)); }
 
-// The values that share statistics: all pixels of one frame, or of all frames of a clip, cut into chunks of pixels
-// which lie in one frame each.
+// The values that share statistics: all pixels of one frame, or of all frames of a clip. They are cut into chunks, each
+// of pixels of one frame.
 struct Sample {
   const float *x, *embedding;
   float* output;
@@ -42,24 +42,24 @@ struct Norm {
   bool silu;
 };
 
-// What becomes of one sample: sums of each chunk and channel, statistics of each channel, and what they make of it,
-// SiLU of (x - center) scale + shift.
+// Buffers for one sample: sums of each chunk and channel, mean and sum of squared deviations of each channel, and the
+// constants of the result, (x - offset) scale + shift before the activation.
 struct Work {
   explicit Work(const Sample& sample)
       : sums(floats(sample.chunks() * 2 * sample.channels)),
         means(doubles(sample.channels)),
         deviations(doubles(sample.channels)),
-        center(floats(sample.channels)),
+        offset(floats(sample.channels)),
         scale(floats(sample.channels)),
         shift(floats(sample.channels)) {}
 
   std::vector<float> sums;
   std::vector<double> means, deviations;
-  std::vector<float> center, scale, shift;
+  std::vector<float> offset, scale, shift;
 };
 
-// Sums over a chunk of each channel's distance from its first value, and of the distance squared. That value is one of
-// those summed, which bounds what cancellation can take, wherever the mean lies. The sums stay in registers.
+// Sums over a chunk, for each channel, of x - x[first pixel] and of its square. Subtracting one of the chunk's own
+// values bounds the loss to cancellation for any mean. The sums stay in registers.
 template <int64_t kLanes>
 VPF_ALWAYS_INLINE void sum_channels(const float* __restrict x, int64_t stride, int64_t length,
                                     float* __restrict sums, float* __restrict squares) {
@@ -84,8 +84,8 @@ VPF_VECTOR_CLONES void sum_chunk(const float* __restrict x, int64_t stride, int6
   for (; c < channels; ++c) sum_channels<1>(x + c, stride, length, sums + c, squares + c);
 }
 
-// Joins a chunk to the `before` pixels whose mean and sum of squared deviations each channel has so far (Chan, Golub
-// and LeVeque, 1983).
+// Adds a chunk to each channel's mean and sum of squared deviations over the `before` pixels of earlier chunks (Chan,
+// Golub and LeVeque, 1983).
 VPF_VECTOR_CLONES void join_chunk(const float* __restrict first, const float* __restrict sums,
                                   const float* __restrict squares, double length, double before, int64_t channels,
                                   double* __restrict means, double* __restrict deviations) {
@@ -99,15 +99,15 @@ VPF_VECTOR_CLONES void join_chunk(const float* __restrict first, const float* __
 }
 
 VPF_VECTOR_CLONES void apply_chunk(const float* __restrict x, int64_t stride, int64_t length, int64_t channels,
-                                   const float* __restrict center, const float* __restrict scale,
+                                   const float* __restrict offset, const float* __restrict scale,
                                    const float* __restrict shift, bool with_silu, float* __restrict output) {
   for (int64_t pixel = 0; pixel < length; ++pixel) {
     const float* from = x + pixel * stride;
     float* to = output + pixel * channels;
     if (with_silu) {
-      for (int64_t c = 0; c < channels; ++c) to[c] = silu((from[c] - center[c]) * scale[c] + shift[c]);
+      for (int64_t c = 0; c < channels; ++c) to[c] = silu((from[c] - offset[c]) * scale[c] + shift[c]);
     } else {
-      for (int64_t c = 0; c < channels; ++c) to[c] = (from[c] - center[c]) * scale[c] + shift[c];
+      for (int64_t c = 0; c < channels; ++c) to[c] = (from[c] - offset[c]) * scale[c] + shift[c];
     }
   }
 }
@@ -118,7 +118,7 @@ void sum(const Sample& sample, int64_t chunk, Work& work) {
             sums + sample.channels);
 }
 
-// Chunks are joined in their order, by one thread: the number of threads cannot change a bit.
+// One thread joins the chunks in order: the number of threads cannot change a bit.
 void join(const Sample& sample, const Norm& norm, Work& work) {
   const int64_t channels = sample.channels, size = channels / norm.groups;
   std::vector<double>&means = work.means, &deviations = work.deviations;
@@ -131,7 +131,7 @@ void join(const Sample& sample, const Norm& norm, Work& work) {
     join_chunk(sample.input(chunk), sums, sums + channels, length, pixels, channels, means.data(), deviations.data());
     pixels += length;
   }
-  // The embedding moves the mean of a channel.
+  // The embedding is added to every pixel, and so to the channel's mean.
   const float* embedding = sample.embedding;
   for (int64_t c = 0; embedding && c < channels; ++c) means[c] += embedding[c];
   const double inverse_size = 1. / static_cast<double>(size), inverse_values = inverse_size / pixels;
@@ -143,17 +143,17 @@ void join(const Sample& sample, const Norm& norm, Work& work) {
     }
     const double inverse = 1 / std::sqrt(std::max(deviation * inverse_values, 0.) + norm.eps);
     for (int64_t c = start; c < start + size; ++c) {
-      const double center = mean - (embedding ? embedding[c] : 0.f), scale = norm.weight[c] * inverse;
-      work.center[c] = static_cast<float>(center);
+      const double offset = mean - (embedding ? embedding[c] : 0.f), scale = norm.weight[c] * inverse;
+      work.offset[c] = static_cast<float>(offset);
       work.scale[c] = static_cast<float>(scale);
-      // What rounding took from the center is given back here.
-      work.shift[c] = static_cast<float>(norm.bias[c] - (center - work.center[c]) * scale);
+      // The shift makes up for the rounding of the offset to float32.
+      work.shift[c] = static_cast<float>(norm.bias[c] - (offset - work.offset[c]) * scale);
     }
   }
 }
 
 void apply(const Sample& sample, int64_t chunk, const Norm& norm, const Work& work) {
-  apply_chunk(sample.input(chunk), sample.pixel_stride, sample.length(chunk), sample.channels, work.center.data(),
+  apply_chunk(sample.input(chunk), sample.pixel_stride, sample.length(chunk), sample.channels, work.offset.data(),
               work.scale.data(), work.shift.data(), norm.silu, sample.result(chunk));
 }
 
@@ -177,7 +177,7 @@ void group_norm_silu_cpu(const float* x, const float* weight, const float* bias,
             strides.pixel};
   };
   threads = useful_threads(threads, sizes.clips * frames * pixels * channels);
-  // Many samples are shared out among the threads, the chunks of few.
+  // The threads share the samples; where there are fewer samples than threads, they share each sample's chunks.
   if (samples >= threads) {
 #pragma omp parallel num_threads(threads)
     {

@@ -9,8 +9,8 @@
 namespace vpf {
 namespace {
 
-// A frame's sampling positions in the following frame's plane: four offsets and weights a pixel, tap by tap. A tap
-// outside the frame points at the zero that ends the plane.
+// A frame's sampling positions in the plane of the following frame: offsets and weights of each pixel's four taps,
+// [4, pixels]. A tap outside the frame has the offset of the zero that is appended to the plane.
 struct PlaneTaps {
   explicit PlaneTaps(int64_t pixels)
       : pixels(pixels), offsets(static_cast<std::size_t>(4 * pixels)), weights(static_cast<std::size_t>(4 * pixels)) {}
@@ -34,7 +34,7 @@ struct PlaneTaps {
   std::vector<float> weights;
 };
 
-// One frame of one channel.
+// One frame of one channel: addresses, and strides in elements.
 struct Plane {
   const float *latents, *noise;
   int64_t latents_row, latents_column, noise_row, noise_column;
@@ -81,8 +81,8 @@ void guided_update_cpu(const Latents<const float>& latents, const Latents<const 
   const int64_t pixels = sizes.height * sizes.width;
   const int64_t all_frames = sizes.clips * sizes.frames;
 
-  // One frame at a time: where its flow points serves all channels and votes. Frames share no output, so the number of
-  // threads cannot change a bit of it.
+  // One frame at a time: its sampling positions serve all channels and votes. Frames share no output, so the number of
+  // threads cannot change a bit.
 #pragma omp parallel num_threads(threads)
   {
     PlaneTaps taps(pixels);

@@ -1,4 +1,5 @@
-// The guided update of one latent value, shared by the CPU and CUDA loops. reference.guided_update states the maths.
+// The guided update of one latent value, shared by the CPU and CUDA loops.
+// Reference: videopure_fast/ops/guided_update.py.
 #pragma once
 
 #include <string>
@@ -7,18 +8,18 @@
 
 namespace vpf {
 
-// A schedule.VoteCoefficients, with the reciprocal of sqrt_alpha: one value takes up to six predictions of x0.
+// A schedule.VoteCoefficients, but with 1 / sqrt_alpha: one output value needs up to six predictions of x0.
 struct Vote {
   float inverse_sqrt_alpha, sqrt_beta, update, predicts_x0;
 };
 
-// Of one vote of one clip; the four lie along columns.
+// The coefficients of one vote of one clip, which lie along columns.
 VPF_INLINE Vote load_vote(const Latents<const float>& coefficients, int64_t vote, int64_t clip) {
   const float* at = coefficients.plane(vote, clip, 0, 0);
   return {1.f / at[0], at[coefficients.column], at[2 * coefficients.column], at[3 * coefficients.column]};
 }
 
-// Factors of the two gradients: 2 spatial_weight / N and temporal_weight / n, for N values a clip and n a frame.
+// Factors of the two gradients: 2 spatial_weight / N and temporal_weight / n, for N values of a clip and n of a frame.
 struct Weights {
   float spatial, temporal;
 };
@@ -29,7 +30,7 @@ inline Weights make_weights(const Sizes& sizes, double spatial_weight, double te
           static_cast<float>(temporal_weight / frame_values)};
 }
 
-// The four pixels around a sampling position, as offsets into a frame of each tensor; -1 for a pixel outside it.
+// The four pixels around a sampling position, as offsets into a frame of each tensor; -1 for a pixel outside the frame.
 struct Taps {
   int64_t latents[4], noise[4];
   float weight[4];
@@ -41,14 +42,14 @@ VPF_INLINE Taps bilinear_taps(int64_t x, int64_t y, float flow_x, float flow_y, 
   Taps taps = {{-1, -1, -1, -1}, {-1, -1, -1, -1}, {0.f, 0.f, 0.f, 0.f}};
   const float sample_x = static_cast<float>(x) + flow_x;
   const float sample_y = static_cast<float>(y) + flow_y;
-  // Positions with no pixel in reach leave here, NaN with them, so that the integer casts below are in range.
+  // Return early for NaN and for positions without a pixel in reach, so that the integer casts below are in range.
   if (!(sample_x > -1.f && sample_x < static_cast<float>(sizes.width) && sample_y > -1.f &&
         sample_y < static_cast<float>(sizes.height))) {
     return taps;
   }
   int64_t left = static_cast<int64_t>(sample_x);
   int64_t top = static_cast<int64_t>(sample_y);
-  left -= sample_x < static_cast<float>(left);  // the cast rounds towards zero, floor does not
+  left -= sample_x < static_cast<float>(left);  // floor: the cast rounds towards zero
   top -= sample_y < static_cast<float>(top);
   const float right_weight = sample_x - static_cast<float>(left);
   const float bottom_weight = sample_y - static_cast<float>(top);
@@ -93,19 +94,19 @@ VPF_INLINE float guided_vote(float latent, float noise, float target, float warp
   return vote.predicts_x0 != 0.f ? predict_x0(optimized, noise, vote) : optimized;
 }
 
-// Both fill `output`. The flow's channels are x and y.
+// Both functions fill `output`. The flow's channels are x and y.
 void guided_update_cpu(const Latents<const float>& latents, const Latents<const float>& noise,
                        const Latents<const float>& target, const Latents<const float>& flow,
                        const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
                        double spatial_weight, double temporal_weight, int threads);
 
-// Enqueues on `stream` of `device` and returns; throws std::runtime_error with CUDA's sentence where the launch fails.
+// Enqueues on `stream` of `device` and returns; throws std::runtime_error with CUDA's message if the launch fails.
 void guided_update_cuda(const Latents<const float>& latents, const Latents<const void>& noise,
                         const Latents<const float>& target, const Latents<const float>& flow,
                         const Latents<const float>& coefficients, const Latents<float>& output, const Sizes& sizes,
                         double spatial_weight, double temporal_weight, NoiseType noise_dtype, int device, void* stream);
 
-// Why the kernels cannot run on a device, in CUDA's words, or nothing.
+// CUDA's message on why the extension's kernels cannot run on a device; empty if they can.
 std::string cuda_error(int device);
 
 }  // namespace vpf

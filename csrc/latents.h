@@ -1,4 +1,4 @@
-// Tensors of latents, as the CPU and CUDA loops of guided_update and ddim_step see them.
+// Tensors of latents in the CPU and CUDA loops of guided_update and ddim_step.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@
 
 namespace vpf {
 
-// Of latents (votes, clips, channels, frames, height, width); where an op has no votes, there is one.
+// Sizes of latents (votes, clips, channels, frames, height, width); votes is 1 for an op without votes.
 struct Sizes {
   int64_t votes, clips, channels, frames, height, width;
 };
 
-// The first value, and the distances in elements between neighbors; 0 along a dimension that the tensor lacks.
+// Address and strides, in elements, of a tensor; the stride is 0 along a dimension that the tensor lacks.
 template <typename T>
 struct Latents {
   T* data;

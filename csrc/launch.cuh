@@ -1,4 +1,4 @@
-// What the CUDA files share: errors, the current device, a thread's place among the latents, the noise's types.
+// Shared by the CUDA files: error checks, the current device, a thread's position in the latents, the noise's types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,7 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// Kernels launch on the current device, which the caller's thread may have set to another than the tensors'.
+// Makes `device` current while it lives: kernels launch on the current device, which may be another than the tensors'.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -38,7 +38,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// One thread a value, all values along grid.x: its limit is 2^31 - 1 blocks, y's and z's 65,535.
+// Blocks for one thread per value, all along grid.x, whose limit is 2^31 - 1 blocks (y and z: 65,535).
 inline unsigned count_blocks(const Sizes& sizes) {
   const int64_t planes = sizes.votes * sizes.clips * sizes.channels * sizes.frames;
   const int64_t pixels = sizes.height * sizes.width;
@@ -53,7 +53,7 @@ struct Place {
   int64_t vote, clip, channel, frame, y, x;
 };
 
-// This thread's place; false beyond the last value. One division takes 64 bits, the others 32.
+// Finds this thread's position; false beyond the last value. One division has 64 bits, the others 32, which is faster.
 __device__ __forceinline__ bool find_place(const Sizes& sizes, Place& place) {
   const int64_t pixels = sizes.height * sizes.width;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads;
@@ -72,7 +72,7 @@ __device__ __forceinline__ bool find_place(const Sizes& sizes, Place& place) {
   return place.vote < sizes.votes;
 }
 
-// Runs `launch` with the noise in its own type.
+// Calls launch(noise) with the noise as Latents of its own type.
 template <typename Launch>
 void with_type(const Latents<const void>& noise, NoiseType type, const Launch& launch) {
   switch (type) {

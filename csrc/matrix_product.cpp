@@ -3,7 +3,7 @@
 namespace vpf {
 namespace {
 
-constexpr int64_t kMultiplyAddsPerValue = 32;  // of a product, in the time of one value of an elementwise op
+constexpr int64_t kMultiplyAddsPerValue = 32;  // take as long as one value of an elementwise op
 
 int64_t panels_of(int64_t outputs, int64_t width) { return (outputs + width - 1) / width; }
 
@@ -47,7 +47,7 @@ Panels::Panels(const float* weight, const float* bias, int64_t taps, int64_t out
 }
 
 Blocks::Blocks(int64_t rows, int threads) : rows(rows) {
-  constexpr int64_t kWhole = 12;  // rows of the largest tile
+  constexpr int64_t kWhole = 12;  // rows of the largest tile of multiply()
   const int64_t share = (rows + threads - 1) / threads;
   size = std::min(kBlockRows, (share + kWhole - 1) / kWhole * kWhole);
   count = (rows + size - 1) / size;

@@ -1,5 +1,5 @@
-// Rows times a weight matrix in float32. Each piece of the result is handed on while it is in registers, so that a
-// bias, a residual or a gate costs no pass over memory.
+// Rows times a weight matrix in float32. A function object, `finish`, takes each piece of the result while it
+// is in registers, so that a residual or a gate costs no pass over memory.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,14 @@ namespace vpf {
 // Floats in the widest vector of this processor: 16, 8 or 4.
 int vector_width();
 
-// Threads worth starting for a product.
+// The number of threads, `threads` at most, for a product.
 int product_threads(int threads, int64_t rows, int64_t outputs, int64_t inputs);
 
-// Weights (taps, outputs, inputs) and biases in the order in which a product reads them: panels of a pair of vectors,
-// [taps, panels, inputs, 2, width], the last panel filled up with zeros. A pair holds neighboring outputs; or, of
-// gated weights, some of the first half of the outputs and their partners of the second half.
+// Weights (taps, outputs, inputs) and biases in the order in which a product reads them: panels of two vectors,
+// [taps, panels, inputs, 2, width], the last panel padded with zeros. The two vectors hold consecutive outputs; with
+// `gated`, `width` outputs of the first half and the corresponding ones of the second half.
 struct Panels {
-  // bias: (outputs,) or nullptr for none. width: floats of a vector, as of vector_width().
+  // bias: (outputs,) or nullptr for none. width: floats per vector, up to vector_width().
   Panels(const float* weight, const float* bias, int64_t taps, int64_t outputs, int64_t inputs, bool gated, int width,
          int threads);
 
@@ -34,17 +34,16 @@ struct Panels {
   std::vector<float> weights, biases;
 };
 
-// Rows that go through all panels together: enough that a panel is seldom fetched from far away, and few enough that
-// they themselves stay near.
+// Rows per block: enough to amortize loading each weight panel, and few enough that the block stays in the L2 cache.
 constexpr int64_t kBlockRows = 144;
 
-// Rows `stride` apart, a set of them for each tap; nullptr stands for zeros.
+// The input rows of each tap, `stride` elements apart; nullptr stands for zeros.
 struct RowBlock {
   const float* taps[3];
   int64_t stride, rows;
 };
 
-// `rows` cut into blocks of kBlockRows at most, with work for all threads.
+// `rows` cut into blocks of at most kBlockRows, small enough that every thread gets one.
 struct Blocks {
   Blocks(int64_t rows, int threads);
 
@@ -88,7 +87,7 @@ VPF_ALWAYS_INLINE int64_t multiply_rows(const RowBlock& block, const Panels& pan
 // finish(row, panel, pair of sums) for each row of a block and each panel.
 template <int kWidth, class Finish>
 VPF_ALWAYS_INLINE void multiply(const RowBlock& block, const Panels& panels, const Finish& finish) {
-  constexpr int kRows = kWidth == 16 ? 12 : 6;  // of 32 or 16 registers, all but a few
+  constexpr int kRows = kWidth == 16 ? 12 : 6;  // two sums a row: 24 of 32, or 12 of 16 vector registers
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     int64_t row = multiply_rows<kRows, kWidth>(block, panels, panel, 0, finish);
     row = multiply_rows<4, kWidth>(block, panels, panel, row, finish);
@@ -96,7 +95,7 @@ VPF_ALWAYS_INLINE void multiply(const RowBlock& block, const Panels& panels, con
   }
 }
 
-// The finish that adds a residual, or nothing where it is nullptr, and writes rows of `columns`.
+// A finish that adds a residual, unless it is nullptr, and writes rows of `columns` outputs.
 template <int kWidth>
 struct WriteRows {
   VPF_ALWAYS_INLINE void operator()(int64_t row, int64_t panel, const Lanes<kWidth> (&sums)[2]) const {
@@ -116,7 +115,7 @@ struct WriteRows {
   int64_t columns;
 };
 
-// The finish of gated weights, which writes rows of half as many columns: the values times the GELU of their partners.
+// The finish of gated weights: writes rows of `channels` outputs, values of the first half times GELU of the second.
 template <int kWidth>
 struct WriteGated {
   VPF_ALWAYS_INLINE void operator()(int64_t row, int64_t panel, const Lanes<kWidth> (&sums)[2]) const {
@@ -153,7 +152,7 @@ VPF_TARGET("avx2,fma") void run_8(Work& work, int64_t i) {
   work.template run<8>(i);
 }
 
-// work.run<kWidth>(i), compiled for the processors whose vectors are so wide. `run` is inlined into each version.
+// work.run<kWidth>(i), compiled for processors with vectors of kWidth floats. `run` is inlined into each version.
 template <class Work>
 void run(Work& work, int64_t i, int64_t width) {
   if (width == 16) return run_16(work, i);

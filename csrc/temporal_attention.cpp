@@ -12,17 +12,17 @@
 namespace vpf {
 namespace {
 
-// Queries that are scored together, one in each lane of a vector: no sum or maximum goes across lanes.
+// Queries that are scored together, one in each lane of a vector, so that no sum or maximum goes across lanes.
 constexpr int64_t kLanes = 16;
-// Keys that share one load of the lanes' queries, and queries that share one load of a value's channels: as many sums
-// as it takes to hide the latency of each.
+// Keys per load of the lanes' queries, and queries per load of a value's channels: enough independent sums to hide the
+// latency of a multiply-add.
 constexpr int64_t kBlock = 8;
-// Values of heads that are copied together, 128 KiB, so that whole lines are read in order.
+// Floats of queries, keys and values that are copied together (128 KiB), so that whole cache lines are read in order.
 constexpr int64_t kCopied = 32768;
 
-// A pixel's heads, so many at a time, in fast memory: rows of the frames are often a multiple of 4 KiB apart, where
-// they would take each other's places in a cache. The keys' last block is filled up with zeros, and a value's last
-// channels with whatever follows.
+// Buffers for one pixel: queries, keys and values of `heads` heads at a time are copied here, because the frames of a
+// clip are often a multiple of 4 KiB apart and then evict each other from the cache. The last block of keys is padded
+// with zeros; the last channels of a value are padded with what follows them.
 struct Scratch {
   Scratch(int64_t frames, int64_t heads, int64_t size)
       : heads(std::clamp<int64_t>(kCopied / (3 * frames * size), 1, heads)),
@@ -34,9 +34,9 @@ struct Scratch {
   std::vector<float> rows, queries, weights;  // [frames, 3, heads, size], [size, kLanes], [frames, kLanes]
 };
 
-using Queries = Lanes<kLanes>;  // a value for each of them
+using Queries = Lanes<kLanes>;  // one number per query
 
-// weights = keys x queries; returns each query's largest.
+// weights = keys x queries. Returns the largest score of each query.
 VPF_ALWAYS_INLINE Queries score(const float* __restrict queries, const float* __restrict keys, int64_t stride,
                                 float* __restrict weights, int64_t frames, int64_t size) {
   Queries most = {};
@@ -58,7 +58,7 @@ VPF_ALWAYS_INLINE Queries score(const float* __restrict queries, const float* __
   return most;
 }
 
-// Softmax of the weights over the keys, but for a factor, which it returns: one over their sum.
+// Replaces scores by exp(score - most), the softmax's numerators. Returns one over their sum over the keys.
 VPF_ALWAYS_INLINE Queries weigh(float* __restrict weights, const Queries& most, int64_t frames) {
   Queries sum = {};
   const Queries limit = Queries{} + 88.f;
@@ -94,7 +94,7 @@ VPF_ALWAYS_INLINE void average(const float* __restrict weights, const float* __r
   }
 }
 
-// One pixel; `qkv` and `output` point at its first frame, and the next ones lie a stride further each.
+// Attention of one pixel. `qkv` and `output` point at its first frame; strides are the elements between frames.
 VPF_VECTOR_CLONES void attend(const float* qkv, int64_t qkv_stride, float* output, int64_t output_stride,
                               int64_t frames, int64_t heads, int64_t size, Scratch& scratch) {
   const float scale = 1.f / std::sqrt(static_cast<float>(size));
@@ -135,13 +135,13 @@ struct NormAttention {
   const ActivationSizes& sizes;
   const ActivationStrides& strides;
   const Panels& panels;
-  int64_t channels, heads, pixels;  // pixels: so many are attended to together
+  int64_t channels, heads, pixels;  // pixels: the number per block
   float eps;
 
   int64_t blocks() const { return (sizes.pixels + pixels - 1) / pixels; }
 };
 
-// A block of pixels in all their frames is normalized, multiplied and attended to while in a near cache.
+// All frames of a block of pixels are normalized, multiplied and attended to while they are in the L2 cache.
 struct NormAttentionWork {
   explicit NormAttentionWork(const NormAttention& op)
       : op(op),

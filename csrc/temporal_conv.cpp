@@ -6,7 +6,7 @@
 namespace vpf {
 namespace {
 
-// A block of pixels of one frame is multiplied by the three taps' weights, of the frame before, itself and the next.
+// One block of pixels of one frame: the frames before, at and after it are multiplied by the three taps' weights.
 struct TemporalConv {
   template <int kWidth>
   VPF_ALWAYS_INLINE void run(int64_t i) const {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-// Before a function with the inner loops: the compiler makes a version for AVX-512, one for AVX2 and one for any
-// processor, and the loader picks. Sanitizers' run-time does not stand such a choice at load time.
+// Stands before a function with inner loops: the compiler makes versions for AVX-512, for AVX2 and for any processor,
+// and the loader picks one. Not under sanitizers, whose run-time does not support such a choice at load time.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__) && !defined(VPF_SANITIZE)
 #if __GNUC__ >= 12
 #define VPF_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -17,7 +17,7 @@
 #define VPF_VECTOR_CLONES
 #endif
 
-// For what such a function calls with loops of its own: the versions share nothing that is not inlined.
+// Stands before what such a function calls: only inlined code is compiled for each of its versions.
 #ifdef __GNUC__
 #define VPF_ALWAYS_INLINE inline __attribute__((always_inline))
 #else
@@ -38,7 +38,7 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-// So many floats in one vector; the compiler splits it where the processor's are shorter.
+// A vector of kWidth floats; the compiler splits it where the processor's vectors are shorter.
 template <int kWidth>
 using Lanes __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float)), may_alias)) = float;
 
@@ -47,7 +47,7 @@ VPF_ALWAYS_INLINE Lanes<kWidth> load_lanes(const float* from) {
   return *reinterpret_cast<const Lanes<kWidth>*>(from);
 }
 
-// Reads or writes the first `count` lanes only, where there are fewer than all.
+// These two read or write only the first `count` lanes if count < kWidth.
 template <int kWidth>
 VPF_ALWAYS_INLINE Lanes<kWidth> load_lanes(const float* from, int64_t count) {
   if (count >= kWidth) return load_lanes<kWidth>(from);
@@ -65,7 +65,7 @@ VPF_ALWAYS_INLINE void store_lanes(float* to, const Lanes<kWidth>& lanes, int64_
   }
 }
 
-// 2^n of a float whose lowest bits are n + 127; 0 for n = -127.
+// 2^n for a float whose lowest bits hold n + 127; 0 for n = -127.
 VPF_ALWAYS_INLINE float power_of_two(float rounded) { return float_of(bits_of(rounded) << 23); }
 
 template <class Vector>
@@ -81,7 +81,7 @@ VPF_ALWAYS_INLINE Float exp_of_negative(float scale, Float high, Low low) {
   constexpr float kInverseLog2 = 1.44269504f;
   // log(2) in two parts: a multiple of the first by up to 127 is exact.
   constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
-  // Adding it leaves the nearest integer and 127 in a float's lowest bits.
+  // Adding kRound to a number leaves its nearest integer plus 127 in the lowest bits of the sum.
   constexpr float kRound = 12582912.f + 127.f;
   const Float rounded = kRound - high * (scale * kInverseLog2);
   const Float n = rounded - kRound;
@@ -97,7 +97,7 @@ VPF_ALWAYS_INLINE Float exp_of_negative(float scale, Float high, Low low) {
   return power_of_two(rounded) * p;
 }
 
-// Unlike 0 it changes no value it is added to, and a compiler leaves the sum out.
+// x + kNothing is x for every x (x + 0 is not, for x = -0), so that the compiler can leave the sum out.
 constexpr float kNothing = -0.f;
 
 // The smaller of |x| and `most`; `most` for NaN.
@@ -110,10 +110,10 @@ inline float silu(float x) {
   return x * ((x < 0.f ? e : 1.f) / (1.f + e));
 }
 
-// x Phi(x), with Phi(-a) = exp(-a^2 / 2) R(a) for a >= 0: no cancellation, so that the negative tail is right as well.
+// x Phi(x), with Phi(-a) = exp(-a^2 / 2) R(a) for a >= 0: without cancellation, the negative tail is accurate too.
 inline float gelu(float x) {
   const float a = magnitude_up_to(13.25f, x);  // Phi(-13.25) is 0 in float32
-  // a^2 in two parts, the first exact: exp would magnify what rounding takes from a large square.
+  // a^2 in two parts, the first exact: exp would magnify the rounding error of a large square.
   const float high = float_of(bits_of(a) & 0xfffff000u);
   const float gauss = exp_of_negative(0.5f, high * high, (a - high) * (a + high));
   // Minimax fit of R on [0, 14].

@@ -1,4 +1,4 @@
-"""What the tests of all ops share: the backends and devices to run on, tolerances, layouts, and one way to compare."""
+"""Shared by the tests of all ops: backends and devices, tolerances, memory layouts, comparison with the reference."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from videopure_fast import ops
 from videopure_fast.ops.backend import OPS, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter takes milliseconds a program.
+# Examples per property test: the interpreter takes milliseconds for each program of a kernel.
 EXAMPLES = 8 if INTERPRETED else 40
 
-# Against the reference in float64 on the same inputs, for values of order one. A half-precision op rounds its inputs'
-# products as the chain of torch calls it stands for: intermediate activations, and the result.
+# Against the reference in float64 on the same inputs, for values of order one. A half-precision op rounds where the
+# chain of torch calls that it replaces does: intermediate activations, and the result.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
     torch.float16: {"rtol": 2e-3, "atol": 4e-3},
@@ -29,7 +29,7 @@ LAYOUTS = ("contiguous", "every second", "offset", "transposed", "expanded")
 
 
 def every_backend(*gpu_forms: str) -> pytest.MarkDecorator:
-    """Parametrize over (backend, device): the CPU form, or in the interpreter's process triton; under gpu the rest."""
+    """Parametrize over (backend, device): cpu, or triton under the interpreter; `gpu_forms` are marked gpu."""
     cases = [pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-gpu") for name in gpu_forms]
     if INTERPRETED:
         cases.append(pytest.param("triton", "cpu", id="triton-interpreted"))
@@ -39,7 +39,7 @@ def every_backend(*gpu_forms: str) -> pytest.MarkDecorator:
 
 
 def dtypes(backend: str, device: str) -> tuple[torch.dtype, ...]:
-    """Those whose values a backend can be checked in. The interpreter computes bfloat16 wrongly."""
+    """The dtypes to check a backend with. bfloat16 is left out in the interpreter, which computes it wrongly."""
     if backend == "cpu":
         return (torch.float32,)
     return (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float16)
@@ -50,7 +50,7 @@ def normal(*shape: int, seed: int = 0, mean: float = 0.0, scale: float = 1.0) ->
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values, or for "expanded" those of its first entry, in another layout; unused memory is NaN."""
+    """The values in another memory layout, unused memory NaN. "expanded" repeats those of the first entry."""
     if layout == "every second":
         wide = tensor.new_full([2 * n for n in tensor.shape], torch.nan)
         every_second = tuple(slice(None, None, 2) for _ in tensor.shape)
@@ -67,7 +67,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is NaN, so that a value no kernel writes cannot pass."""
+    """torch fills new memory with NaN, so that a value which no kernel writes cannot pass."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -76,7 +76,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def run(backend: str, device: str, op: str, *tensors: Tensor | None, **settings: Any) -> Tensor:
-    """What a backend makes of the tensors, moved to a device."""
+    """The op's result by a backend, for the tensors moved to a device."""
     moved = [None if t is None else _to(t, device) for t in tensors]
     with torch.no_grad(), use_backend(backend), poisoned_memory():
         return getattr(ops, op)(*moved, **settings)
@@ -92,7 +92,7 @@ def check(backend: str, device: str, op: str, *tensors: Tensor | None, scale: fl
 def assert_equal(
     actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0, where: Tensor | None = None
 ) -> None:
-    """A result of `run` equals the truth in float64, compared `where` a mask says, else everywhere."""
+    """A result of `run` equals the expected float64 values, everywhere or where the mask `where` is true."""
     assert actual.shape == expected.shape
     assert actual.dtype == dtype
     assert actual.is_contiguous()
@@ -105,7 +105,7 @@ def assert_equal(
 
 
 def _to(tensor: Tensor, device: str) -> Tensor:
-    """To a device with strides, and whatever lies between the values, kept; no copy where it is there already."""
+    """Move a tensor with its whole storage, so that strides and unused memory stay; as it is if it is there already."""
     if tensor.device.type == device:
         return tensor
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)

@@ -85,7 +85,7 @@ def test_in_place_with_noise_in_the_same_memory(backend, device, first_frame_noi
 def test_strides_beyond_32_bits(backend, device, tmp_path):
     latents, noise, coefficients = make_inputs(2, 2, 3, 4, 5)
     dtype = torch.float32 if backend == "cpu" else torch.float16
-    # A sparse file: the pages between the clips exist nowhere.
+    # A sparse file: the pages between the clips take no memory.
     far = torch.from_file(str(tmp_path / "noise"), shared=True, size=2**31 + noise[0].numel(), dtype=dtype)
     far = far.as_strided(noise.shape, (2**31, *noise.stride()[1:])).copy_(noise)
     check(backend, device, "ddim_step", latents, far, coefficients)

@@ -14,7 +14,7 @@ from videopure_fast.ops.backend import use_backend
 
 
 def inputs(*shape: int, hidden: int, seed: int = 0, mean: float = 0.0) -> tuple[Tensor, ...]:
-    """x of a shape, and weights that keep every sum of order one."""
+    """x of a shape, and weights for which every sum is of order one."""
     channels = shape[-1]
     return (
         normal(*shape, seed=seed, mean=mean),
@@ -30,7 +30,7 @@ def inputs(*shape: int, hidden: int, seed: int = 0, mean: float = 0.0) -> tuple[
 @every_backend("triton")
 @pytest.mark.parametrize(
     ("shape", "hidden"),
-    # The last tile and the last vector of each kind, and more rows than go through the layers together.
+    # Partial last tiles and vectors of each kind, and more rows than a block.
     [((8,), 32), ((1, 7, 5, 9, 20), 80), ((151, 33), 31), ((3, 50, 64), 256), ((2, 1), 1)],
 )
 def test_equals_the_reference(backend, device, shape, hidden):
@@ -44,7 +44,7 @@ def test_equals_the_reference(backend, device, shape, hidden):
 @given(data=st.data())
 def test_any_size_and_layout(backend, device, data):
     leading = tuple(data.draw(st.lists(st.integers(1, 6), max_size=4)))
-    # A row of one channel is its own mean: only its rounding would be left.
+    # A single channel is skipped: it equals its own mean, and only rounding would be left.
     channels, hidden = data.draw(st.integers(2, 70)), data.draw(st.integers(1, 70))
     dtype = data.draw(st.sampled_from(dtypes(backend, device)))
     layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in range(7)]
@@ -55,7 +55,7 @@ def test_any_size_and_layout(backend, device, data):
 
 @every_backend("triton")
 def test_offsets_beyond_32_bits(backend, device):
-    """Three rows 2^30 values apart. Memory that nobody touches costs nothing on a CPU."""
+    """Three rows 2^30 values apart. Untouched pages take no memory on a CPU."""
     dtype = dtypes(backend, device)[-1]
     stride = 2**30 if dtype.itemsize == 2 else 2**29
     x, *weights = (tensor.to(device, dtype) for tensor in inputs(3, 32, hidden=48))

@@ -13,7 +13,7 @@ from videopure_fast.ops.backend import use_backend
 from videopure_fast.ops.geglu import geglu_reference
 from videopure_fast.ops.linear_geglu import linear_geglu_reference
 
-# Rows of any number of axes, D of one value, of a power of two, and of neither.
+# Shapes with one and more axes; D is one, a power of two, or neither.
 LEADING = [(1,), (7,), (1, 5), (2, 3, 1, 4, 2)]
 
 
@@ -42,7 +42,7 @@ def test_geglu(backend, device, leading, columns, layout, scale, seed, data):
 
 @every_backend("triton")
 def test_geglu_equals_torch_at_every_gate(backend, device):
-    """To float32's last places where 1 + erf cancels, as torch's own GELU."""
+    """Accurate to float32's last digits where 1 + erf cancels, as torch's own GELU is."""
     gate = torch.linspace(-12, 12, 4001)
     x = torch.stack([torch.ones_like(gate), gate], -1).to(device)
     with use_backend(backend):
@@ -54,7 +54,7 @@ def test_geglu_equals_torch_at_every_gate(backend, device):
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
     leading=st.sampled_from(LEADING),
-    # Both sides of the widest input that is fused, and steps along K that are not whole.
+    # K below and above the widest input that Triton fuses, and no multiple of its step along K.
     inputs=st.sampled_from([1, 32, 37, 72, 640, 650]),
     columns=st.sampled_from([1, 5, 64, 77]),
     layout=st.sampled_from(LAYOUTS),
@@ -66,7 +66,7 @@ def test_geglu_equals_torch_at_every_gate(backend, device):
 def test_linear_geglu(backend, device, leading, inputs, columns, layout, bias, scale, seed, data):
     dtype = data.draw(st.sampled_from(dtypes(backend, device)))
     x = normal(*leading, inputs, seed=seed)
-    # Values of size `scale`; the gates' rows make gates of -12 to 12.
+    # Outputs: values of size `scale`, and gates from -12 to 12.
     weight = normal(2 * columns, inputs, seed=seed + 1, scale=inputs**-0.5)
     weight[:columns] *= scale
     weight[columns:] *= 4
@@ -77,7 +77,7 @@ def test_linear_geglu(backend, device, leading, inputs, columns, layout, bias, s
 
 @every_backend("triton")
 def test_offsets_beyond_int32(backend, device):
-    """The last row begins 2^31 values after the first, in memory of which little but the rows is ever touched."""
+    """The last row begins 2^31 values after the first; the pages between them are untouched."""
     dtype = torch.float32 if backend == "cpu" else torch.float16
     rows, columns, apart = 5, 8, 2**29
     x = gated(rows, columns=columns, seed=3).to(dtype)

@@ -72,7 +72,7 @@ def test_any_layout(backend, device, layout, over_frames):
 @every_backend("triton")
 @pytest.mark.parametrize("programs", [1, 12])
 def test_chunks_of_several_tiles(backend, device, programs, monkeypatch):
-    """As a sample of many thousands of pixels has them: here, because few programs are asked for."""
+    """Few programs are asked for, so that each gets many chunks, as with many thousands of pixels."""
     if backend == "triton":
         monkeypatch.setattr("videopure_fast.kernels.group_norm_silu.PROGRAMS", programs)
     options = {"groups": 8, "eps": 1e-5, "over_frames": False, "silu": True}
@@ -85,7 +85,7 @@ def test_chunks_of_several_tiles(backend, device, programs, monkeypatch):
 @pytest.mark.parametrize("shape", [ONE_PASS, TWO_PASS], ids=str)
 @pytest.mark.parametrize("kind", ["constant", "far first value", "groups far apart", "tiny"])
 def test_hard_values(backend, device, shape, kind):
-    """Variance 0; an outlier where a shift might be taken; means that differ between neighbors; eps that decides."""
+    """Variance 0; an outlier in the first pixel; means that differ between channels; an eps that dominates."""
     for dtype in dtypes(backend, device):
         x, weight, bias, _ = inputs(*shape, 80, embedding=False, seed=11)
         if kind == "constant":
@@ -103,7 +103,7 @@ def test_hard_values(backend, device, shape, kind):
 @every_backend("triton")
 @pytest.mark.parametrize("size", [(2, 3), (30, 41)], ids=str)
 def test_offsets_beyond_32_bits(backend, device, size, tmp_path):
-    """The third clip begins 2^31 values after the first, in a file of which only a few pages exist."""
+    """The third clip begins 2^31 values after the first, in a sparse file."""
     dtype = dtypes(backend, device)[-1] if backend == "triton" else torch.float32
     small, weight, bias, embedding = (t.to(dtype) for t in inputs(3, 1, *size, 24, embedding=True))
     apart = 2**30

@@ -13,13 +13,13 @@ from videopure_fast.config import PurifyConfig
 from videopure_fast.ops.guided_update import guided_update_reference, warp
 from videopure_fast.schedule import Schedule
 
-# The temporal pull jumps where the warp residual changes sign; values this close to the jump may fall on either side.
+# The temporal term jumps where the warp residual changes sign: residuals this close to zero are not compared.
 SIGN_MARGIN = 2e-5
 NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def coefficients(votes: int, clips: int) -> Tensor:
-    """At the paper's levels, other ones for each vote and clip, half of them x0 votes."""
+    """(V, B, 4): the paper's noise levels, different for each vote and clip; half of the votes predict x0."""
     steps = Schedule(PurifyConfig()).vote_coefficients()
     return torch.tensor(
         [
@@ -154,7 +154,7 @@ def test_many_votes(backend, device):
 def test_strides_beyond_32_bits(backend, device, tmp_path):
     latents, noise, target, flow, steps = make_inputs(1, 2, 2, 2, 3, 4)
     dtype = torch.float32 if backend == "cpu" else torch.float16
-    # A sparse file: the pages between the clips exist nowhere.
+    # A sparse file: the pages between the clips take no memory.
     far = torch.from_file(str(tmp_path / "noise"), shared=True, size=2**31 + noise[0, 0].numel(), dtype=dtype)
     far = far.as_strided(noise.shape, (0, 2**31, *noise.stride()[2:])).copy_(noise)
     check(backend, device, latents, far, target, flow, steps)

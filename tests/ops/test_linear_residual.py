@@ -35,7 +35,7 @@ def inputs(shape: tuple[int, ...], k: int, n: int, seed: int = 0) -> tuple[Tenso
         ((1, 1), 1, 1),
         ((650,), 16, 100),
         ((65,), 1200, 24),
-        # Enough of the largest tiles for a whole GPU.
+        # As many of the largest tiles as keep a whole GPU busy.
         pytest.param((1600,), 64, 1280, marks=pytest.mark.skipif(INTERPRETED, reason="too many programs")),
     ],
 )
@@ -74,7 +74,7 @@ def test_any_size_and_layout(backend, device, data):
 
 @every_backend("triton")
 def test_offsets_beyond_32_bits(backend, device):
-    """Three rows of x and residual 2^30 values apart. Memory that nobody touches costs nothing on a CPU."""
+    """Three rows of x and residual 2^30 values apart. Untouched pages take no memory on a CPU."""
     dtype = dtypes(backend, device)[-1]
     stride = 2**30 if dtype.itemsize == 2 else 2**29
     tensors = [tensor.to(device, dtype) for tensor in inputs((3,), 32, 48)]

@@ -1,4 +1,4 @@
-"""What the compiled CPU forms can get wrong: threads, vector arithmetic, sizes beside a vector's width, strides."""
+"""The compiled CPU forms: any number of threads, vector arithmetic, sizes around a vector's width, strides."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def same_bits(op, *arguments) -> Tensor:
     return results[0]
 
 
-# Large enough that all three threads get work.
+# These are large enough for three threads.
 def test_threads_do_not_change_a_bit_of_temporal_attention():
     same_bits(temporal_attention_native, normal(2, 7, 11, 9, 3 * 40), 5)
 
@@ -58,13 +58,13 @@ def check_group_norm(*tensors: Tensor | None, **settings) -> None:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest, in units of float32's epsilon."""
+    """The largest relative error, in units of float32's epsilon."""
     return ((actual.double() - expected).abs() / expected.abs()).max().item() / EPSILON
 
 
 @pytest.mark.parametrize("limit", [1e-30, 1e-3, 0.1, 1.0, 12.0])
 def test_gelu_is_right_to_its_last_digits(limit):
-    """Its negative tail too, where 1 + erf would cancel."""
+    """Also in the negative tail, where 1 + erf would cancel."""
     gate = torch.linspace(-limit, limit, 200_000)
     x = gate.double()
     expected = x * torch.erfc(-x / 2**0.5) / 2
@@ -81,7 +81,7 @@ def test_gelu_beyond_float32():
 
 
 def test_silu_is_right_to_its_last_digits():
-    """The bias alone, one channel a value: zero weight leaves nothing of x."""
+    """With zero weight the op is SiLU of the bias, one channel per value."""
     x = torch.linspace(-86, 86, 100_001)
     zeros = torch.zeros_like(x)
     actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
@@ -100,7 +100,7 @@ def test_silu_beyond_float32():
 
 
 def test_softmax_is_right_to_its_last_digits():
-    """Of two frames with keys 0 and x, seen through values 0 and 1: the weight is exp(x) / (1 + exp(x))."""
+    """Two frames with keys 0 and x and values 0 and 1: the result is the second weight, exp(x) / (1 + exp(x))."""
     x = torch.linspace(-86, 86, 20_001)
     qkv = torch.zeros(1, 2, 1, len(x), 3)
     qkv[..., 0] = 1
@@ -113,7 +113,7 @@ def test_softmax_is_right_to_its_last_digits():
 
 @pytest.mark.parametrize("frames", [2, 16, 33])
 def test_softmax_of_huge_scores(frames):
-    """Scores of 1e4, 0 and -1e4: each query sees the frames of the largest alone."""
+    """Scores of 1e4, 0 and -1e4: each query averages the frames with the largest score."""
     sign = torch.tensor([-1.0, 0.0, 1.0]).repeat(frames)[:frames]
     qkv = torch.zeros(1, frames, 1, 1, 3)
     qkv[0, :, 0, 0, 0] = 100
@@ -136,7 +136,7 @@ def test_equal_scores_average(score):
 
 @pytest.mark.parametrize("part", [0, 4, 8])
 def test_nan_of_one_frame_reaches_what_attends_to_it(part):
-    """And no other pixel: unused lanes and padding of one must not leak into the next."""
+    """But no other pixel: unused lanes and padding of one pixel must not leak into the next."""
     qkv = normal(1, 5, 1, 3, 3 * 4)
     clean = temporal_attention_native(qkv, 2)
     qkv[0, 2, 0, 1, part] = torch.nan
@@ -181,7 +181,7 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("dimensions", [(0, 1), (1, 2), (0, 3), (2, 3), (3, 4)])
 def test_swapped_dimensions(dimensions):
-    """Pixels that can be merged, or cannot."""
+    """Strides by which height and width can be merged into one dimension, and others."""
     x = normal(6, 6, 6, 6, 6).transpose(*dimensions)
     check("cpu", "cpu", "temporal_attention", x, heads=2)
     check("cpu", "cpu", "geglu", x)
@@ -194,7 +194,7 @@ def test_any_number_of_channels_of_a_gate(channels):
     check("cpu", "cpu", "geglu", normal(channels))
 
 
-# Beside the 64 pixels of a chunk and the channels that are summed together.
+# Sizes around a chunk's 64 pixels and around the 8 and 32 channels that are summed together.
 @pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 200])
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (5, 5), (6, 2), (8, 8), (40, 4), (75, 5)])
 @pytest.mark.parametrize("over_frames", [False, True])
@@ -214,14 +214,14 @@ def test_statistics_survive_a_large_mean(mean, over_frames, silu):
 
 
 def test_statistics_survive_means_that_the_embedding_moves():
-    """Far apart between channels of a group, and back by the embedding."""
+    """Channel means of a group that are far apart before the embedding is added, and equal after it."""
     means = 1000 * normal(2, 40)
     x = normal(2, 3, 13, 17, 40) - means[:, None, None, None]
     check_group_norm(x, normal(40), normal(40, seed=1), means, groups=8)
 
 
 def test_statistics_survive_an_outlier_at_the_start():
-    """The first pixel of a chunk is what its distances are taken from."""
+    """The first pixel of a chunk is subtracted from the others before they are summed."""
     x = normal(1, 2, 20, 20, 16)
     x[0, 0, 0, 0] = 1000
     check_group_norm(x, normal(16), normal(16, seed=1), None, groups=4, over_frames=True, scale=20)
@@ -255,14 +255,14 @@ def test_composites_leave_their_inputs_alone():
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
-# Vectors of each processor that this one can play.
+# Vector widths of other processors, up to this one's.
 @pytest.mark.parametrize("width", [4, 8, 16])
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 80])
 def test_products_by_vectors_of_other_processors(monkeypatch, width, size):
     if width > native.vector_width():
         pytest.skip("this processor's vectors are shorter")
     monkeypatch.setattr(native, "vector_width", lambda: width)
-    # More rows than a block, and a last tile of each kind.
+    # More rows than a block, and partial last tiles of each kind.
     x, frames = normal(151, 24), normal(1, 3, 5, 31, 24)
     weight, bias = normal(size, 24, seed=1, scale=0.2), normal(size, seed=2)
     check("cpu", "cpu", "linear_residual", x, weight, bias, normal(151, size, seed=3))
@@ -292,7 +292,7 @@ def test_products_survive_a_large_mean():
 
 
 def test_autocast_changes_nothing():
-    """The cores read float32: half-precision products would be read as garbage."""
+    """The extension reads float32: a half-precision product would be misread."""
     x, weight, bias = normal(1, 3, 2, 2, 8), normal(24, 8, seed=1), normal(24, seed=2)
     taps, scale = normal(3, 8, 8, seed=3), normal(8, seed=4)
 

@@ -1,4 +1,4 @@
-"""What concerns all ops: the choice of backend, misfits, registration with torch, gradients, the interpreter's run."""
+"""What concerns all ops: choice of backend, checks, registration with torch, gradients, Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from videopure_fast.ops._register import register
 from videopure_fast.ops.backend import OPS, SUPPORTED_DTYPES, choose, use_backend
 
 TESTS = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks the door, not a kernel")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks no kernel")
 
 LATENTS, NORM = (2, 3, 4, 2, 5), {"norm_weight": (8,), "norm_bias": (8,)}
-# Of each op, in the reference's order: the shapes of small tensors, and settings.
+# op -> (shapes of small tensors, settings), both in the order of the reference's arguments.
 SHAPES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "ddim_step": ({"latents": LATENTS, "noise": LATENTS, "coefficients": (2, 2)}, {"first_frame_noise": True}),
     "guided_update": (
@@ -95,7 +95,7 @@ def call(op: str, tensors: dict[str, Tensor | None], settings: dict[str, Any]) -
     return getattr(ops, op)(*tensors.values(), **settings)
 
 
-# The choice
+# Choice of backend
 
 
 X = torch.zeros(1, 2, 2, 2, 8)
@@ -263,7 +263,7 @@ def test_a_new_op_needs_its_registration_alone():
         del OPS["doubled"], SUPPORTED_DTYPES["doubled"]
 
 
-# Misfits
+# Checks
 
 
 FLOATS, INTS, META = torch.zeros, lambda *s: torch.zeros(*s).int(), lambda *s: torch.zeros(*s, device="meta")
@@ -409,7 +409,7 @@ def test_registration_in_place(dtype):
 
 @every_case
 def test_settings_reach_the_op(op, without):
-    """Settings at their defaults, which torch may leave out of a call, and others."""
+    """Both default settings, which torch may drop from a call, and others."""
     tensors, settings = example(op, without)
     for changed in (settings, {n: not value if isinstance(value, bool) else value for n, value in settings.items()}):
         expected = OPS[op].reference(*tensors.values(), **changed)
@@ -450,7 +450,7 @@ def test_compiles_whole():
 
 @every_case
 def test_traces_whole_with_any_sizes(op, without):
-    """Without Inductor, which takes long: what a compiler sees of each op."""
+    """The graph that a compiler gets of each op; Inductor, which is slow, is left out."""
     tensors, settings = example(op, without)
     traced = torch.compile(getattr(ops, op), fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
@@ -483,7 +483,7 @@ def test_gradients_are_the_references(monkeypatch, op, without):
 def test_gradients_in_float64(op, without):
     tensors, settings = example(op, without, torch.float64)
     for name, tensor in tensors.items():
-        # Whether a vote predicts x0 is no number to differentiate.
+        # One of the coefficients, predicts_x0, is a switch, which has no derivative.
         if tensor is not None and (op, name) != ("guided_update", "coefficients"):
             tensor.requires_grad_()
     function = getattr(ops, op)
@@ -597,7 +597,7 @@ def test_a_captured_op_reads_new_values(op, names):
         torch.testing.assert_close(result, call(op, static, settings), rtol=0, atol=0)
 
 
-# Tensors that only torch's dispatcher understands
+# Views and transforms that torch's dispatcher resolves
 
 
 def test_negated_views_count_as_what_they_stand_for():
@@ -620,11 +620,11 @@ def test_transforms_of_functions_reach_the_ops():
             torch.testing.assert_close(ops.geglu(x), expected, rtol=1e-5, atol=1e-5)
 
 
-# The interpreter
+# Triton's interpreter
 
 
 def test_triton_in_the_interpreter():
-    """The tests of all kernels in a process of their own: triton reads TRITON_INTERPRET once, when it is imported."""
+    """Runs the tests of all kernels in another process: triton reads TRITON_INTERPRET once, when it is imported."""
     pytest.importorskip("triton")
     files = [path for path in sorted(TESTS.rglob("test_*.py")) if "from op_cases import" in path.read_text()]
     files = [path for path in files if path.name not in ("test_ops.py", "test_native.py")]

@@ -26,7 +26,7 @@ SIZES = [
     (3, 1, 2, 2, 2, 4),
     (1, 7, 4, 2, 2, 80),
 ]
-# The same with the tokens' channels, which are or are not the heads'.
+# The same sizes and the channels of x, which may differ from heads times head size.
 NORM_SIZES = [
     (1, 7, 5, 9, 48, 3, 16),
     (2, 3, 5, 9, 80, 2, 5),
@@ -149,7 +149,7 @@ def test_large_scores_do_not_overflow(backend, device):
 @every_backend("triton")
 @pytest.mark.parametrize("op", ["temporal_attention", "norm_temporal_attention"])
 def test_pixels_do_not_see_each_other(backend, device, op):
-    """Other pixels of the tile, which the scores of a tile include, change by not a bit."""
+    """Changing one pixel changes no bit of the others, which share its tile of scores."""
     for dtype in dtypes(backend, device):
         if op == "temporal_attention":
             x, *others = [normal(2, 7, 3, 5, 48)]
@@ -170,10 +170,10 @@ def test_pixels_do_not_see_each_other(backend, device, op):
 @pytest.mark.parametrize("op", ["temporal_attention", "norm_temporal_attention"])
 @pytest.mark.parametrize("axis", [1, 3])
 def test_offsets_beyond_32_bits(backend, device, op, axis):
-    """Three frames or three pixels 2^30 values apart. Memory that nobody touches costs nothing on a CPU."""
+    """Three frames or three pixels 2^30 values apart. Untouched pages take no memory on a CPU."""
     dtype = dtypes(backend, device)[-1]
     if backend == "cpu":
-        axis_stride = 2**29  # of 4 bytes, for as much memory; its offsets are 64 bits wide all the same
+        axis_stride = 2**29  # half as far for 4-byte values, so that both take the same address space
     else:
         axis_stride = 2**30
     shape = [1, 2, 1, 2, 48]

@@ -35,7 +35,7 @@ def inputs(*shape: int, outputs: int, residual: bool, mean: float = 0.0, seed: i
 
 @contextmanager
 def on_load(backend: str, wanted: bool) -> Iterator[None]:
-    """Triton computes the activations as the product loads x, or writes them out first, whatever it would choose."""
+    """Both Triton forms: activations computed as the product loads x, and written to memory first."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "triton":
             patch.setattr("videopure_fast.kernels.temporal_conv.normalizes_on_load", lambda *_: wanted)
@@ -80,7 +80,7 @@ def test_any_layout(backend, device, layout):
 @every_backend("triton")
 @pytest.mark.parametrize("frames", [1, 2, 7])
 def test_equals_the_modules_of_torch(backend, device, frames):
-    """GroupNorm, SiLU and Conv3d of torch in float64, whose weight we read in its own layout."""
+    """torch's GroupNorm, SiLU and Conv3d in float64, whose weight is passed as a view."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         modules = nn.Sequential(nn.GroupNorm(3, 24), nn.SiLU(), nn.Conv3d(24, 40, (3, 1, 1), padding=(1, 0, 0)))
@@ -101,7 +101,7 @@ def test_equals_the_modules_of_torch(backend, device, frames):
 @every_backend("triton")
 @pytest.mark.parametrize("tap", [0, 2])
 def test_frames_outside_a_clip_are_zero(backend, device, tap):
-    """Not the activation of zero, nor a frame of the neighboring clip."""
+    """The frames before and after a clip are zeros after the activation, not frames of the neighboring clip."""
     x, norm_weight, norm_bias, weight, bias, _ = inputs(2, 3, 4, 5, 24, outputs=24, residual=False)
     weight[[i for i in range(3) if i != tap]] = 0.0
     tensors = [t.to(device) for t in (x, norm_weight, norm_bias + 3.0, weight, bias)]

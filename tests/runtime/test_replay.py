@@ -1,4 +1,4 @@
-"""A recorded call computes what the call does, in memory of its own, whatever that memory held before."""
+"""A recorded call computes what the call itself does, in the recording's memory, whatever that held before."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from videopure_fast import Purifier, ops, use_backend
 from videopure_fast.runtime.replay import Recording
 
-WEIGHT, BIAS = clips(12, 12) - 0.5, clips(12, seed=1) - 0.5
+WEIGHT, BIAS, STEP = clips(12, 12) - 0.5, clips(12, seed=1) - 0.5, clips(1, 2)
 
-# Steps of a program over a list of (3, 5, 12) tensors: views, operators with and without an out form, our own.
+# Steps of a program on (3, 5, 12) tensors: views, torch's operators with and without an out= form, our ops.
 STEPS = {
     "add": lambda a, b: a + b,
     "view": lambda a, b: a.transpose(0, 1).contiguous().view(5, 3, 12).transpose(0, 1),
@@ -31,6 +31,7 @@ STEPS = {
     "linear_residual": lambda a, b: ops.linear_residual(a, WEIGHT, BIAS, b),
     "geglu": lambda a, b: ops.geglu(torch.cat([a, b], -1)),
     "group_norm_silu": lambda a, b: ops.group_norm_silu(a[None, :, None], BIAS, BIAS, groups=4)[0, :, 0],
+    "ddim_step_": lambda a, b: ops.ddim_step_(a.clone()[None, :, :, None], b[None, :, :, None], STEP)[0, :, :, 0],
     "norm": lambda a, b: F.layer_norm(a, (12,), BIAS, BIAS),
     "sum": lambda a, b: a - b.sum(1, keepdim=True),
     "clamp": lambda a, b: a.clamp(torch.zeros_like(b), b.abs().round(decimals=1)),
@@ -45,7 +46,7 @@ STEPS = {
     backend=st.sampled_from(["cpu", "reference"]),
 )
 def test_any_program(program, backend):
-    """Each step takes two of the last four results, so that memory is handed on in many orders."""
+    """Each step takes two of the last four results, so that memory is reused in many orders."""
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
         made = [x, 2 * x, x - 1, x.flip(0)]
@@ -61,13 +62,27 @@ def test_any_program(program, backend):
                 assert torch.equal(actual, expected)
 
 
-def test_memory_is_handed_on():
+def test_an_op_is_recorded_as_its_calls_of_the_extension():
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = ops.group_norm_silu(x[None, :, None], BIAS, BIAS, groups=4)[0, :, 0]
+        return ops.geglu(normed), ops.linear_residual(normed, WEIGHT, BIAS, x)
+
+    x = clips(3, 5, 12)
+    with torch.no_grad(), use_backend("cpu"):
+        recording = Recording(run, x)
+        for actual, expected in zip(recording(x), run(x), strict=True):
+            assert torch.equal(actual, expected)
+    names = [call.func.__name__ for call in recording._calls]
+    assert names == ["group_norm_silu_cpu", "geglu_cpu", "linear_residual_cpu"]
+
+
+def test_memory_is_reused():
     def run(x: Tensor) -> tuple[Tensor]:
         for _ in range(1000):
             x = F.silu(x + 1)
         return (x,)
 
-    x = torch.zeros(2**20)  # together 8 GB
+    x = torch.zeros(2**20)  # all results together have 8 GB
     with torch.no_grad():
         torch.testing.assert_close(Recording(run, x)(x), run(x), rtol=0, atol=0)
 
@@ -144,7 +159,7 @@ def test_replaced_weights_are_seen(purifier):
 
 
 def test_a_sweep_of_settings_makes_nothing_in_a_recordings_memory(purifier):
-    """More walks than are kept: those of a setting are forgotten before its second call."""
+    """More sampler tables than are kept: those of a setting are dropped before its second call."""
     video = clips(3, 4, 16, 16)
     expected = {}
     for _ in range(3):
@@ -163,7 +178,7 @@ def test_shapes_in_turn_are_not_recorded_over_and_over(purifier, monkeypatch):
 
     monkeypatch.setattr("videopure_fast.runtime.captures.Recording", Counted)
     for _ in range(5):
-        for frames in range(2, 8):  # more than are kept
+        for frames in range(2, 8):  # more shapes than are kept
             purifier(clips(3, frames, 16, 16))
     assert len(made) == len(set(made)) == 6
 
@@ -178,7 +193,7 @@ def test_another_default_device_changes_nothing(purifier, device):
             assert torch.equal(twin(video), expected)
 
 
-def test_who_looks_on_sees_the_operators(purifier):
+def test_a_flop_counter_sees_the_operators(purifier):
     video = clips(3, 4, 16, 16)
     counts = []
     for _ in range(3):
@@ -186,7 +201,7 @@ def test_who_looks_on_sees_the_operators(purifier):
             purifier(video)
         counts.append(counter.get_total_flops())
         purifier(video)
-    # The first call also makes the tables of its walks.
+    # The first call also makes its sampler's tables.
     assert captured(purifier) and counts[0] > counts[1] == counts[2] > 0
 
 

@@ -26,7 +26,7 @@ def register(
     name: str,
     *,
     reference: Callable[..., Tensor],
-    native: Callable[..., Tensor],
+    native: Callable[..., Tensor] | None = None,
     dtypes: DtypesByBackend,
     kernel: str | None = None,
     max_triton_frames: int | None = None,
@@ -35,12 +35,12 @@ def register(
 ) -> Callable[..., Tensor]:
     """Register an op whose result is a new tensor of its first argument's dtype, and return torch's operator.
 
-    reference: the op in plain torch, for every device and dtype; its signature is the operator's, tensors first.
-    native: the compiled extension's form, with the same arguments, as the form in kernels/ has them.
-    dtypes: those that each backend's form takes. kernel: the module in kernels/ with the Triton function `name`, if it
-    has another name. max_triton_frames: the frames (second dimension of the first argument) that form can take.
-    shape: arguments -> shape of the result. flops: arguments, with shapes for tensors -> floating-point operations of
-    the matrix products.
+    reference: the op in plain torch, for every device and dtype; its signature is the operator's, a tensor first.
+    native: the form that calls the compiled extension, with the same arguments; a form in kernels/ has them too.
+    dtypes: those that each backend's form takes. kernel: the module in kernels/ with the Triton function `name`;
+    by default it has the same name. max_triton_frames: the largest second dimension of the first argument that the
+    Triton form takes. shape: arguments -> shape of the result. flops: arguments, with shapes in place of tensors ->
+    floating-point operations of the matrix products.
     """
 
     def run(*arguments: Any) -> Tensor:
@@ -56,7 +56,7 @@ def register(
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if value is None else value[0] for value in ctx.inputs]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        again = torch.is_grad_enabled()  # the gradient is to be differentiated too: stay in its graph
+        again = torch.is_grad_enabled()  # true if the gradient is to be differentiated too: it needs a graph
         for i in wanted:
             inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
         sources = [inputs[i] for i in wanted]
@@ -91,13 +91,13 @@ def register_in_place(
 ) -> Callable[..., None]:
     """Register an op that overwrites its first argument and has neither result nor gradient.
 
-    run: calls the chosen form. The others are `register`'s.
+    run: calls the chosen form. The other arguments are those of `register`.
     """
 
     def run_and_mark(latents: Tensor, *others: Any) -> None:
         run(latents, *others)
         if not latents.is_inference():
-            # Autograd compares this version with the one it saved; a form that writes to an address leaves it as it is.
+            # By its version, autograd detects an overwritten tensor; writing to an address does not change it.
             torch.autograd.graph.increment_version(latents)
 
     first = next(iter(reference.__annotations__))
@@ -119,6 +119,6 @@ def _define(
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """An op has the dtype of its tensors, whatever the caller's autocast would make of the products in it."""
+    """Turns off the caller's autocast, if it is on: an op computes in the dtype of its tensors."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,9 +1,9 @@
 """Which code runs an op: cuda, triton, cpu or reference; and the switches under which float32 means float32.
 
 "cuda" and "cpu" are the compiled extension, "triton" is compiled at its first call, and "reference" is plain torch.
-The first of this ladder that can serve a call does. `use_backend`, or else the environment variable
-VIDEOPURE_FAST_BACKEND, names the rungs to use instead, in order: "triton" or "cuda,triton". A call that none of them
-can serve raises RuntimeError, which says of each what it lacks.
+They are tried in this order, and the first that can serve a call does. `use_backend`, or else the environment variable
+VIDEOPURE_FAST_BACKEND, names the backends to try instead, in order: "triton" or "cuda,triton". A call that none of them
+can serve raises RuntimeError, which says for each what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKEND_VARIABLE = "VIDEOPURE_FAST_BACKEND"
 DtypesByBackend = Mapping[str, tuple[torch.dtype, ...]]
 _SINGLE = (torch.float32,)
 _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-# What the forms of most ops take: those on latents, and those on the models' activations.
+# Dtypes of the ops on latents, and of those on the models' activations.
 LATENT_DTYPES: DtypesByBackend = {"cuda": _SINGLE, "triton": _SINGLE, "cpu": _SINGLE}
 ACTIVATION_DTYPES: DtypesByBackend = {"triton": _HALF_AND_SINGLE, "cpu": _SINGLE}
 
@@ -37,18 +37,20 @@ ACTIVATION_DTYPES: DtypesByBackend = {"triton": _HALF_AND_SINGLE, "cpu": _SINGLE
 class Op(NamedTuple):
     """The forms of an op, which take the same arguments in the same order.
 
-    kernel: the module in kernels/ with the Triton form, a function of the op's name. max_triton_frames: the most frames
-    that form takes, or None. run: what the registered operator runs, which chooses a form.
+    native: the form that calls the compiled extension, or None. kernel: the module in kernels/ with the Triton form, a
+    function of the op's name. max_triton_frames: the most frames that form takes, or None for any number. run: what the
+    registered operator runs; it chooses a form.
     """
 
     reference: Callable[..., Any]
-    native: Callable[..., Any]
+    native: Callable[..., Any] | None
     kernel: str
     max_triton_frames: int | None
     run: Callable[..., Any]
 
 
-# Both are filled by _register.py. The dtypes are those of each form of an op but the reference, which takes all.
+# Both are filled by _register.py, by name of the op. The second holds the dtypes of each form but the reference, which
+# takes all.
 OPS: dict[str, Op] = {}
 SUPPORTED_DTYPES: dict[str, DtypesByBackend] = {}
 
@@ -60,11 +62,11 @@ _override: ContextVar[tuple[str, ...] | None] = ContextVar("videopure_fast_backe
 
 @contextmanager
 def use_backend(names: str) -> Iterator[None]:
-    """Choose among these backends alone within a with block of this thread: "cpu", "cuda,triton", or "auto" for all.
+    """Within this block of this thread, use only these backends: "cpu", "cuda,triton", or "auto" for all.
 
-    Wins over VIDEOPURE_FAST_BACKEND. ValueError for an unknown name.
+    Takes precedence over VIDEOPURE_FAST_BACKEND. ValueError for an unknown name.
     """
-    token = _override.set(_ladder(names, "backend"))
+    token = _override.set(_parse(names, "backend"))
     try:
         yield
     finally:
@@ -72,55 +74,57 @@ def use_backend(names: str) -> Iterator[None]:
 
 
 def in_use() -> tuple[str, ...]:
-    """The backends that were asked for, in order; none where every op is to choose by device."""
-    ladder = _override.get()
-    return _ladder(os.environ.get(BACKEND_VARIABLE) or "auto", BACKEND_VARIABLE) if ladder is None else ladder
+    """The backends that were asked for, in order; empty if the device decides."""
+    names = _override.get()
+    return _parse(os.environ.get(BACKEND_VARIABLE) or "auto", BACKEND_VARIABLE) if names is None else names
 
 
 def backends() -> dict[str, str]:
-    """Each backend's name with "available", or a sentence on what it lacks on this machine and how to get it."""
-    lacks = {name: _missing_reason(name) for name in BACKENDS}
-    lacks["cuda"] = lacks["cuda"] or _unsupported_device_reason(torch.cuda.current_device())
-    return {name: lack or "available" for name, lack in lacks.items()}
+    """Backend -> "available", or a sentence on what it lacks on this machine and how to get it."""
+    missing = {name: _missing_reason(name) for name in BACKENDS}
+    missing["cuda"] = missing["cuda"] or _unsupported_device_reason(torch.cuda.current_device())
+    return {name: reason or "available" for name, reason in missing.items()}
 
 
 def choose(op: str, x: Tensor) -> Callable[..., Any]:
-    """The function that serves an op whose first tensor is x. RuntimeError if none of the backends in use can."""
-    obstacles = {}
+    """The form of an op for a call whose first tensor is x. RuntimeError if no backend in use can serve it."""
+    reasons = {}
     for name in in_use() or _AUTO.get(x.device.type, ("reference",)):
-        obstacle = _unsupported_reason(op, name, x)
-        if obstacle is None:
+        reason = _unsupported_reason(op, name, x)
+        if reason is None:
             return implementation(op, name)
-        obstacles[name] = obstacle
-    what = "; ".join(f"backend {name!r} cannot serve this call of {op}: {why}" for name, why in obstacles.items())
+        reasons[name] = reason
+    what = "; ".join(f"backend {name!r} cannot serve this call of {op}: {why}" for name, why in reasons.items())
     raise RuntimeError(what)
 
 
 def is_available(name: str, op: str, x: Tensor) -> bool:
-    """Whether this backend is among those in use and can serve an op whose first tensor is x."""
+    """Whether this backend is in use and can serve a call of the op whose first tensor is x."""
     return name in (in_use() or _AUTO.get(x.device.type, ())) and _unsupported_reason(op, name, x) is None
 
 
 @cache
 def implementation(op: str, name: str) -> Callable[..., Any]:
-    """The function of an op's form, by backend; cuda and cpu share one, which goes by the tensors' device."""
+    """The function of an op's form, by backend. Both cuda and cpu are `native`, which goes by the tensors' device."""
     if name == "reference":
         return OPS[op].reference
     if name == "triton":
         function: Callable[..., Any] = getattr(importlib.import_module(f"videopure_fast.kernels.{OPS[op].kernel}"), op)
         return function
-    return OPS[op].native
+    function = OPS[op].native
+    assert function is not None, f"{op} lists {name} among its dtypes, but has no native form"
+    return function
 
 
 def _unsupported_reason(op: str, name: str, x: Tensor) -> str | None:
-    """What keeps a backend from serving an op on x, or None."""
+    """Why a backend cannot serve a call of the op whose first tensor is x, or None if it can."""
     if name == "reference":
         return None
     forms = SUPPORTED_DTYPES[op]
     if name not in forms:
         return f"it has no {name} form; its forms are {', '.join((*forms, 'reference'))}"
-    if lacks := _missing_reason(name):
-        return lacks
+    if missing := _missing_reason(name):
+        return missing
     if x.dtype not in forms[name]:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in forms[name])
         return f"it takes {dtypes}, this is {x.dtype}; 'reference' takes every dtype"
@@ -133,7 +137,7 @@ def _unsupported_reason(op: str, name: str, x: Tensor) -> str | None:
 
 
 def _missing_reason(name: str) -> str | None:
-    """What a backend lacks on this machine and how to get it, or None."""
+    """What a backend lacks on this machine and how to get it, or None if it lacks nothing."""
     if name == "reference":
         return None
     if name == "triton":
@@ -155,7 +159,7 @@ _NO_GPU = "torch sees no CUDA GPU; it needs an NVIDIA GPU with its driver and a 
 
 @cache
 def _unsupported_device_reason(device: int) -> str | None:
-    """Why the extension's kernels cannot run on a GPU: an older driver than nvcc's, or an architecture left out."""
+    """Why the extension's kernels cannot run on a GPU (driver too old, architecture not built), or None if they can."""
     extension, _ = native.load()
     assert extension is not None  # or the backend would lack it
     if error := extension.cuda_error(device):
@@ -173,17 +177,17 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _ladder(names: str, source: str) -> tuple[str, ...]:
-    """The backends named, none for "auto"."""
+def _parse(names: str, source: str) -> tuple[str, ...]:
+    """The backends in a comma-separated list; empty for "auto"."""
     if not isinstance(names, str):
         raise TypeError(f"{source} must be a string, got {names!r}")
-    ladder = tuple(name.strip() for name in names.split(","))
-    if ladder == ("auto",):
+    backends = tuple(name.strip() for name in names.split(","))
+    if backends == ("auto",):
         return ()
-    for name in ladder:
+    for name in backends:
         if name not in BACKENDS:
             raise ValueError(f"unknown {source} {name!r}; accepted: auto, or some of {', '.join(BACKENDS)}")
-    return ladder
+    return backends
 
 
 _full_float32_lock = threading.Lock()
@@ -195,8 +199,8 @@ _full_float32_saved: list[tuple[Any, str]] = []
 def full_float32(device: torch.device) -> Iterator[None]:
     """float32 means float32 within this block: no TF32, no reduced CPU products, no autocast on `device`.
 
-    torch's switches belong to the process. The first block to begin saves the caller's settings, and the last to end,
-    of all threads, puts them back.
+    torch's switches belong to the process: of the blocks of all threads, the first to begin saves the caller's
+    settings, and the last to end restores them.
     """
     global _full_float32_depth, _full_float32_saved
     with _full_float32_lock:
@@ -220,5 +224,5 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 def _float32_switches() -> tuple[Any, ...]:
     backends = torch.backends
-    # cudnn.rnn has no part in this, but torch's older flag for cuDNN can be read only while both agree.
+    # The ops use no cudnn.rnn, but torch's older flag for cuDNN raises when it is read while conv and rnn differ.
     return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv

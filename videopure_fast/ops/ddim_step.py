@@ -45,9 +45,7 @@ def ddim_step_reference(
     return scale * latents + noise_scale * noise
 
 
-def ddim_step_in_place_reference(
-    latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool = False
-) -> None:
+def ddim_step_in_place_reference(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool) -> None:
     latents.copy_(ddim_step_reference(latents, noise, coefficients, first_frame_noise))
 
 
@@ -57,9 +55,7 @@ def ddim_step_native(latents: Tensor, noise: Tensor, coefficients: Tensor, first
     return output
 
 
-def ddim_step_in_place_native(
-    latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool = False
-) -> None:
+def ddim_step_in_place_native(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool) -> None:
     _step_into(latents, latents, noise, coefficients, first_frame_noise)
 
 
@@ -69,7 +65,7 @@ def _step_into(output: Tensor, latents: Tensor, noise: Tensor, coefficients: Ten
     native.call_with_latents("ddim_step", latents, noise, native.as_pixels(coefficients), output)
 
 
-def _run_in_place(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool = False) -> None:
+def _run_in_place(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_noise: bool) -> None:
     # The first frame's noise is still read after the latents in its place have been written.
     if latents.untyped_storage().data_ptr() == noise.untyped_storage().data_ptr():
         noise = noise.clone()
