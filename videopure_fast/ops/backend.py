@@ -108,11 +108,12 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
     """The function of an op's form, by backend. Both cuda and cpu are `native`, which goes by the tensors' device."""
     if name == "reference":
         return OPS[op].reference
+    function: Callable[..., Any] | None
     if name == "triton":
-        function: Callable[..., Any] = getattr(importlib.import_module(f"videopure_fast.kernels.{OPS[op].kernel}"), op)
-        return function
-    function = OPS[op].native
-    assert function is not None, f"{op} lists {name} among its dtypes, but has no native form"
+        function = getattr(importlib.import_module(f"videopure_fast.kernels.{OPS[op].kernel}"), op)
+    else:
+        function = OPS[op].native
+    assert function is not None, f"{op} lists {name} among its dtypes, but has no such form"
     return function
 
 
