@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.library import Library, infer_schema, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import OPS, SUPPORTED_DTYPES, DtypesByBackend, Op, choose
+from .backend import NAMESPACE, OPS, SUPPORTED_DTYPES, DtypesByBackend, Op, choose
 
-NAMESPACE = "videopure_fast"
 _library = Library(NAMESPACE, "DEF")
 
 

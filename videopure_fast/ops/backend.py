@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import native
 
+NAMESPACE = "videopure_fast"  # of the operators in torch's dispatcher
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BACKEND_VARIABLE = "VIDEOPURE_FAST_BACKEND"
 

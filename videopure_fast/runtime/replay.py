@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops import native
-from ..ops.backend import OPS
+from ..ops.backend import NAMESPACE, OPS
 
 _ALIGNMENT = 64
 _ARENA = 2**28  # bytes of address space; pages become memory when they are first written
@@ -35,7 +35,7 @@ _INTO = {
 
 
 class Recording:
-    """function(x) -> tensors, recorded for an x of this shape on the CPU; a call runs it again for another.
+    """function(x) -> tensors, recorded for an x of this shape on the CPU; a call computes it for another x.
 
     The function must compute the same each time, read no value on the host, and make nothing that outlives it but its
     result. RuntimeError if it reads one, or needs more memory at once than a recording has. Threads that call at once
@@ -83,9 +83,9 @@ def is_observed() -> bool:
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs operators and records them: torch's own as such, each of ours as what its form consists of.
+    """Runs operators and records them: torch's own as they are, and in place of one of ours what its form calls.
 
-    Those are torch's operators again, and calls of the extension, which `native.recorded_to` adds to the same list.
+    A form calls torch's operators, and the extension, whose calls `native.recorded_to` adds to the same list.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "videopure_fast":
+        if func.namespace == NAMESPACE:
             with self:
                 return OPS[func.overloadpacket.__name__].run(*args, **kwargs)
         if func.overloadpacket is _ATEN.new_empty:
