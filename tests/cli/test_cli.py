@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from videopure_fast import cli, purifier
 from videopure_fast.cli import purify as cli_purify
 from videopure_fast.cli import report as cli_report
 from videopure_fast.cli.console import format_seconds
-from videopure_fast.data.video import probe
+from videopure_fast.data.video import probe, read_frames
 from videopure_fast.data.video_writer import VideoWriter
 from videopure_fast.evaluation.record import Plan, Threat
 from videopure_fast.evaluation.runner import Setup, defenses
+from videopure_fast.runtime.spans import EvaluationCounter, listening
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
 
@@ -142,11 +144,45 @@ def test_the_seed_decides_a_random_baseline(tmp_path, small_model, short_clip, m
 )
 def test_the_bar_counts_every_evaluation(method, expected):
     model = build_purifier(method=method, inversion_steps=2)
-    pace = cli_purify._Pace(model, 12)
+    for _ in range(2):  # also where the windows are replayed
+        pace = cli_purify._Pace(model, 12)
+        with pace, listening(EvaluationCounter(pace.advance)):
+            model(clips(3, 12, 16, 16))
+        task = pace._bar.tasks[0]
+        assert task.completed == task.total == 2 * expected
+
+
+def test_captured_windows_are_estimated_by_the_third(capsys):
+    pace = cli_purify._Pace(build_purifier(), 40)  # of 4 evaluations a window
+    pace._by_window = True
     with pace:
-        model(clips(3, 12, 16, 16), callback=pace)
-    task = pace._bar.tasks[0]
-    assert task.completed == task.total == 2 * expected
+        pace.advance(4)
+        pace.advance(4)
+        assert "about" not in capsys.readouterr().out
+        pace._times[8] -= 60
+        pace.advance(4)
+    assert "This will take about 7:00: 7 windows of 8 frames" in " ".join(capsys.readouterr().out.split())
+
+
+def test_purify_replays_from_the_second_window_on(tmp_path, short_clip, monkeypatch):
+    """And the result is that of eager steps, byte for byte."""
+    made = []
+
+    def load(*_, capture=True, **settings):
+        made.append(build_purifier(**settings))
+        made[-1].capture = capture
+        return made[-1]
+
+    outputs = [tmp_path / "captured.mp4", tmp_path / "eager.mp4"]
+    for output, capture in zip(outputs, (True, False), strict=True):
+        loaded = partial(load, capture=capture)
+        monkeypatch.setattr(
+            purifier.Purifier, "from_pretrained", lambda *_, device, dtype, flow, loaded=loaded, **rest: loaded(**rest)
+        )
+        assert run("purify", short_clip, "-o", output, "--size", 16, "--steps", 1).exit_code == 0
+    captured, eager = ([*one._captures.made.values()] for one in made)
+    assert len(captured) == 1 and captured[0] is not None and not eager
+    assert torch.equal(*(torch.stack(list(read_frames(probe(output), 16))) for output in outputs))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +219,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, small_
     def stop(*_arguments):
         raise error
 
-    monkeypatch.setattr(cli_purify._Pace, "__call__", stop)
+    monkeypatch.setattr(cli_purify._Pace, "advance", stop)
     code, _, _ = run_main(monkeypatch, capsys, "purify", short_clip, "-o", tmp_path / "out.mp4", "--size", 16)
     assert code == status or (status is None and code != 0)
     assert list(tmp_path.iterdir()) == [short_clip]
@@ -193,7 +229,7 @@ def test_running_out_of_memory_names_the_size(tmp_path, monkeypatch, capsys, sma
     def stop(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cli_purify._Pace, "__call__", stop)
+    monkeypatch.setattr(cli_purify._Pace, "advance", stop)
     code, _, stderr = run_main(monkeypatch, capsys, "purify", short_clip, "-o", tmp_path / "out.mp4", "--size", 16)
     assert code == 1 and "try a smaller --size" in stderr and stderr.count("\n") == 1
 

@@ -12,8 +12,6 @@ from .console import console, format_seconds
 from .options import Device, Dtype, Flow, Method, Model, Steps
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..data.video import VideoInfo
     from ..purifier import Purifier
 
@@ -56,6 +54,7 @@ def purify(
     from ..data.video import probe, read_frames, working_size
     from ..data.video_writer import VideoWriter, check_output
     from ..purifier import Purifier
+    from ..runtime.spans import EvaluationCounter, listening
     from ..streaming import purify_stream
 
     check_output(output)
@@ -78,11 +77,12 @@ def purify(
     with (
         VideoWriter(output, height=height, width=width, rate=video.rate, source=video) as writer,
         _Pace(purifier, video.frames) as pace,
+        listening(EvaluationCounter(pace.advance)),
     ):
         frames = read_frames(video, size)
         generator = torch.Generator().manual_seed(seed)
         try:
-            for frame in purify_stream(purifier, frames, video.frames, callback=pace, generator=generator):
+            for frame in purify_stream(purifier, frames, video.frames, generator=generator):
                 writer.write(frame)
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -92,9 +92,10 @@ def purify(
 
 
 class _Pace:
-    """A progress bar over UNet evaluations, which estimates the whole duration after the second one.
+    """A progress bar over UNet evaluations, which estimates the whole duration once it has seen enough of it.
 
-    It is a per-step callback of a Purifier.
+    On a CPU two evaluations are enough. On a GPU a captured window counts as a whole, and the first two windows compile
+    and capture: the third is measured.
     """
 
     def __init__(self, purifier: Purifier, frames: int) -> None:
@@ -105,7 +106,9 @@ class _Pace:
         self._evaluations = purifier.evaluations  # of one window
         self._windows = len(window_starts(frames, purifier.max_frames, purifier.config.window_overlap))
         self._length = min(frames, purifier.max_frames)
-        self._times: list[float] = []
+        self._by_window = purifier.unet.device.type == "cuda"
+        self._done = 0
+        self._times: dict[int, float] = {}  # when so many evaluations were done
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -116,23 +119,28 @@ class _Pace:
         self._task = self._bar.add_task("UNet evaluations", total=self._windows * self._evaluations)
 
     def __enter__(self) -> _Pace:
-        self._times.append(time.perf_counter())
+        self._times[0] = time.perf_counter()
         self._bar.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._bar.stop()
 
-    def __call__(self, stage: str, step: int, timestep: int, latents: Tensor) -> None:
-        if len(self._times) < 3:
-            self._times.append(time.perf_counter())
-            if len(self._times) == 3:
-                self._announce(*self._times)
-        self._bar.advance(self._task)
+    def advance(self, evaluations: int) -> None:
+        """So many more evaluations are done."""
+        self._done += evaluations
+        self._times[self._done] = time.perf_counter()
+        self._bar.advance(self._task, evaluations)
+        one = self._evaluations if self._by_window else 1
+        if self._done == (3 * one if self._by_window else 2):
+            self._announce(*(self._times[done] for done in (0, self._done - one, self._done)))
 
-    def _announce(self, started: float, first: float, second: float) -> None:
-        # The time up to the end of the first evaluation includes encoding a window; decoding takes about as long.
-        seconds = self._windows * (2 * (first - started) + (self._evaluations - 2) * (second - first))
+    def _announce(self, started: float, before: float, now: float) -> None:
+        if self._by_window:
+            seconds = self._windows * (now - before)
+        else:
+            # The time up to the end of the first evaluation includes encoding a window; decoding takes about as long.
+            seconds = self._windows * (2 * (before - started) + (self._evaluations - 2) * (now - before))
         self._bar.console.print(
             f"This will take about {format_seconds(seconds)}: {self._windows} window{'s' * (self._windows > 1)} "
             f"of {self._length} frames, {self._evaluations} UNet evaluations each."
