@@ -1,8 +1,8 @@
-"""A classifier behind the purifier: purify, classify every vote, vote."""
+"""A classifier behind a purifier: purify the clips, classify every vote, return the majority."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,17 +22,20 @@ Gradient = Literal["exact", "bpda", "surrogate"]
 class DefendedClassifier(nn.Module):
     """Clips (B, 3, F, H, W), floats in [0, 1] -> mean logits over the purifier's votes (B, K).
 
-    `classifier` takes clips of that layout and range and returns logits (B, K). Attack the mean logits, or those of
-    each vote: the majority of `predict` has no gradient. `.train()` reaches the classifier alone.
+    `classifier` takes clips of that layout and range and returns logits (B, K). Attacks should use the mean logits, or
+    the logits of each vote: the labels of `predict` have no gradient. `.train()` changes the classifier's mode alone.
 
     Args:
         early_stop: let `predict` decode and classify votes only until the majority of every clip is settled; the
             labels are the same.
-        gradient: what a backward pass takes the purifier for; the logits are the same for all. "exact": itself, from
-            encoding to decoding, in memory that does not grow with its steps. "bpda": the identity (backward pass
-            differentiable approximation, Athalye et al., arXiv 1802.00420). "surrogate": a purifier of fewer steps
-            with a softened sign, whose votes stand in for the nearest of its own.
+        gradient: the gradient of the purification in a backward pass; the logits are the same for all three. "exact":
+            that of the purification itself, from encoding to decoding, in memory that does not grow with its steps.
+            "bpda": the identity (backward pass differentiable approximation, Athalye et al., arXiv 1802.00420).
+            "surrogate": that of a purifier with fewer steps and a softened sign; each vote gets the gradient of the
+            nearest vote of that purifier.
         surrogate: the settings of that purifier, fields of PurifyConfig; by default 1 step and a temperature of 0.1.
+
+    TypeError or ValueError for arguments of other types or values.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class DefendedClassifier(nn.Module):
         self.gradient = gradient
         self._surrogate = {"inversion_steps": 1, "sign_temperature": 0.1} if surrogate is None else dict(surrogate)
         if gradient == "surrogate":
-            purifier.with_config(**self._surrogate)  # its settings are checked now
+            purifier.with_config(**self._surrogate)  # raises now for bad settings, not at the first backward pass
 
     def forward(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         return self.vote_logits(clips, generator=generator).mean(1)
@@ -89,12 +92,12 @@ class DefendedClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
-        """The most frequent label over the votes, the smallest of equals: (B,), int64."""
+        """The most frequent label over the votes, the smallest among equally frequent ones: (B,), int64."""
         check_clips(clips)
         denoised = self.purifier.latent_votes(clips, generator=generator)
         total = denoised.num_votes
-        counts, done = 0, 0
-        # No majority is settled before more than half of the votes; from then on each one may settle it.
+        counts, done = torch.zeros((), dtype=torch.int64), 0
+        # More than half of the votes are needed to settle a majority; after that each further vote may settle it.
         for end in range(total // 2 + 1, total + 1) if self.early_stop else [total]:
             logits = self._logits(denoised, slice(done, end))
             counts = counts + F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(1)
@@ -109,9 +112,9 @@ class DefendedClassifier(nn.Module):
 
 def classify_votes(classifier: nn.Module, votes: Tensor) -> Tensor:
     """Votes (B, V, 3, F, H, W) -> logits (B, V, K). TypeError or ValueError where the classifier returns no logits."""
-    classify = classifier
+    classify: Callable[[Tensor], Tensor] = classifier
     if torch.is_grad_enabled() and votes.requires_grad and not classifier.training:
-        classify = partial(checkpoint, classify, use_reentrant=False)  # one vote's activations at a time
+        classify = partial(checkpoint, classify, use_reentrant=False)  # keeps one vote's activations in memory
     logits = [classify(vote.contiguous()) for vote in votes.unbind(1)]
     check_logits(logits[0], len(votes))
     if len(shapes := {tuple(one.shape) for one in logits}) > 1:
@@ -122,14 +125,14 @@ def classify_votes(classifier: nn.Module, votes: Tensor) -> Tensor:
 
 
 def _with_gradient_of(path: Tensor, votes: Tensor) -> Tensor:
-    """The votes (B, V, ...), whose gradients go to those of `path` (B, W, ...) that stand nearest to them."""
+    """The votes (B, V, ...); the gradient of each goes to the vote of `path` (B, W, ...) at the nearest position."""
     nearest = torch.linspace(0, path.shape[1] - 1, votes.shape[1]).round().long()
     return straight_through(path[:, nearest.to(path.device)], votes)
 
 
 def settled(counts: Tensor, remaining: int) -> Tensor:
-    """Whether the majority of each row of counts (B, K) stays what it is, whatever the remaining votes are: (B,)."""
-    leader = counts.argmax(-1, keepdim=True)  # the smallest of equals, as of the majority
+    """Whether no outcome of the remaining votes can change the majority: counts (B, K) -> bool (B,)."""
+    leader = counts.argmax(-1, keepdim=True)  # the smallest among equally frequent labels, as in `predict`
     lead = counts.gather(-1, leader) - counts - remaining
     labels = torch.arange(counts.shape[-1], device=counts.device)
     safe = (lead > 0) | ((lead == 0) & (labels > leader)) | (labels == leader)

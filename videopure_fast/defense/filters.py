@@ -1,8 +1,9 @@
-"""The cheap defenses that a purifier has to beat: clips (B, 3, F, H, W), floats in [0, 1] -> the same shape and dtype.
+"""Cheap defenses, a baseline for purifiers: clips (B, 3, F, H, W), floats in [0, 1] -> the same shape and dtype.
 
-Results are contiguous, in [0, 1] and on the clips' device. Clips of a batch never mix. Every function raises TypeError
-or ValueError for anything else than clips: another layout or dtype, an empty axis, values outside [0, 1] or NaN.
-No axis has a least size. Gradients flow through all but the two codecs, `jpeg` and `h264`.
+Results are contiguous, in [0, 1] and on the clips' device. Each clip of a batch is filtered on its own. Every function
+raises TypeError or ValueError for input that is not clips: another layout or dtype, an empty axis, values outside
+[0, 1] or NaN. Any number of frames and any height and width of 1 or more are accepted. All filters but the two codecs,
+`jpeg` and `h264`, are differentiable.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
     import numpy as np
     from av import Packet
 
-_RATE = 25  # frames per second told to H.264, whose rate control depends on it
-# One thread is not enough to be deterministic: with x264's macroblock tree (core 165), 22 of 108 small clips came out
-# with differing bits among eight runs, as memory happened to be; without the tree, or without SIMD code, none did.
+_RATE = 25  # frames per second; H.264's rate control depends on it
+# x264's macroblock tree is off because it is not deterministic, even on one thread: with it (core 165), 22 of 108 small
+# clips came out with differing bits among eight runs; without it, or without SIMD code, none did.
 _H264_OPTIONS = {"preset": "medium", "mbtree": "0"}
-_SHUFFLE_SEED = 1  # of FILTERS' shuffling; 0 leaves two frames in their order
+_SHUFFLE_SEED = 1  # seed of FILTERS' shuffling; seed 0 would keep the order of a clip of two frames
 
 
 def temporal_mean(clips: Tensor, width: int) -> Tensor:
     """Each frame becomes the mean of the `width` frames around it; the first and the last frame are repeated.
 
-    width: odd, 1 or more; it may exceed the frames.
+    width: odd, 1 or more; it may exceed the number of frames.
     """
     check_clips(clips)
     return _neighbors(clips, width).mean(-1).contiguous()
@@ -44,23 +45,23 @@ def temporal_median(clips: Tensor, width: int) -> Tensor:
     """Each value becomes the median of the `width` frames around it; the first and the last frame are repeated.
 
     Feature squeezing's median smoothing (arXiv 1704.01155), along time. width: odd, 1 or more; it may exceed the
-    frames. The gradient goes to the frame that the median is from, the middle one of equals.
+    number of frames. The gradient goes to the frame whose value is the median; among equal values, to the middle one.
     """
     check_clips(clips)
-    # Not Tensor.median: which of equal frames it takes, and so its gradient, differs by device.
+    # Tensor.median picks another one of equal frames on each device, so that its gradient would differ.
     ordered = _neighbors(clips, width).sort(dim=-1, stable=True).values
     return ordered[..., width // 2].contiguous()
 
 
 def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | None = None) -> Tensor:
-    """The frames of each clip in a random order of its own.
+    """Shuffle the frames of each clip, in a separate random order for each.
 
-    Randomizing the order of frames as a defense is from Hwang et al., arXiv 2112.07921; this is the plainest form, one
-    uniform permutation, and not a reproduction of their procedure.
+    Randomizing the order of frames as a defense is from Hwang et al., arXiv 2112.07921. This is one uniform permutation
+    a clip, not a reproduction of their procedure.
 
-    generator: on the CPU, so that orders do not depend on the clips' device. Clips draw from it one after the other.
-    block: frames move only within consecutive blocks of this many frames (the last may be shorter), so that motion
-        survives on a coarser scale. None: within the whole clip.
+    generator: on the CPU, so that orders do not depend on the clips' device. The clips' orders are drawn in turn.
+    block: frames move only within consecutive blocks of this many frames (the last may be shorter), which keeps the
+        motion between blocks. None: within the whole clip.
     """
     check_clips(clips)
     check_generator(generator)
@@ -73,11 +74,10 @@ def temporal_shuffle(clips: Tensor, *, generator: torch.Generator, block: int | 
 
 
 def jpeg(clips: Tensor, quality: int = 75) -> Tensor:
-    """Every frame through JPEG and back (a defense since arXiv 1608.00853), by Pillow with its 4:2:0 chroma.
+    """Encode every frame as JPEG and decode it (a defense since arXiv 1608.00853), by Pillow with its 4:2:0 chroma.
 
-    quality: 1 to 95, Pillow's scale. Values are rounded to 8 bits first. JPEG is not differentiable: RuntimeError where
-    a gradient would be lost in silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the
-    same.
+    quality: 1 to 95, Pillow's scale. Values are rounded to 8 bits first. JPEG is not differentiable: RuntimeError in
+    grad mode with clips that require a gradient, which would be lost silently. `attacks.bpda` can attack it.
     """
     check_clips(clips)
     check_count("quality", quality, most=95)
@@ -90,13 +90,13 @@ def jpeg(clips: Tensor, quality: int = 75) -> Tensor:
 
 
 def h264(clips: Tensor, crf: int = 23) -> Tensor:
-    """Every clip through H.264 (libx264, yuv420p, 25 frames per second) and back, in memory.
+    """Encode every clip as H.264 (libx264, yuv420p, 25 frames per second) and decode it, in memory.
 
     x264's preset is medium, on one thread and without the macroblock tree, so that equal clips give equal results.
     crf: its constant rate factor, 0 (finest) to 51 (coarsest). Values are rounded to 8 bits first; odd sides are padded
-    by replication and cropped back. H.264 is not differentiable: RuntimeError where a gradient would be lost in
-    silence, in grad mode with clips that require one. `attacks.bpda` attacks it all the same. RuntimeError also where
-    PyAV was built without libx264.
+    by replication and cropped back. H.264 is not differentiable: RuntimeError in grad mode with clips that require a
+    gradient, which would be lost silently. `attacks.bpda` can attack it. RuntimeError also where PyAV was built without
+    libx264.
     """
     check_clips(clips)
     check_count("crf", crf, least=0, most=51)
@@ -108,7 +108,7 @@ def h264(clips: Tensor, crf: int = 23) -> Tensor:
 
 
 def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
-    """The VAE alone: encode and decode, no diffusion. Sides are padded to the VAE's factor and cropped back."""
+    """Encode and decode by the VAE alone, without diffusion. Sides are padded to the VAE's factor and cropped back."""
     if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
     check_clips(clips)
@@ -117,8 +117,8 @@ def reconstruct(purifier: Purifier, clips: Tensor) -> Tensor:
     return decoded[..., : clips.shape[3], : clips.shape[4]].to(clips).contiguous()
 
 
-def _shuffle_alike(clips: Tensor) -> Tensor:
-    """Every clip in the order of one seed: a known, fixed order, the same alone and in any batch."""
+def _shuffle_with_fixed_seed(clips: Tensor) -> Tensor:
+    """Shuffle every clip by the same seed, so that a clip's result does not depend on the batch it is in."""
     check_clips(clips)
     shuffled = [
         temporal_shuffle(clip, generator=torch.Generator().manual_seed(_SHUFFLE_SEED)) for clip in clips.split(1)
@@ -126,7 +126,7 @@ def _shuffle_alike(clips: Tensor) -> Tensor:
     return torch.cat(shuffled)
 
 
-# Those that need no purifier, with the settings that are compared: clips -> clips, deterministic.
+# The deterministic filters that need no purifier, by the names under which evaluations compare them.
 FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean of 3 frames": partial(temporal_mean, width=3),
     "mean of 5 frames": partial(temporal_mean, width=5),
@@ -134,17 +134,18 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "median of 5 frames": partial(temporal_median, width=5),
     "JPEG 75": partial(jpeg, quality=75),
     "H.264 crf 23": partial(h264, crf=23),
-    "temporal shuffling": _shuffle_alike,
+    "temporal shuffling": _shuffle_with_fixed_seed,
 }
+WITHOUT_GRADIENT = {"JPEG 75", "H.264 crf 23"}  # the filters that are not differentiable
 
 
 def _neighbors(clips: Tensor, width: int) -> Tensor:
-    """(B, 3, F, H, W) -> (B, 3, F, H, W, width): the frames around each, in order."""
+    """(B, 3, F, H, W) -> (B, 3, F, H, W, width): the `width` frames around each frame, in order."""
     check_count("width", width)
     if width % 2 == 0:
         raise ValueError(f"width must be odd, to have a frame in the middle, got {width}")
     beyond = (-1, -1, width // 2, -1, -1)
-    # Not F.pad: on CUDA its gradient is not deterministic.
+    # F.pad's gradient is not deterministic on CUDA, so the clip is padded by torch.cat.
     padded = torch.cat([clips[:, :, :1].expand(beyond), clips, clips[:, :, -1:].expand(beyond)], 2)
     return padded.unfold(2, width, 1)
 
@@ -166,7 +167,7 @@ def _jpeg_frame(frame: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _h264_encode(frames: np.ndarray, crf: int) -> list[Packet]:
-    """Frames (F, H, W, 3) uint8 of even sides -> packets, in the order in which they are decoded."""
+    """Frames (F, H, W, 3) uint8 with even sides -> packets in decoding order. RuntimeError without libx264."""
     import av
 
     try:
@@ -187,7 +188,7 @@ def _h264_encode(frames: np.ndarray, crf: int) -> list[Packet]:
 
 
 def _h264_decode(packets: list[Packet], count: int) -> np.ndarray:
-    """Packets -> frames (count, H, W, 3) uint8 in the order in which they are shown."""
+    """Packets -> frames (count, H, W, 3) uint8 in display order. RuntimeError where frames are missing."""
     import av
     import numpy as np
 
@@ -200,19 +201,19 @@ def _h264_decode(packets: list[Packet], count: int) -> np.ndarray:
 
 
 def _to_bytes(clips: Tensor) -> np.ndarray:
-    """(B, 3, F, H, W) in [0, 1] -> (B, F, H, W, 3) uint8, contiguous and the caller's to overwrite."""
+    """(B, 3, F, H, W) in [0, 1] -> (B, F, H, W, 3) uint8, a contiguous copy that may be overwritten."""
     levels = (clips.detach().cpu().float() * 255).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 4, 1).contiguous().numpy()
 
 
 def _from_bytes(pictures: np.ndarray, like: Tensor) -> Tensor:
-    """The inverse of `_to_bytes`, with like's dtype and device."""
+    """(B, F, H, W, 3) uint8 -> (B, 3, F, H, W) in [0, 1], with the dtype and device of `like`."""
     levels = torch.from_numpy(pictures).permute(0, 4, 1, 2, 3)
     return (levels.float() / 255).to(like).contiguous()
 
 
 def _pad_sides(clips: Tensor, multiple: int) -> Tensor:
-    """Replicate the last row and column until both sides are multiples."""
+    """Replicate the last row and column until height and width are multiples of `multiple`."""
     bottom, right = (-side % multiple for side in clips.shape[-2:])
     if not bottom and not right:
         return clips
@@ -220,6 +221,7 @@ def _pad_sides(clips: Tensor, multiple: int) -> Tensor:
 
 
 def _refuse_gradient(clips: Tensor, name: str) -> None:
+    """RuntimeError where the clips' gradient would be lost silently."""
     if torch.is_grad_enabled() and clips.requires_grad:
         raise RuntimeError(
             f"{name} has no gradient, and the clips require one; use attacks.bpda(filters.{name}, model) to attack "
