@@ -191,9 +191,9 @@ def test_the_table_of_a_cpu():
     assert "`make bench` on X, 2 threads, torch 2, Python 3." in text
 
 
-def accuracy_row(part, access, defense, accuracy, eps=4 / 255, n=64, seconds=1.0):
+def accuracy_row(part, threat_model, defense, accuracy, eps=4 / 255, n=64, seconds=1.0):
     return {
-        **{"part": part, "access": access, "defense": defense, "eps": eps, "n": n, "accuracy": accuracy},
+        **{"part": part, "threat_model": threat_model, "defense": defense, "eps": eps, "n": n, "accuracy": accuracy},
         **{"low": accuracy - 0.05, "high": accuracy + 0.05, "seconds_per_clip": seconds},
     }
 
@@ -204,15 +204,17 @@ def test_what_fools_one_path_fools_the_other(tmp_path):
     from study import PARITY, crossed, draw
 
     from videopure_fast import Purifier, tiny
-    from videopure_fast.evaluation.record import Plan, Threat
-    from videopure_fast.evaluation.runner import Setup, defenses, evaluate
+    from videopure_fast.defense import build_defenses
+    from videopure_fast.evaluation.plan import Plan, Threat
+    from videopure_fast.evaluation.runner import EvalContext, evaluate
     from videopure_fast.evaluation.tables import table
 
     config = {"inversion_steps": 1}
-    available = crossed(defenses(Purifier.from_pretrained("tiny", device="cpu", **config))["videopure"], **config)
+    purifier = Purifier.from_pretrained("tiny", device="cpu", **config)
+    available = crossed(build_defenses(purifier)["videopure"], **config)
     threat = Threat("bpda", "pgd", {"steps": 5, "step_size": 2 / 255}, 8)
     plan = Plan("packaged", (threat,), PARITY, eps=(6 / 255,), seeds=(0,))
-    rows = table(evaluate(plan, Setup(tiny.load_classifier(), available, draw), tmp_path / "record.json"))
+    rows = table(evaluate(plan, EvalContext(tiny.load_classifier(), available, draw), tmp_path / "record.json"))
     accuracies = [row.accuracy for row in rows]
     assert len(accuracies) == 4 and 0 < max(accuracies) < 1 and max(accuracies) - min(accuracies) <= 1 / 8, accuracies
 
@@ -293,9 +295,9 @@ def test_nothing_measured_is_said(tmp_path):
 def test_the_studys_plans_name_defenses_that_exist(purifier):
     from study import DEPTHS, PARITY, RANDOMIZED, plans, shrunk
 
-    from videopure_fast.evaluation.runner import defenses
+    from videopure_fast.defense import build_defenses
 
-    found = defenses(purifier, depths=DEPTHS)
+    found = build_defenses(purifier, depths=DEPTHS)
     assert {name for name, defense in found.items() if defense.randomized} == set(RANDOMIZED)
     available = {*found, *PARITY}
     for plan in plans().values():

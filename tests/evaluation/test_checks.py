@@ -18,7 +18,8 @@ from videopure_fast.evaluation.checks import (
     source_check,
     stand_in_check,
 )
-from videopure_fast.evaluation.record import Plan, Record, Threat
+from videopure_fast.evaluation.plan import Plan, Threat
+from videopure_fast.evaluation.record import Record
 
 
 class Classifier(nn.Module):
@@ -134,23 +135,23 @@ def test_the_attackers_own_classifier_must_be_accurate_and_fooled():
     assert not source_check(reversed_gradient, x, labels, eps=8 / 255).passed
 
 
-def record(folder: Path, access: str, right: list[int], **given) -> Record:
+def record(folder: Path, threat_model: str, right: list[int], **given) -> Record:
     """Of one attack on videopure: which of the clips it left right."""
     pgd = {"attack": "pgd", "settings": {"steps": 10, "step_size": 0.1}}
-    attack = ({"attack": "square"} if access == "query" else pgd) | given
-    threat = Threat(access, **attack, clips=len(right))
+    attack = ({"attack": "square"} if threat_model == "query" else pgd) | given
+    threat = Threat(threat_model, **attack, clips=len(right))
     plan = Plan("test", (threat,), ("none", "videopure"), seeds=(0,), batch=len(right))
-    found = Record(folder / f"{access} {plan.hash}.json", plan)
-    for unit in plan.units():
+    found = Record(folder / f"{threat_model} {plan.hash}.json", plan)
+    for batch in plan.batches():
         for name in plan.defenses:
-            found.add(unit.name(name), {"right": right, "repeats": 1, "seconds": 1.0, "peak_bytes": None})
+            found.add(batch.name(name), {"right": right, "repeats": 1, "seconds": 1.0, "peak_bytes": None})
     return found
 
 
 def test_who_knows_more_must_not_do_worse(tmp_path):
     half, most = [1, 0] * 16, [1, 1, 1, 0] * 8
-    accesses = {"gray-box": most, "bpda": half, "exact": half[:-1] + [1], "query": most, "transfer": [1] * 32}
-    checks = order_checks(*(record(tmp_path, *item) for item in accesses.items()))
+    attacks = {"gray-box": most, "bpda": half, "exact": half[:-1] + [1], "query": most, "transfer": [1] * 32}
+    checks = order_checks(*(record(tmp_path, *item) for item in attacks.items()))
     assert all(check.passed for check in checks)
     assert [check.name.split(": ")[1].replace("is at least as strong as", "<=") for check in checks] == [
         *("exact <= bpda", "exact <= gray-box", "bpda <= gray-box", "bpda <= query", "bpda <= transfer"),

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import majority_vote
-from videopure_fast.evaluation.record import Plan, Record, Threat
-from videopure_fast.evaluation.runner import Setup, defense_names, defenses, evaluate, examples
+from videopure_fast.defense import build_defenses, defense_names
+from videopure_fast.evaluation.plan import Plan, Threat
+from videopure_fast.evaluation.record import Record
+from videopure_fast.evaluation.runner import EvalContext, evaluate, examples
 from videopure_fast.evaluation.tables import inaccessible, outcome, rescued, table, wilson_interval
 
 STEPS = {"steps": 2, "step_size": 2 / 255}
 CLEAN, GRAY, EXACT = Threat("none", clips=5), Threat("gray-box", "pgd", STEPS, 5), Threat("exact", "pgd", STEPS, 3)
 BPDA, QUERY = Threat("bpda", "pgd", STEPS, 5), Threat("query", "square", {"queries": 3}, 3)
 TRANSFER = Threat("transfer", "pgd", STEPS, 5)
-UNIT, ENTRY = "clean | 0/255 | seed 0 | 0 | none", {"right": [1], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
+NAME, ENTRY = "clean | 0/255 | seed 0 | 0 | none", {"right": [1], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
 
 
 class Classifier(nn.Module):
@@ -34,7 +36,7 @@ class Classifier(nn.Module):
         return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
 
 
-CLASSIFIER, OTHER = (Classifier(seed).eval().requires_grad_(False) for seed in (1, 2))
+CLASSIFIER, SURROGATE = (Classifier(seed).eval().requires_grad_(False) for seed in (1, 2))
 
 
 def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -48,12 +50,12 @@ def plan(*threats: Threat, names: tuple[str, ...] = ("none", "mean of 3 frames",
 
 
 def counts(record: Record) -> dict[str, list[int] | None]:
-    return {name: unit["right"] for name, unit in record.units.items()}
+    return {name: batch["right"] for name, batch in record.entries.items()}
 
 
 @pytest.fixture(scope="module")
 def available():
-    return defenses(build_purifier(), depths=(2,))
+    return build_defenses(build_purifier(), depths=(2,))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def whole(available, tmp_path_factory):
     """An evaluation with nothing in its way."""
     path = tmp_path_factory.mktemp("whole") / "record.json"
     threats = (CLEAN, GRAY, TRANSFER, BPDA, EXACT, QUERY)
-    return evaluate(plan(*threats), Setup(CLASSIFIER, available, draw, OTHER), path)
+    return evaluate(plan(*threats), EvalContext(CLASSIFIER, available, draw, SURROGATE), path)
 
 
 def test_every_defense_of_the_comparison_is_there(available):
@@ -87,13 +89,15 @@ def test_every_defense_of_the_comparison_is_there(available):
     }
 
 
-def test_a_unit_is_the_attack_and_the_vote(whole):
-    unit = next(unit for unit in whole.plan.units() if unit.threat == GRAY and unit.seed == 1 and unit.start == 3)
-    assert unit.clips == 2
+def test_a_batch_is_the_attack_and_the_vote(whole):
+    batch = next(
+        batch for batch in whole.plan.batches() if batch.threat == GRAY and batch.seed == 1 and batch.start == 3
+    )
+    assert batch.clips == 2
     x, labels = draw(1, 3, 2)
-    attacked = pgd(CLASSIFIER, x, labels, eps=8 / 255, generator=unit.generator("attack "), **STEPS)
+    attacked = pgd(CLASSIFIER, x, labels, eps=8 / 255, generator=batch.generator("attack "), **STEPS)
     expected = (majority_vote(CLASSIFIER(attacked)) == labels).long().tolist()
-    assert whole.units[unit.name("none")]["right"] == expected
+    assert whole.entries[batch.name("none")]["right"] == expected
 
 
 def test_clean_clips_are_right_without_a_defense(whole):
@@ -105,7 +109,7 @@ def test_clean_clips_are_right_without_a_defense(whole):
 
 @pytest.mark.parametrize("after", [1, 10, 19])
 def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, available, tmp_path):
-    """In the middle of a unit: its first defense is done, its second is not."""
+    """In the middle of a batch: its first defense is done, its second is not."""
     path, calls = tmp_path / "sub" / "record.json", []
 
     def cut(*arguments):
@@ -116,9 +120,9 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, a
 
     short = available | {"mean of 3 frames": replace(available["mean of 3 frames"], votes=cut)}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(whole.plan, Setup(CLASSIFIER, short, draw, OTHER), path)
-    assert 0 < len(Record(path, whole.plan).units) < len(whole.units)
-    resumed = evaluate(whole.plan, Setup(CLASSIFIER, available, draw, OTHER), path)
+        evaluate(whole.plan, EvalContext(CLASSIFIER, short, draw, SURROGATE), path)
+    assert 0 < len(Record(path, whole.plan).entries) < len(whole.entries)
+    resumed = evaluate(whole.plan, EvalContext(CLASSIFIER, available, draw, SURROGATE), path)
     assert counts(resumed) == counts(whole) == counts(Record(path, whole.plan))
     same = [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(resumed)]
     assert same == [row._replace(seconds_per_clip=0, peak_bytes=0) for row in table(whole)]
@@ -126,17 +130,19 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_table(after, whole, a
 
 
 def test_what_a_defense_meets_does_not_depend_on_the_others(whole, available, tmp_path):
-    alone = evaluate(plan(GRAY, BPDA, names=("ddim",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
+    alone = evaluate(
+        plan(GRAY, BPDA, names=("ddim",)), EvalContext(CLASSIFIER, available, draw), tmp_path / "record.json"
+    )
     assert counts(alone).items() <= counts(whole).items()
 
 
 def test_rows_count_clips_repeats_and_the_minimum_over_adaptive_attacks(tmp_path):
     record = Record(tmp_path / "record.json", plan(BPDA, EXACT, names=("videopure", "ddim")))
-    for unit in record.plan.units():
+    for batch in record.plan.batches():
         cost = {"seconds": 1.0, "peak_bytes": 5}
-        right = [1, 0, 1][: unit.clips] if unit.threat == BPDA else [0, 0, 1][: unit.clips]
-        record.add(unit.name("videopure"), {"right": right, "repeats": 1, **cost})
-        record.add(unit.name("ddim"), {"right": [4, 2, 0][: unit.clips], "repeats": 4, **cost})
+        right = [1, 0, 1][: batch.clips] if batch.threat == BPDA else [0, 0, 1][: batch.clips]
+        record.add(batch.name("videopure"), {"right": right, "repeats": 1, **cost})
+        record.add(batch.name("ddim"), {"right": [4, 2, 0][: batch.clips], "repeats": 4, **cost})
     rows = {(row.threat, row.defense): row for row in table(record)}
     bpda, exact = (rows[threat.title, "videopure"] for threat in (BPDA, EXACT))
     assert (bpda.n, bpda.accuracy, exact.n, exact.accuracy) == (10, 0.6, 6, 1 / 3)
@@ -153,9 +159,9 @@ def test_the_luck_of_a_random_defense_is_no_attack(tmp_path):
     records = []
     for i, threat in enumerate((BPDA, EXACT, GRAY)):
         record = Record(tmp_path / f"{i}.json", plan(threat, names=("ddim",)))
-        for unit in record.plan.units():
-            right = [0 if clip % 3 == i else 2 for clip in range(unit.clips)]
-            record.add(unit.name("ddim"), {"right": right, "repeats": 2, "seconds": 1.0, "peak_bytes": None})
+        for batch in record.plan.batches():
+            right = [0 if clip % 3 == i else 2 for clip in range(batch.clips)]
+            record.add(batch.name("ddim"), {"right": right, "repeats": 2, "seconds": 1.0, "peak_bytes": None})
         records.append(record)
     assert table(*records)[-1].accuracy == 0
     lowest = table(*records, randomized=["ddim"])[-1]
@@ -168,12 +174,17 @@ def test_records_of_several_plans_share_a_minimum(tmp_path):
         Record(tmp_path / f"{i}.json", plan(threat, names=("videopure",))) for i, threat in enumerate((BPDA, EXACT))
     ]
     for record, right in zip(records, ([1, 0, 1], [0, 1, 1]), strict=True):
-        for unit in record.plan.units():
-            given = {"right": right[: unit.clips], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
-            record.add(unit.name("videopure"), given)
+        for batch in record.plan.batches():
+            given = {"right": right[: batch.clips], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
+            record.add(batch.name("videopure"), given)
     *rows, worst = table(*records)
-    assert [(row.access, row.n, row.accuracy) for row in rows] == [("bpda", 10, 0.6), ("exact", 6, 2 / 3)]
-    assert (worst.access, worst.threat, worst.n, worst.accuracy) == ("adaptive", "minimum of bpda, exact", 6, 1 / 3)
+    assert [(row.threat_model, row.n, row.accuracy) for row in rows] == [("bpda", 10, 0.6), ("exact", 6, 2 / 3)]
+    assert (worst.threat_model, worst.threat, worst.n, worst.accuracy) == (
+        "adaptive",
+        "minimum of bpda, exact",
+        6,
+        1 / 3,
+    )
 
 
 def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
@@ -184,30 +195,30 @@ def test_clips_that_cannot_be_read_are_left_out(available, tmp_path):
         return drawn[skipped:], labels[skipped:]
 
     mine = plan(CLEAN, GRAY, BPDA, names=("none", "mean of 3 frames"))
-    rows = table(evaluate(mine, Setup(CLASSIFIER, available, some), tmp_path / "record.json"))
-    accesses = ("none", "gray-box", "bpda", "adaptive")
-    assert [(row.access, row.n) for row in rows] == [(access, 5) for access in accesses for _ in mine.defenses]
+    rows = table(evaluate(mine, EvalContext(CLASSIFIER, available, some), tmp_path / "record.json"))
+    threat_models = ("none", "gray-box", "bpda", "adaptive")
+    assert [(row.threat_model, row.n) for row in rows] == [(name, 5) for name in threat_models for _ in mine.defenses]
     assert rows[-1].threat == "minimum of clean, gray-box, bpda"
 
 
 def test_examples_are_the_clips_that_the_defense_keeps_right(tmp_path, available):
     record = Record(tmp_path / "record.json", plan(GRAY, names=("none", "videopure")))
-    for unit in record.plan.units():
+    for batch in record.plan.batches():
         for name, right in (("none", [0, 1, 0]), ("videopure", [0, 1, 1])):
-            entry = {"right": right[: unit.clips], "repeats": 1, "seconds": 1.0, "peak_bytes": 5}
-            record.add(unit.name(name), entry)
+            entry = {"right": right[: batch.clips], "repeats": 1, "seconds": 1.0, "peak_bytes": 5}
+            record.add(batch.name(name), entry)
     assert rescued(record, GRAY, 8 / 255, "videopure")[:2] == [(0, 2), (1, 2)]
     assert len(rescued(record, GRAY, 8 / 255, "videopure")) == 10
-    found = examples(record, GRAY, 8 / 255, "videopure", 2, Setup(CLASSIFIER, available, draw))
+    found = examples(record, GRAY, 8 / 255, "videopure", 2, EvalContext(CLASSIFIER, available, draw))
     assert torch.equal(found.clean, torch.cat([draw(seed, 2, 1)[0] for seed in (0, 1)]))
 
 
-@pytest.mark.parametrize("threat", [CLEAN, GRAY, TRANSFER, BPDA, EXACT, QUERY], ids=lambda threat: threat.access)
+@pytest.mark.parametrize("threat", [CLEAN, GRAY, TRANSFER, BPDA, EXACT, QUERY], ids=lambda threat: threat.threat_model)
 def test_examples_met_what_the_record_tells_of(threat, whole, available):
     eps = 0.0 if threat == CLEAN else 8 / 255
     for name in ("ddim", "videopure"):
         places = rescued(whole, threat, eps, name)
-        found = examples(whole, threat, eps, name, len(places), Setup(CLASSIFIER, available, draw, OTHER))
+        found = examples(whole, threat, eps, name, len(places), EvalContext(CLASSIFIER, available, draw, SURROGATE))
         assert found.clean.shape == found.purified.shape == (len(places), 3, 4, 16, 16)
         assert (found.attacked - found.clean).abs().max() <= eps + 1e-7
         assert torch.equal(found.attacked_labels, CLASSIFIER(found.attacked).argmax(-1))
@@ -218,20 +229,20 @@ def test_examples_met_what_the_record_tells_of(threat, whole, available):
 
 def test_examples_of_nothing_are_refused(whole, available):
     with pytest.raises(ValueError, match="no clips of exact pgd, steps=2, step_size=2/255 at 4/255 against videopure"):
-        examples(whole, EXACT, 4 / 255, "videopure", 1, Setup(CLASSIFIER, available, draw))
+        examples(whole, EXACT, 4 / 255, "videopure", 1, EvalContext(CLASSIFIER, available, draw))
 
 
 def test_a_cell_that_is_not_done_has_no_row(whole, tmp_path):
     record = Record(tmp_path / "record.json", whole.plan)
-    for name, unit in list(whole.units.items())[:-1]:
-        record.units[name] = unit
+    for name, batch in list(whole.entries.items())[:-1]:
+        record.entries[name] = batch
     assert len(table(record)) == len(table(whole)) - 1
 
 
 def test_codecs_have_no_exact_gradient(available, tmp_path):
     small = replace(EXACT, clips=1)
     names = ("JPEG 75", "none")
-    record = evaluate(plan(small, names=names), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
+    record = evaluate(plan(small, names=names), EvalContext(CLASSIFIER, available, draw), tmp_path / "record.json")
     assert [row.defense for row in table(record)] == ["none"]
     assert inaccessible(record) == {"exact": ["JPEG 75"]}
 
@@ -239,29 +250,29 @@ def test_codecs_have_no_exact_gradient(available, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "units": 3}', "[" * 200_000, '{"units": {}}'),
-        *({"a": {"right": None}}, {UNIT: 5}, {UNIT: {}}, {UNIT: {"right": [1]}}, {UNIT: ENTRY | {"right": ["x"]}}),
-        *({UNIT: ENTRY | {"right": [3]}}, {UNIT: ENTRY | {"right": [1] * 4}}, {UNIT: ENTRY | {"right": ""}}),
-        *({UNIT: ENTRY | {"right": {}}}, {UNIT: ENTRY | {"right": [True]}}, {UNIT: ENTRY | {"repeats": True}}),
-        *({UNIT: ENTRY | {"seconds": -1}}, {UNIT: ENTRY | {"peak_bytes": "x"}}, {UNIT: ENTRY | {"right": None}}),
-        *({UNIT: ENTRY | {"other": 1}}, {UNIT: ENTRY | {"seconds": "1"}}, {UNIT: ENTRY | {"seconds": 10**400}}),
-        {UNIT: ENTRY | {"peak_bytes": -1}},
+        *("", "[]", "{}", '{"hash": 3}', "\0", '{"hash": "x", "entries": 3}', "[" * 200_000, '{"entries": {}}'),
+        *({"a": {"right": None}}, {NAME: 5}, {NAME: {}}, {NAME: {"right": [1]}}, {NAME: ENTRY | {"right": ["x"]}}),
+        *({NAME: ENTRY | {"right": [3]}}, {NAME: ENTRY | {"right": [1] * 4}}, {NAME: ENTRY | {"right": ""}}),
+        *({NAME: ENTRY | {"right": {}}}, {NAME: ENTRY | {"right": [True]}}, {NAME: ENTRY | {"repeats": True}}),
+        *({NAME: ENTRY | {"seconds": -1}}, {NAME: ENTRY | {"peak_bytes": "x"}}, {NAME: ENTRY | {"right": None}}),
+        *({NAME: ENTRY | {"other": 1}}, {NAME: ENTRY | {"seconds": "1"}}, {NAME: ENTRY | {"seconds": 10**400}}),
+        {NAME: ENTRY | {"peak_bytes": -1}},
     ],
     ids=lambda content: str(content)[:80],
 )
 def test_what_is_no_record_is_refused_and_kept(content, available, tmp_path):
     path = tmp_path / "record.json"
     if isinstance(content, dict):
-        content = json.dumps({"hash": plan(CLEAN).hash, "units": content})
+        content = json.dumps({"hash": plan(CLEAN).hash, "entries": content})
     path.write_text(content)
     with pytest.raises(ValueError, match="is no record of an evaluation"):
-        evaluate(plan(CLEAN), Setup(CLASSIFIER, available, draw), path)
+        evaluate(plan(CLEAN), EvalContext(CLASSIFIER, available, draw), path)
     assert path.read_text() == content
 
 
 def test_the_record_of_another_plan_is_refused(available, tmp_path):
     path, mine = tmp_path / "record.json", plan(CLEAN, names=("none",))
-    evaluate(mine, Setup(CLASSIFIER, available, draw), path)
+    evaluate(mine, EvalContext(CLASSIFIER, available, draw), path)
     with pytest.raises(ValueError, match="another plan, which differs in seeds, batch: name another file or folder"):
         Record(path, replace(mine, seeds=(0, 2), batch=2))
     assert json.loads(path.read_text())["plan"]["source"] == "test"
@@ -270,7 +281,7 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Threat("white-box"), "unknown access 'white-box'; accepted: none, transfer, gray-box"),
+        (lambda: Threat("white-box"), "unknown threat_model 'white-box'; accepted: none, transfer, gray-box"),
         (lambda: Threat("exact", "pdg"), "unknown attack 'pdg'; accepted: fgsm, pgd"),
         (
             lambda: Threat("exact", "pgd", {"stepsize": 1}),
@@ -285,17 +296,20 @@ def test_the_record_of_another_plan_is_refused(available, tmp_path):
         (lambda: Threat("exact", ["pgd"]), r"unknown attack \['pgd'\]; accepted: fgsm, pgd"),
         (lambda: Threat("exact", clips=0), "clips must be 1 or more, got 0"),
         (lambda: Threat("gray-box"), "pgd needs step_size, steps among its settings"),
-        (lambda: replace(plan(GRAY), eps=(4 / 255, 4.0000001 / 255)), "eps must be some, and none twice"),
+        (lambda: replace(plan(GRAY), eps=(4 / 255, 4.0000001 / 255)), "eps must not be empty or repeat a value"),
         (lambda: wilson_interval(0.5, 0), "has an interval, got 0.5 on 0"),
-        (lambda: plan(), "threats must be some, and none twice"),
-        (lambda: plan(GRAY, GRAY), "threats must be some, and none twice"),
+        (lambda: plan(), "threats must not be empty or repeat a value"),
+        (lambda: plan(GRAY, GRAY), "threats must not be empty or repeat a value"),
         (lambda: replace(plan(GRAY), eps=(4.0,)), "every eps must be more than 0 and at most 1"),
         (lambda: replace(plan(GRAY), repeats=0), "repeats must be 1 or more, got 0"),
         (
-            lambda: evaluate(plan(GRAY, names=("nothing",)), Setup(CLASSIFIER, {}, draw), "x"),
+            lambda: evaluate(plan(GRAY, names=("nothing",)), EvalContext(CLASSIFIER, {}, draw), "x"),
             "unknown defenses nothing",
         ),
-        (lambda: evaluate(plan(TRANSFER, names=()), Setup(CLASSIFIER, {}, draw), "x"), "defenses must be some"),
+        (
+            lambda: evaluate(plan(TRANSFER, names=()), EvalContext(CLASSIFIER, {}, draw), "x"),
+            "defenses must not be empty",
+        ),
     ],
 )
 def test_bad_plans_are_refused(make, message):
@@ -312,9 +326,12 @@ def test_bad_plans_are_refused(make, message):
         (lambda: replace(plan(GRAY), seeds=("a",)), r"seeds must be tuple\[int, ...\], got \('a',\)"),
         (lambda: replace(plan(GRAY), threats=("none",)), "threats must be"),
         (lambda: Threat("exact", "pgd", ["steps"]), "settings must be a mapping of names to values, got list"),
-        (lambda: evaluate(None, Setup(CLASSIFIER, {}, draw), "x"), "plan must be a Plan, got NoneType"),
-        (lambda: evaluate(plan(GRAY), None, "x"), "setup must be a Setup, got NoneType"),
-        (lambda: Threat("exact", "fgsm", {"loss": len}), "loss must be a number, a word or a bool, got builtin"),
+        (lambda: evaluate(None, EvalContext(CLASSIFIER, {}, draw), "x"), "plan must be of type Plan, got NoneType"),
+        (lambda: evaluate(plan(GRAY), None, "x"), "context must be of type EvalContext, got NoneType"),
+        (
+            lambda: Threat("exact", "fgsm", {"loss": len}),
+            "loss must be a number, a string, a bool or None, got builtin",
+        ),
     ],
 )
 def test_plans_of_other_types_are_refused(make, message):
@@ -325,7 +342,7 @@ def test_plans_of_other_types_are_refused(make, message):
 def test_an_l2_threat_may_be_larger_than_a_pixel(available, tmp_path):
     threat = Threat("gray-box", "pgd", STEPS | {"norm": "l2"}, 2)
     mine = replace(plan(threat, names=("none",)), eps=(3.0,))
-    assert table(evaluate(mine, Setup(CLASSIFIER, available, draw), tmp_path / "record.json"))[0].n == 4
+    assert table(evaluate(mine, EvalContext(CLASSIFIER, available, draw), tmp_path / "record.json"))[0].n == 4
 
 
 @pytest.mark.parametrize(
@@ -343,7 +360,7 @@ def test_an_l2_threat_may_be_larger_than_a_pixel(available, tmp_path):
 )
 def test_what_is_drawn_must_be_clips_and_labels(spoil, error, message, available, tmp_path):
     with pytest.raises(error, match=message):
-        evaluate(plan(CLEAN), Setup(CLASSIFIER, available, lambda *a: spoil(*draw(*a))), tmp_path / "record.json")
+        evaluate(plan(CLEAN), EvalContext(CLASSIFIER, available, lambda *a: spoil(*draw(*a))), tmp_path / "record.json")
     assert not (tmp_path / "record.json").exists()
 
 
@@ -353,22 +370,22 @@ def test_answers_that_are_not_finite_are_refused(available, tmp_path):
             return super().forward(x) * float("nan")
 
     with pytest.raises(ValueError, match="logits are not finite"):
-        evaluate(plan(CLEAN), Setup(Broken().eval(), available, draw), tmp_path / "record.json")
+        evaluate(plan(CLEAN), EvalContext(Broken().eval(), available, draw), tmp_path / "record.json")
 
 
-def test_transfer_needs_another_classifier(available, tmp_path):
-    with pytest.raises(ValueError, match="'transfer' needs another classifier"):
-        evaluate(plan(TRANSFER), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
+def test_transfer_needs_a_surrogate(available, tmp_path):
+    with pytest.raises(ValueError, match="'transfer' needs a surrogate, another classifier"):
+        evaluate(plan(TRANSFER), EvalContext(CLASSIFIER, available, draw), tmp_path / "record.json")
 
 
-@pytest.mark.parametrize("role", ["classifier", "other"])
+@pytest.mark.parametrize("role", ["classifier", "surrogate"])
 def test_classifiers_in_training_mode_are_refused(role, available, tmp_path):
     part = nn.Sequential(Classifier(), nn.Dropout()).eval()
     part[1].train()
     for module in (Classifier(), part):
-        setup = Setup(CLASSIFIER, available, draw, OTHER)._replace(**{role: module})
-        with pytest.raises(ValueError, match=f"the setup's {role}, or a part of it, is in training mode"):
-            evaluate(plan(TRANSFER), setup, tmp_path / "record.json")
+        context = EvalContext(CLASSIFIER, available, draw, SURROGATE)._replace(**{role: module})
+        with pytest.raises(ValueError, match=f"the {role}, or a part of it, is in training mode"):
+            evaluate(plan(TRANSFER), context, tmp_path / "record.json")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +399,9 @@ def test_classifiers_in_training_mode_are_refused(role, available, tmp_path):
 def test_bad_settings_are_refused_before_any_attack(settings, message, available, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message):
         evaluate(
-            plan(CLEAN, BPDA, Threat("exact", "pgd", settings)), Setup(CLASSIFIER, available, draw), tmp_path / "r"
+            plan(CLEAN, BPDA, Threat("exact", "pgd", settings)),
+            EvalContext(CLASSIFIER, available, draw),
+            tmp_path / "r",
         )
     assert not list(tmp_path.iterdir())
 
@@ -396,18 +415,18 @@ def test_a_record_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").touch()
     for path, message in ((tmp_path / "file" / "r.json", "cannot make the folder"), (tmp_path, "it is a folder")):
         with pytest.raises(ValueError, match=message):
-            evaluate(plan(CLEAN, names=("none",)), Setup(CLASSIFIER, {"none": None}, None), path)
+            evaluate(plan(CLEAN, names=("none",)), EvalContext(CLASSIFIER, {"none": None}, None), path)
 
 
 def test_a_record_says_where_it_was_made(available, tmp_path):
     mine, path = plan(CLEAN, names=("none",)), tmp_path / "record.json"
-    evaluate(mine, Setup(CLASSIFIER, available, draw), path)
+    evaluate(mine, EvalContext(CLASSIFIER, available, draw), path)
     (machine,) = Record(path, mine).machines
     assert machine["threads"] == torch.get_num_threads() and machine["device"].startswith("cpu")
     saved = json.loads(path.read_text())
-    del saved["units"][next(iter(saved["units"]))]
+    del saved["entries"][next(iter(saved["entries"]))]
     path.write_text(json.dumps(saved | {"machines": [{"device": "another"}]}))
-    assert evaluate(mine, Setup(CLASSIFIER, available, draw), path).machines == [{"device": "another"}, machine]
+    assert evaluate(mine, EvalContext(CLASSIFIER, available, draw), path).machines == [{"device": "another"}, machine]
 
 
 def test_clips_that_come_back_between_threats_are_refused(available, tmp_path):
@@ -422,35 +441,35 @@ def test_clips_that_come_back_between_threats_are_refused(available, tmp_path):
     mine = replace(plan(CLEAN, BPDA, names=("none",)), seeds=(0,))
     for _ in range(2):  # what is in the record counts as what was drawn a moment ago
         with pytest.raises(ValueError, match="of seed 0's clips from 0 on 3 could be read, and 2 before"):
-            evaluate(mine, Setup(CLASSIFIER, available, once), tmp_path / "record.json")
+            evaluate(mine, EvalContext(CLASSIFIER, available, once), tmp_path / "record.json")
 
 
 def test_settings_in_another_order_are_told_of(available, tmp_path):
     mine, path = plan(GRAY, names=("none",)), tmp_path / "record.json"
-    evaluate(mine, Setup(CLASSIFIER, available, draw), path)
+    evaluate(mine, EvalContext(CLASSIFIER, available, draw), path)
     turned = replace(GRAY, settings=dict(reversed(STEPS.items())))
-    with pytest.raises(ValueError, match="the plan has no unit 'gray-box pgd.*are settings in another order"):
+    with pytest.raises(ValueError, match="the plan has no batch 'gray-box pgd.*are settings in another order"):
         Record(path, replace(mine, threats=(turned,)))
 
 
 def test_seconds_are_the_median_over_batches(tmp_path):
     record = Record(tmp_path / "record.json", replace(plan(CLEAN, names=("none",)), seeds=(0, 1, 2), batch=5))
-    for unit, seconds in zip(record.plan.units(), (50.0, 5.0, 10.0), strict=True):
-        record.add(unit.name("none"), {"right": [1] * 5, "repeats": 1, "seconds": seconds, "peak_bytes": None})
+    for batch, seconds in zip(record.plan.batches(), (50.0, 5.0, 10.0), strict=True):
+        record.add(batch.name("none"), {"right": [1] * 5, "repeats": 1, "seconds": seconds, "peak_bytes": None})
     assert table(record)[0].seconds_per_clip == 2.0
 
 
 def test_two_processes_do_not_share_a_record(available, tmp_path):
     def draw_meanwhile(*arguments: int) -> tuple[Tensor, Tensor]:
         with pytest.raises(ValueError, match="another process works on"):
-            evaluate(plan(CLEAN, names=("none",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
+            evaluate(plan(CLEAN, names=("none",)), EvalContext(CLASSIFIER, available, draw), tmp_path / "record.json")
         return draw(*arguments)
 
-    evaluate(plan(CLEAN, names=("none",)), Setup(CLASSIFIER, available, draw_meanwhile), tmp_path / "record.json")
+    evaluate(plan(CLEAN, names=("none",)), EvalContext(CLASSIFIER, available, draw_meanwhile), tmp_path / "record.json")
 
 
 def test_what_could_not_be_read_stays_in_the_record(available, tmp_path):
-    given = (plan(CLEAN, names=("none",)), Setup(CLASSIFIER, available, draw), tmp_path / "record.json")
+    given = (plan(CLEAN, names=("none",)), EvalContext(CLASSIFIER, available, draw), tmp_path / "record.json")
     evaluate(*given, skipped={tmp_path / "a.avi": "no video"})
     assert evaluate(*given, skipped={}).skipped == {str(tmp_path / "a.avi"): "no video"}
 
@@ -458,4 +477,4 @@ def test_what_could_not_be_read_stays_in_the_record(available, tmp_path):
 def test_logits_of_another_shape_are_refused(available, tmp_path):
     flat = nn.Sequential(CLASSIFIER, nn.Flatten(0)).eval()
     with pytest.raises(ValueError, match=r"must return logits \(3, K\), got \(9,\)"):
-        evaluate(plan(CLEAN, names=("none",)), Setup(flat, available, draw), tmp_path / "record.json")
+        evaluate(plan(CLEAN, names=("none",)), EvalContext(flat, available, draw), tmp_path / "record.json")

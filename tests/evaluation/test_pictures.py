@@ -29,12 +29,12 @@ def found() -> Examples:
 
 
 def row(threat: str, eps: float, defense: str, accuracy: float, seconds: float) -> Accuracy:
-    access = threat.split()[0]
-    return Accuracy(access, threat, eps, defense, 10, accuracy, accuracy - 0.1, accuracy + 0.1, 0, seconds, None)
+    threat_model = threat.split()[0]
+    return Accuracy(threat_model, threat, eps, defense, 10, accuracy, accuracy - 0.1, accuracy + 0.1, 0, seconds, None)
 
 
 ROWS = [
-    row("clean", 0.0, "none", 1.0, 0.001)._replace(access="none"),
+    row("clean", 0.0, "none", 1.0, 0.001)._replace(threat_model="none"),
     *(row("bpda pgd", eps, name, 0.9 - eps, s) for eps in (0.1, 0.2) for name, s in (("none", 1e-6), ("both <&>", 2))),
     row("exact pgd", 0.1, "none", 0.5, 0.0),
 ]

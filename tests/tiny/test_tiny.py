@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from videopure_fast import DefendedClassifier, Purifier, PurifyConfig, purify, tiny
-from videopure_fast.evaluation.record import Plan, Threat
-from videopure_fast.evaluation.runner import Setup, defenses, evaluate
+from videopure_fast.defense import build_defenses
+from videopure_fast.evaluation.plan import Plan, Threat
+from videopure_fast.evaluation.runner import EvalContext, evaluate
 from videopure_fast.evaluation.tables import table
 from videopure_fast.ops.guided_update import warp
 from videopure_fast.tiny.models import WEIGHTS
@@ -68,9 +69,9 @@ def test_a_fooled_classifier_is_right_again(purifier, tmp_path):
     """A broken purifier fails: none 0.0, the VAE alone far below, and even chance would be 0.125."""
     threats = (Threat("none", clips=32), Threat("gray-box", "pgd", {"steps": 10, "step_size": 2 / 255}, 32))
     plan = Plan("packaged", threats, ("none", "VAE round trip", "videopure"), eps=(4 / 255,), seeds=(21,))
-    setup = Setup(tiny.load_classifier(), defenses(purifier), sample)
-    rows = table(evaluate(plan, setup, tmp_path / "record.json"))
-    accuracy = {(row.access, row.defense): row.accuracy for row in rows}
+    context = EvalContext(tiny.load_classifier(), build_defenses(purifier), sample)
+    rows = table(evaluate(plan, context, tmp_path / "record.json"))
+    accuracy = {(row.threat_model, row.defense): row.accuracy for row in rows}
     assert accuracy["none", "none"] >= 0.95 and accuracy["gray-box", "none"] <= 0.05
     assert accuracy["gray-box", "videopure"] >= 0.8 and accuracy["none", "videopure"] >= 0.85
     assert accuracy["gray-box", "videopure"] - accuracy["gray-box", "VAE round trip"] > 0.5

@@ -1,8 +1,8 @@
-"""Whether an evaluation can be believed: what a reviewer asks of gradients and attacks, each with an answer.
+"""Sanity checks of an evaluation's gradients and attacks.
 
 A defense whose gradients are wrong looks robust (obfuscated gradients, arXiv 1802.00420; checklist of arXiv
-1902.06705). So: the exact gradient must agree with finite differences, an attack that goes on must gain, accuracy must
-reach zero where anything is allowed, and who knows more must not do worse.
+1902.06705). The checks: the exact gradient agrees with finite differences; more attack steps raise the loss; accuracy
+reaches zero where eps is unbounded; an attacker with more knowledge does not do worse.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..attacks import apgd, pgd
 from ..attacks.base import check_labeled, gradient_of, majority_vote
@@ -22,20 +24,24 @@ from ..attacks.losses import cross_entropy, margin
 from ..defense.classifier import DefendedClassifier
 from ..inputs import check_count
 from ..purifier import Purifier
-from .record import Record, Threat
+from .plan import Plan, Threat
+from .record import Record
+from .runner import EvalContext
 from .tables import Outcome, outcome
 
-# Of a pixel, in float64: so small that hardly any sign of the guidance turns, by itself or by the flow under it. Its
-# derivative is zero between its jumps, and finite differences across them see more.
+# Finite-difference step in pixel values, float64. It is small enough that few of the guidance's sign() terms flip: the
+# derivative of sign() is zero, but a finite difference across a flip is not.
 _DIFFERENCE = 1e-9
 _DIRECTIONS = 3
-_AGREEMENT = 1e-3  # of a derivative with its finite difference, relative to the gradient's length
-_GAIN = 3  # of an attack over noise
-_DOUBT = 0.025  # the chance, one-sided, that an order which holds is called broken
+_AGREEMENT = 1e-3  # largest error of a directional derivative, relative to the gradient's l2 norm
+_GAIN = 3  # least ratio of an attack's gain in the loss to that of noise
+_SIGNIFICANCE = 0.025  # one-sided probability that an order which holds is reported as broken
+_CHECKED_CLIPS = 2
+_SOURCE_CLIPS = 32
 
 
 class Check(NamedTuple):
-    """A question, whether the answer is as it must be, and what was seen."""
+    """A property that must hold, whether it does, and the measured values in words."""
 
     name: str
     passed: bool
@@ -43,33 +49,41 @@ class Check(NamedTuple):
 
 
 def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, labels: Tensor) -> Check:
-    """The exact gradient of the margin against central differences along random signs, on copies in float64.
+    """Compare the exact gradient of the margin with central differences along random signs, on copies in float64.
 
-    clips: (B, 3, F, H, W) in [0, 1]; labels (B,). Random directions see a gradient that a frame or a window has lost;
-    the gradient's own sign would not. A confident classifier's cross-entropy is flatter than its rounding; the margin
-    is not.
+    clips: (B, 3, F, H, W) in [0, 1]; labels (B,). Random directions reveal a gradient that misses a frame or a window;
+    the gradient's own sign would not. The margin is used because a confident classifier's cross-entropy changes by less
+    than its rounding.
     """
     if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
     check_labeled(clips, labels)
-    unet, vae, decoder, judge = (
+    unet, vae, decoder, double_classifier = (
         None if module is None else copy.deepcopy(module).double()
         for module in (purifier.unet, purifier.vae, purifier.decoder, classifier)
     )
-    prompts = {"prompt_embeds": purifier.prompt_embeds, "negative_prompt_embeds": purifier.negative_prompt_embeds}
-    prompts = {name: value if value is None else value.double() for name, value in prompts.items()}
-    options = {"flow": purifier.flow, "config": purifier.config, "max_frames": purifier.max_frames, "decoder": decoder}
-    defended = DefendedClassifier(judge, Purifier(unet, vae, **prompts, **options))
+    negative = purifier.negative_prompt_embeds
+    double_purifier = Purifier(
+        unet,
+        vae,
+        prompt_embeds=purifier.prompt_embeds.double(),
+        negative_prompt_embeds=None if negative is None else negative.double(),
+        flow=purifier.flow,
+        config=purifier.config,
+        max_frames=purifier.max_frames,
+        decoder=decoder,
+    )
+    defended = DefendedClassifier(double_classifier, double_purifier)
 
     def loss(x: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)  # the same noise each time
+        generator = torch.Generator().manual_seed(0)  # equal noise in every call
         return margin(defended.vote_logits(x, generator=generator), labels).sum()
 
     x = clips.detach().double().clamp(_DIFFERENCE, 1 - _DIFFERENCE)
     with torch.enable_grad():
         point = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(point), point)
-    seen, passed, size = [], True, gradient.norm().item()  # about what random signs make of it
+    seen, passed, size = [], True, gradient.norm().item()  # the usual size of its product with random signs
     for seed in range(_DIRECTIONS):
         signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
         with torch.no_grad():
@@ -83,10 +97,10 @@ def gradient_check(purifier: Purifier, classifier: nn.Module, clips: Tensor, lab
 def stand_in_check(
     exact: Callable[[Tensor], Tensor], bpda: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor
 ) -> Check:
-    """Whether BPDA's gradient of the margin may stand for the exact one: on average it must point uphill.
+    """Compare BPDA's gradient of the margin with the exact one: their mean cosine must be positive.
 
-    BPDA takes the defense for the identity. Where a defense turns small changes around, following its gradient makes
-    clips safer, and what they withstand says nothing.
+    BPDA takes the defense for the identity. Where a defense reverses the direction of small changes, BPDA's steps lower
+    the loss, and the accuracy under BPDA says nothing about robustness.
     """
     slopes = [gradient_of(clips, lambda x: margin(model(x), labels)).flatten(1) for model in (exact, bpda)]  # noqa: B023
     cosines = F.cosine_similarity(*slopes)
@@ -95,21 +109,30 @@ def stand_in_check(
 
 
 def source_check(
-    other: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, *, eps: float, steps: int = 10, batch: int = 16
+    surrogate: Callable[[Tensor], Tensor],
+    clips: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    steps: int = 10,
+    batch: int = 16,
 ) -> Check:
-    """PGD on the attacker's own classifier, from which attacks transfer: it must be right on most clips, and lose most
-    of them. A poor one makes every defense look good. batch: clips in memory at once."""
+    """Attack the surrogate, from which attacks transfer, by PGD: it must be right on most clean clips and on few
+    attacked ones, since a poor surrogate makes every defense look robust. batch: clips in memory at once."""
 
     def right(x: Tensor, y: Tensor) -> int:
         with torch.no_grad():
-            return (majority_vote(other(x)) == y).sum().item()
+            return (majority_vote(surrogate(x)) == y).sum().item()
 
-    options = {"eps": eps, "step_size": eps / 2, "steps": steps, "generator": torch.Generator().manual_seed(0)}
+    generator = torch.Generator().manual_seed(0)
     check_labeled(clips, labels)
     check_count("batch", batch)
     parts = list(zip(clips.split(batch), labels.split(batch), strict=True))
     clean = sum(right(x, y) for x, y in parts) / len(clips)
-    attacked = sum(right(pgd(other, x, y, **options), y) for x, y in parts) / len(clips)
+    attacked = 0.0
+    for x, y in parts:
+        attacked += right(pgd(surrogate, x, y, eps=eps, step_size=eps / 2, steps=steps, generator=generator), y)
+    attacked /= len(clips)
     seen = f"right on {clean:.2f} of clean clips, on {attacked:.2f} of those attacked at {255 * eps:g}/255"
     return Check("the attacker's own classifier is accurate, and fooled", clean > 0.5 > attacked, seen)
 
@@ -117,9 +140,9 @@ def source_check(
 def effort_check(
     model: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, *, eps: float, steps: int = 10
 ) -> Check:
-    """PGD in small steps on `model`, an attack's target: its gain in the mean loss must be several times what noise of
-    the same size does, for noise too raises the loss of clips that are right."""
-    check_count("steps", steps, least=2)  # the loss is seen before each step, not after the last
+    """Attack `model` by PGD in small steps: the mean loss must rise several times more than by noise of the same size,
+    since noise too raises the loss of rightly classified clips."""
+    check_count("steps", steps, least=2)  # PGD computes the loss before each step, and not after the last one
     losses: list[float] = []
 
     def watched(logits: Tensor, labels: Tensor) -> Tensor:
@@ -127,8 +150,7 @@ def effort_check(
         losses.append(loss.mean().item())
         return loss
 
-    options = {"eps": eps, "step_size": eps / 4, "steps": steps, "random_start": False}
-    pgd(model, clips, labels, loss=watched, **options)
+    pgd(model, clips, labels, loss=watched, eps=eps, step_size=eps / 4, steps=steps, random_start=False)
     gain, half = losses[-1] - losses[0], losses[len(losses) // 2]
     with torch.no_grad():
         noise = [cross_entropy(model(_noisy(clips, eps, seed)), labels).mean().item() - losses[0] for seed in range(4)]
@@ -145,18 +167,20 @@ def reach_check(
     eps: Sequence[float] = (8 / 255, 16 / 255, 64 / 255, 1.0),
     steps: int = 10,
 ) -> Check:
-    """APGD from the clips on `model`, an attack's target: no clip may withstand the last eps, and at some eps the
-    attack must leave less than half of what as many draws of noise of that size do."""
-    seen, sooner, right = [], False, 1.0
+    """Attack `model` by APGD, starting at the clips: accuracy must be 0 at the last eps, and at some eps less than
+    half of the accuracy under as many draws of noise of that size."""
+    seen, below_noise, right = [], False, 1.0
     for size in eps:
         attacked = apgd(model, clips, labels, eps=size, steps=steps, random_start=False)
         with torch.no_grad():
             right = (majority_vote(model(attacked)) == labels).double().mean().item()
             draws = [majority_vote(model(_noisy(clips, size, seed))) == labels for seed in range(steps)]
             by_noise = torch.stack(draws).all(0).double().mean().item()
-        sooner |= right < by_noise / 2
+        below_noise |= right < by_noise / 2
         seen.append(f"{right:.2f} at {255 * size:g}/255 (noise {by_noise:.2f})")
-    return Check("accuracy goes to zero as eps grows, sooner than by noise", sooner and right == 0, ", ".join(seen))
+    return Check(
+        "accuracy goes to zero as eps grows, sooner than by noise", below_noise and right == 0, ", ".join(seen)
+    )
 
 
 def _noisy(clips: Tensor, eps: float, seed: int) -> Tensor:
@@ -165,13 +189,49 @@ def _noisy(clips: Tensor, eps: float, seed: int) -> Tensor:
     return (clips + eps * signs).clamp(0, 1)
 
 
+def sanity_checks(plan: Plan, context: EvalContext, *, progress: bool = False) -> list[Check]:
+    """The checks that need work, for the plan's last defense, on two clips.
+
+    They use the defense's exact gradient, or BPDA's where it has none. A check that raises counts as failed.
+    """
+    name, eps = plan.defenses[-1], plan.eps[-1]
+    defense, classifier, count = context.defenses[name], context.classifier, plan.threats[0].clips
+    drawn = (context.draw(seed, 0, min(count, _CHECKED_CLIPS)) for seed in plan.seeds)
+    found = next((batch for batch in drawn if len(batch[1])), None)
+    if found is None:
+        return [Check(f"{name}: checks", False, "not made: none of the first clips could be read")]
+    clips, labels = found
+    exact = defense.logits(classifier, "exact", torch.Generator().manual_seed(0))
+    bpda = defense.logits(classifier, "bpda", torch.Generator().manual_seed(0))
+    todo: dict[str, Callable[[], Check]] = {}
+    if (target := exact or bpda) is not None:
+        todo["an attack that goes on"] = partial(effort_check, target, clips, labels, eps=eps, steps=6)
+        todo["an attack without bounds"] = partial(reach_check, target, clips, labels)
+    if exact is not None and bpda is not None:
+        todo["BPDA's gradient"] = partial(stand_in_check, exact, bpda, clips, labels)
+    if defense.purifier is not None:
+        todo["the exact gradient"] = partial(gradient_check, defense.purifier, classifier, clips[:1], labels[:1])
+    if context.surrogate is not None:
+        more = context.draw(plan.seeds[0], 0, min(count, _SOURCE_CLIPS))  # this check is cheap, and two clips are few
+        todo["the surrogate"] = partial(source_check, context.surrogate, *more, eps=eps, batch=plan.batch)
+    checks = []
+    with tqdm(todo.items(), desc=f"check {name}", disable=not progress) as bar:
+        for what, run in bar:
+            bar.set_postfix_str(what)
+            try:
+                check = run()
+            except Exception as error:  # such as a classifier without float64, or too little memory
+                check = Check(what, False, f"not made: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            checks.append(check._replace(name=f"{name}: {check.name}"))
+    return checks
+
+
 def order_checks(*records: Record) -> list[Check]:
-    """Who knows more must not do worse, on the clips that both attacked, beyond what chance allows.
+    """Check that attackers with more knowledge leave no more clips right, beyond chance, on the clips both attacked.
 
-    By the exact sign test over the clips on which the two differ: an order that holds fails once in forty, or less.
-
-    exact <= bpda <= gray-box, by one attack with one budget; the best of exact and bpda <= transfer and query. Without
-    a defense, which all of them attack alike, nothing is asked.
+    The orders: exact <= bpda <= gray-box, for the same attack and settings; the stronger of exact and bpda <= transfer
+    and query. The exact sign test over the clips on which the two differ fails for an order that holds at most once in
+    forty times. The defense "none" has no order, since these threat models do not differ without a defense.
     """
     cells: dict[tuple[str, float], list[tuple[Threat, Outcome]]] = {}
     for record in records:
@@ -179,7 +239,7 @@ def order_checks(*records: Record) -> list[Check]:
             for eps in record.plan.eps:
                 for name in record.plan.defenses:
                     found = outcome(record, threat, eps, name)
-                    if name != "none" and threat.access != "none" and found.shares:
+                    if name != "none" and threat.threat_model != "none" and found.shares:
                         cells.setdefault((name, eps), []).append((threat, found))
     return [
         _order_check(f"{name}, {255 * eps:g}/255", *pair)
@@ -197,28 +257,28 @@ def _order_check(cell: str, stronger: _Attacked, weaker: _Attacked) -> Check:
     against = sum(a > b for a, b in zip(ours, theirs, strict=True))
     differing = against + sum(a < b for a, b in zip(ours, theirs, strict=True))
     chance = sum(math.comb(differing, k) for k in range(against, differing + 1)) / 2**differing
-    name = f"{cell}: {stronger[0].access} is at least as strong as {weaker[0].access}"
+    name = f"{cell}: {stronger[0].threat_model} is at least as strong as {weaker[0].threat_model}"
     means = [sum(shares) / len(common) for shares in (ours, theirs)]
     seen = f"leaves {means[0]:.3f} against {means[1]:.3f} of {len(common)} clips, "
-    return Check(name, chance >= _DOUBT, f"{seen}{against} of {differing} that differ (p = {chance:.2g})")
+    return Check(name, chance >= _SIGNIFICANCE, f"{seen}{against} of {differing} that differ (p = {chance:.2g})")
 
 
 def _pairs(cell: list[_Attacked]) -> Iterator[tuple[_Attacked, _Attacked]]:
-    """Attacks on one defense with one eps, of which the first must not leave the higher accuracy."""
+    """Pairs (stronger, weaker) of attacks on one defense at one eps."""
 
     def share(attacked: _Attacked) -> float:
         return sum(attacked[1].shares.values()) / len(attacked[1].shares)
 
-    for knows, less in (("exact", "bpda"), ("exact", "gray-box"), ("bpda", "gray-box")):
+    for order in (("exact", "bpda"), ("exact", "gray-box"), ("bpda", "gray-box")):
         for one in cell:
             for other in cell:
                 same = (one[0].attack, one[0].settings) == (other[0].attack, other[0].settings)
-                if (one[0].access, other[0].access) == (knows, less) and same and _share_clips(one, other):
+                if (one[0].threat_model, other[0].threat_model) == order and same and _share_clips(one, other):
                     yield one, other
-    white = min((one for one in cell if one[0].access in ("exact", "bpda")), key=share, default=None)
+    best = min((one for one in cell if one[0].threat_model in ("exact", "bpda")), key=share, default=None)
     for other in cell:
-        if white is not None and other[0].access in ("transfer", "query") and _share_clips(white, other):
-            yield white, other
+        if best is not None and other[0].threat_model in ("transfer", "query") and _share_clips(best, other):
+            yield best, other
 
 
 def _share_clips(one: _Attacked, other: _Attacked) -> bool:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .runner import Examples
 from ..files import atomic_write
 from ..measure.plot import Panel, Series, draw
+from .runner import Examples
 from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE = 8, 128  # frames; pixels of a frame's longer side, at most
@@ -66,11 +66,11 @@ def draw_accuracy(
     eps: the one of the panels against seconds; a threat's smallest where it is None, or where the threat lacks it.
     ValueError if no row belongs to an attack.
     """
-    attacked = [row for row in rows if row.access != "none"]
+    attacked = [row for row in rows if row.threat_model != "none"]
     if not attacked:
         raise ValueError("there is no accuracy under attack to draw")
     title = "minimum over all attacks"
-    attacked = [row._replace(threat=title) if row.access == "adaptive" else row for row in attacked]
+    attacked = [row._replace(threat=title) if row.threat_model == "adaptive" else row for row in attacked]
     names = list(dict.fromkeys(row.defense for row in attacked))
     # One time for all rows of a defense, because the minimum has none of its own.
     seconds = {row.defense: row.seconds_per_clip for row in reversed(rows) if row.seconds_per_clip is not None}
@@ -124,7 +124,7 @@ def _side_by_side(found: Examples, classes: Sequence[str]) -> Iterator[Tensor]:
 
 
 def _enlarge(clip: Tensor, side: int) -> Tensor:
-    """(3, F, H, W) in [0, 1] -> uint8, enlarged by the largest whole factor that keeps its sides within `side` pixels."""
+    """(3, F, H, W) in [0, 1] -> uint8, enlarged by the largest whole factor that keeps both sides within `side`."""
     scale = max(1, side // max(clip.shape[-2:]))
     enlarged = clip.cpu().float().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     return (enlarged * 255).round().to(torch.uint8)
