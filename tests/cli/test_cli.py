@@ -13,12 +13,9 @@ from typer.testing import CliRunner
 
 from videopure_fast import cli, purifier
 from videopure_fast.cli import purify as cli_purify
-from videopure_fast.cli import report as cli_report
 from videopure_fast.cli.console import format_seconds
 from videopure_fast.data.video import probe, read_frames
 from videopure_fast.data.video_writer import VideoWriter
-from videopure_fast.evaluation.record import Plan, Threat
-from videopure_fast.evaluation.runner import Setup, defenses
 from videopure_fast.runtime.spans import EvaluationCounter, listening
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
@@ -241,9 +238,9 @@ def test_demo(tmp_path, small_model, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "gray-box pgd, steps=1, step_size=4/255, eps 8/255" in result.output and "interval" in result.output
     report = json.loads(numbers.read_text())
-    assert [(row["access"], row["defense"]) for row in report["rows"]] == [
-        (access, name)
-        for access in ("none", "gray-box")
+    assert [(row["threat_model"], row["defense"]) for row in report["rows"]] == [
+        (threat_model, name)
+        for threat_model in ("none", "gray-box")
         for name in ("none", "VAE round trip", "mean of 5 frames", "videopure")
     ]
     assert report["plan"]["eps"] == [8 / 255] and all(row["n"] == 3 for row in report["rows"])
@@ -291,47 +288,57 @@ def test_evaluate(tmp_path, small_model, monkeypatch):
     assert {row["defense"] for row in rows} == set(names)
 
 
+def test_evaluate_is_one_call_of_benchmark(tmp_path, small_model, monkeypatch):
+    calls = []
+
+    class Report:
+        def save(self, folder):
+            calls.append(folder)
+
+    def benchmark(*models_and_clips, **options):
+        calls.append((models_and_clips, options))
+        return Report()
+
+    monkeypatch.setattr("videopure_fast.evaluation.benchmark", benchmark)
+    given = ("--threat", "exact", "--threat", "transfer", "--surrogate-classifier", "tiny", "--attack", "apgd")
+    given += ("--defense", "none", "--defense", "ddim, T=2", "--seeds", 2, "--dtype", "float32", "--no-checks")
+    result = run(*EVALUATE, *given, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    ((classifier, purifier, draw), options), folder = calls
+    assert folder == tmp_path / "out" and options["record"] == folder / "record.json"
+    assert small_model["dtype"] is torch.float32 and options["surrogate"] is not classifier
+    assert draw(3, 1, 2)[0].shape == (2, 3, 16, 32, 32)
+    titles = [threat.title for threat in options["threats"]]
+    assert titles == ["exact apgd, steps=1", "transfer temporal_translation, steps=1, step_size=2/255"]
+    assert options["defenses"] == ("none", "ddim, T=2") and options["eps"] == [4 / 255, 8 / 255]
+    assert (options["count"], list(options["seeds"]), options["batch"], options["repeats"]) == (3, [0, 1], 2, 2)
+    assert options["checks"] is False and options["source"]["surrogate_classifier"] == "tiny"
+
+
+def test_evaluate_takes_a_defense_of_ones_own(tmp_path, small_model, monkeypatch):
+    (tmp_path / "my_defense.py").write_text(
+        "from videopure_fast.defense import filter_defense\n"
+        "def negative(purifier):\n"
+        "    return filter_defense(lambda clips: 1 - clips)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = ("--defense", "none", "--defense", "my_defense:negative", "--threat", "exact", "--no-checks")
+    result = run(*EVALUATE, *given, "--out", "out")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert {row["defense"] for row in rows} == {"none", "my_defense:negative"}
+
+
 def test_evaluate_says_what_its_attacks_lack(tmp_path, small_model):
     names = ("JPEG 75", "ddim")
     given = [part for name in names for part in ("--defense", name)] + ["--threat", "bpda", "--threat", "exact"]
     result = run(*EVALUATE, *given, "--no-checks", "--out", tmp_path / "out")
     text = " ".join(result.output.split())
     assert "No exact attack on JPEG 75: no gradient." in text
-    assert "Mind: ddim draw anew at each call; --eot averages" in text
-    assert "Mind: --steps of --step-size reach 2/255, less than from side to side" in text
-    assert text.count("the least that any of these attacks left, eps 4/255") == 1
-
-
-def test_only_attacks_on_the_defense_itself_need_eot():
-    steps = {"steps": 10, "step_size": 0.1}
-    threats = Threat("transfer", "pgd", steps), Threat("bpda", "pgd", steps | {"eot": 2})
-    (note,) = cli_report.weaknesses(Plan("test", threats, ("ddim",)), ["ddim"])
-    assert note.startswith("no attack used a defense's own gradients")
-    (note,) = cli_report.weaknesses(Plan("test", (Threat("exact", "pgd", steps),), ("ddim",)), ["ddim"])
-    assert note.startswith("ddim draw anew")
-
-
-def test_evaluates_checks_are_of_the_last_defense():
-    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 3 * 16 * 16, 4))
-
-    def draw(seed, start, count):
-        return clips(count, 3, 3, 16, 16) * 0.6 + 0.2, torch.zeros(count, dtype=torch.int64)
-
-    def made(name, draw=draw, classifier=classifier):
-        plan = Plan("test", (Threat("none", clips=2),), ("none", name))
-        return cli_report.sanity_checks(plan, Setup(classifier, defenses(build_purifier()), draw))
-
-    assert [check.name for check in made("mean of 3 frames")] == [
-        "mean of 3 frames: the loss rises with the attack's steps, more than by noise",
-        "mean of 3 frames: accuracy goes to zero as eps grows, sooner than by noise",
-        "mean of 3 frames: BPDA's gradient points uphill",
-    ]
-    *_, gradient = made("videopure")
-    assert gradient.name == "videopure: the exact gradient agrees with finite differences" and gradient.passed
-    (unread,) = made("videopure", lambda *_: (torch.empty(0, 3, 3, 16, 16), torch.empty(0, dtype=torch.int64)))
-    assert not unread.passed and "none of the first clips could be read" in unread.seen
-    broken = made("mean of 3 frames", classifier=lambda x: x.no_such_thing() if x.requires_grad else classifier(x))
-    assert all("not made" in check.seen and not check.passed for check in broken)
+    assert "Note: ddim: random at each call; a larger eot averages" in text
+    assert "Note: steps times step size is 2/255, less than twice the largest eps" in text
+    assert text.count("minimum over all of these attacks, eps 4/255") == 1
 
 
 def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_model, monkeypatch):
@@ -386,17 +393,17 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
     record = tmp_path / "killed" / "record.json"
     killed = subprocess.Popen(command(record.parent), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (record.exists() and len(json.loads(record.read_text())["units"]) >= 7):
+    while not (record.exists() and len(json.loads(record.read_text())["entries"]) >= 7):
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.02)
     killed.kill()
     killed.wait()
-    done = json.loads(record.read_text())["units"]
+    done = json.loads(record.read_text())["entries"]
     assert 7 <= len(done) < len(names) * 6 * 3 and not (tmp_path / "killed" / "table.csv").exists()
     for out in (record.parent, tmp_path / "whole"):
         subprocess.run(command(out), check=True, capture_output=True)
     assert table(record.parent) == table(tmp_path / "whole")
-    assert done.items() <= json.loads(record.read_text())["units"].items()
+    assert done.items() <= json.loads(record.read_text())["entries"].items()
 
 
 @pytest.mark.parametrize(
@@ -404,17 +411,20 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
     [
         (("--eps", "4,x"), "--eps must be numbers, such as 4,8; got '4,x'"),
         (("--eps", "0"), "--eps must be more than 0 and at most 255, in 1/255, got 0"),
-        (("--eps", "4,4"), "eps must be some, and none twice"),
+        (("--eps", "4,4"), "eps must not be empty or repeat a value"),
         (("--eps", "400", "--model", "not/there"), "at most 255, in 1/255, got 400"),
-        (("--defense", "none", "--defense", "none", "--model", "not/there"), "defenses must be some, and none twice"),
-        (("--threat", "transfer"), "--threat transfer and --other"),
-        (("--other", "tiny"), "--threat transfer and --other"),
+        (
+            ("--defense", "none", "--defense", "none", "--model", "not/there"),
+            "defenses must not be empty or repeat a value",
+        ),
+        (("--threat", "transfer"), "--threat transfer and --surrogate-classifier"),
+        (("--surrogate-classifier", "tiny"), "--threat transfer and --surrogate-classifier"),
         (("--dataset", "kinetics400"), "--dataset kinetics400 needs --videos and --annotations"),
         (("--dataset", "something-something-v2", "--videos", ".", "--annotations", "."), "needs --labels"),
         (("--classifier", "no_such_module:make"), "classifier 'no_such_module:make' cannot be made"),
         (
             ("--classifier", "torch.nn:Identity"),
-            "classifier 'torch.nn:Identity' returns (2, 3, 16, 32, 32) for 2 clips",
+            "the classifier (Identity) returns (2, 3, 16, 32, 32) for 2 clips; accepted: logits (2, ",
         ),
         (("--classifier", "some/model"), "--mean and --std are of Hugging Face models, which need both"),
         (("--mean", "0.5"), "--mean and --std are of Hugging Face models, which need both"),
@@ -423,11 +433,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
             ("--dataset", "ucf101", "--videos", ".", "--annotations", ".", "--labels", "."),
             "--dataset ucf101 takes no --labels",
         ),
-        (("--defense", "all", "--defense", "prayer"), "unknown defenses prayer"),
+        (("--defense", "all", "--defense", "prayer"), "unknown defense 'prayer'"),
         (("--depth", "99", "--model", "not/there"), "--depth must be 0 to 49, got 99"),
         (("--depth", "2", "--defense", "none"), "--depth 2 is of no defense asked for; say --defense 'videopure, T=2'"),
         (("--step-size", "nan"), "--step-size must be more than 0, in 1/255, got nan"),
-        (("--defense", "prayer", "--model", "not/there"), "unknown defenses prayer; accepted: all, none"),
+        (("--defense", "prayer", "--model", "not/there"), "unknown defense 'prayer'; accepted: none, mean of 3 frames"),
         (("--crop", "300", "--dataset", "ucf101", "--videos", ".", "--annotations", "."), "crop 300 is more than"),
     ],
 )

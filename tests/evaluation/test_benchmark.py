@@ -1,0 +1,232 @@
+"""benchmark(): an evaluation in one call, from whatever clips one has."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import build_purifier, clips
+from PIL import Image
+from torch import Tensor, nn
+
+from videopure_fast.attacks import pgd
+from videopure_fast.defense import filter_defense
+from videopure_fast.evaluation import Report, Threat, benchmark, runner, standard_threat
+from videopure_fast.evaluation.benchmark import make_plan
+
+NAMES = ("none", "mean of 3 frames", "videopure")
+
+
+class Classifier(nn.Module):
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.features, self.head = nn.Conv3d(3, 6, 3, stride=2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
+
+
+CLASSIFIER, SURROGATE = (Classifier(seed).eval().requires_grad_(False) for seed in (1, 2))
+CLIPS = clips(4, 3, 4, 16, 16)
+LABELS = CLASSIFIER(CLIPS).argmax(-1)
+QUICK = {"threats": [standard_threat("gray-box", 9, steps=2)], "eps": 8 / 255, "checks": False, "progress": False}
+QUICK |= {"defenses": NAMES}
+
+
+@pytest.fixture(scope="module")
+def purifier():
+    return build_purifier()
+
+
+@pytest.fixture(scope="module")
+def report(purifier):
+    options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True}
+    return benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
+
+
+def outcomes(report: Report) -> dict[str, list[int] | None]:
+    return {name: entry["right"] for name, entry in report.record.entries.items()}
+
+
+def test_clips_and_labels_are_enough(report):
+    found = [(row.threat_model, row.defense, row.n) for row in report.rows]
+    assert found == [(what, name, 4) for what in ("none", "gray-box", "bpda", "adaptive") for name in NAMES]
+    assert report.rows[0].accuracy == 1
+    threat = report.record.plan.threats[1]
+    assert threat.title == "gray-box pgd, steps=10, step_size=2/255"
+    (batch,) = [batch for batch in report.record.plan.batches() if batch.threat == threat]
+    generator = batch.generator("attack ")
+    attacked = pgd(CLASSIFIER, CLIPS, LABELS, eps=8 / 255, generator=generator, **threat.settings)
+    expected = (CLASSIFIER(attacked).argmax(-1) == LABELS).long().tolist()
+    assert outcomes(report)[batch.name("none")] == expected
+
+
+def test_a_report_prints(report):
+    text = str(report)
+    assert "gray-box pgd, steps=10, step_size=2/255, eps 8/255" in text and "mean of 3 frames" in text
+    assert "minimum over all of these attacks, eps 8/255" in text
+    assert "Note: no attack used a defense's own gradients" in text
+    assert "videopure: the exact gradient agrees" in text and "pass" in text
+    assert repr(report).startswith("<Report: 12 rows, ")
+
+
+def test_a_report_plots(report, tmp_path):
+    report.plot(tmp_path / "accuracy.svg")
+    assert "gray-box pgd" in (tmp_path / "accuracy.svg").read_text()
+    report.strip(tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.size == (4 * 128, 4 * (128 + 20))
+    report.video(tmp_path / "all.mp4", clips=2)
+    assert (tmp_path / "all.mp4").stat().st_size
+
+
+def test_a_report_exports(report, tmp_path):
+    report.save(tmp_path / "out")
+    names = ["accuracy.svg", "report.json", "strip.png", "table.csv"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["rows"] == [row._asdict() for row in report.rows]
+    assert saved["checks"] == [check._asdict() for check in report.checks] and saved["checks"]
+    assert saved["hash"] == report.record.plan.hash and saved["skipped"] == {}
+    with (tmp_path / "out" / "table.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["accuracy"]) for row in rows] == [row.accuracy for row in report.rows]
+
+
+def test_an_interrupted_call_continues_from_its_record(purifier, tmp_path, monkeypatch):
+    path, scored, score = tmp_path / "record.json", [], runner._score
+
+    def cut(*arguments):
+        scored.append(arguments)
+        if len(scored) > 4:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    options = QUICK | {"record": path, "batch": 2}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runner, "_score", cut)
+        benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **options)
+    done = json.loads(path.read_text())["entries"]
+    assert len(done) == 4
+    resumed = benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **options)
+    assert done.items() <= resumed.record.entries.items()
+    assert outcomes(resumed) == outcomes(benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **QUICK, batch=2))
+    for other in ((SURROGATE, purifier, CLIPS, LABELS), (CLASSIFIER, purifier, CLIPS.flip(0), LABELS.flip(0))):
+        with pytest.raises(ValueError, match="is the record of another plan, which differs in source"):
+            benchmark(*other, **options)
+
+
+def test_seeds_share_out_the_clips(purifier):
+    report = benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **QUICK, seeds=2)
+    assert {(batch.seed, batch.clips) for batch in report.record.plan.batches()} == {(0, 2), (1, 2)}
+    assert torch.equal(report.context.draw(1, 0, 2)[0], CLIPS[2:])
+
+
+def test_a_function_may_draw(purifier):
+    def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        return CLIPS[start : start + count], LABELS[start : start + count]
+
+    drawn = benchmark(CLASSIFIER, purifier, draw, **QUICK, count=4, source={"clips": "of this test"})
+    assert outcomes(drawn) == outcomes(benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **QUICK))
+    source = json.loads(drawn.record.plan.source)
+    assert source["clips"] == "of this test" and source["draw"].endswith("draw")
+    assert source["config"]["inversion_steps"] == 1 and source["dtype"] == "torch.float32"
+
+
+def test_threats_may_be_objects_and_defenses_too(purifier):
+    threats = ["transfer", Threat("query", "square", {"queries": 2}, clips=3)]
+    options = QUICK | {"threats": threats, "defenses": {"mine": filter_defense(lambda x: 1 - x)}}
+    report = benchmark(CLASSIFIER, purifier, CLIPS, LABELS, surrogate=SURROGATE, **options)
+    assert [(row.threat_model, row.n) for row in report.rows] == [
+        *[("none", 4), ("transfer", 4), ("query", 3), ("adaptive", 3)]
+    ]
+    assert {row.defense for row in report.rows} == {"mine"}
+
+
+def test_a_data_set_names_its_classes(purifier, tmp_path):
+    from videopure_fast.data.datasets import ClipSampling, VideoDataset
+    from videopure_fast.data.video import VideoWriter
+
+    for i in range(2):
+        with VideoWriter(tmp_path / f"{i}.avi", height=32, width=32, rate=10) as writer:
+            for frame in (clips(9, 3, 32, 32, seed=i) * 255).to(torch.uint8):
+                writer.write(frame)
+    sampling = ClipSampling(frames=4, stride=2, resize=32, crop=16)
+    dataset = VideoDataset([(tmp_path / f"{i}.avi", i) for i in range(2)], ("a", "b", "c"), sampling=sampling)
+    report = benchmark(CLASSIFIER, purifier, dataset, **QUICK, count=2)
+    assert report.classes == ("a", "b", "c") and {row.n for row in report.rows} == {2}
+    assert json.loads(report.record.plan.source)["sampling"]["crop"] == 16
+    with pytest.raises(ValueError, match="1 x 3 clips are needed, and there are 2"):
+        benchmark(CLASSIFIER, purifier, dataset, **QUICK, count=3)
+
+
+def test_standard_threats():
+    assert standard_threat("none", 3) == Threat("none", clips=3)
+    assert standard_threat("query", 3, eot=2).settings == {"queries": 500, "eot": 2}
+    transfer = standard_threat("transfer", 3, attack="apgd", loss="dlr", eot=2)
+    assert transfer == Threat("transfer", "temporal_translation", {"steps": 10, "step_size": 2 / 255}, 3)
+    exact = standard_threat("exact", 3, attack="apgd", steps=4, loss="margin", restarts=2)
+    assert exact.title == "exact apgd, steps=4, loss=margin, restarts=2"
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no such layout")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"classifier": len}, TypeError, "classifier must be of type Module, got builtin"),
+        ({"purifier": None}, TypeError, "purifier must be of type Purifier, got NoneType"),
+        ({"surrogate": len}, TypeError, "surrogate must be of type Module or None, got builtin"),
+        ({"clips": CLIPS}, ValueError, "clips need labels"),
+        ({"clips": "clips"}, TypeError, r"clips are a str; accepted: a tensor with labels, \(clips, labels\)"),
+        ({"clips": print, "labels": LABELS}, ValueError, "labels go with a tensor of clips, got clips of type builtin"),
+        ({"clips": (CLIPS * 2, LABELS)}, ValueError, "clips have values from"),
+        ({"seeds": 5}, ValueError, "count must be 1 or more, got 0"),
+        ({"seeds": ()}, ValueError, "seeds must not be empty"),
+        ({"seeds": 0}, ValueError, "seeds must be 1 or more"),
+        ({"count": 5}, ValueError, "1 x 5 clips are needed, and there are 4"),
+        ({"threats": ["white-box"]}, ValueError, "unknown threat_model 'white-box'; accepted: none, transfer"),
+        ({"threats": ["transfer"]}, ValueError, "'transfer' needs a surrogate"),
+        ({"defenses": ["prayer"]}, ValueError, "unknown defense 'prayer'; accepted: none, mean of 3 frames"),
+        ({"defenses": {"mine": len}}, TypeError, "the defense 'mine' is a builtin_function_or_method; accepted: a def"),
+        ({"eps": 8}, ValueError, "every eps must be more than 0 and at most 1, in the clips' units"),
+        (
+            {"classifier": Fails().eval()},
+            ValueError,
+            r"the classifier \(Fails\) fails on clips \(2, 3, 4, 16, 16\): Runtime",
+        ),
+        (
+            {"classifier": nn.Flatten(0).eval()},
+            ValueError,
+            r"\(Flatten\) returns \(6144,\) for 2 clips; accepted: logits \(2, K",
+        ),
+        ({"classes": ("a", "b")}, ValueError, r"returns \(2, 3\) for 2 clips; accepted: logits \(2, 2\) of 2 classes"),
+        ({"surrogate": nn.Flatten(0).eval()}, ValueError, r"the surrogate \(Flatten\) returns \(6144,\)"),
+        (
+            {"classifier": Classifier().to("meta").eval()},
+            ValueError,
+            "the classifier is on meta and the purifier on cpu",
+        ),
+        ({"classifier": Classifier()}, ValueError, "the classifier, or a part of it, is in training mode"),
+    ],
+)
+def test_bad_arguments_are_refused(changed, error, message, purifier):
+    given = QUICK | {"classifier": CLASSIFIER, "purifier": purifier, "clips": (CLIPS, LABELS)} | changed
+    with pytest.raises(error, match=message):
+        benchmark(**given)
+
+
+def test_a_plan_needs_no_models():
+    options = {"eps": [4 / 255], "seeds": (0,), "batch": 2, "repeats": 1}
+    plan = make_plan("bpda", 3, defenses="videopure, T=2", **options)
+    assert [(threat.threat_model, threat.clips) for threat in plan.threats] == [("none", 3), ("bpda", 3)]
+    assert make_plan([Threat("none", clips=2)], 3, defenses=["none"], **options).threats == (Threat("none", clips=2),)
+    with pytest.raises(ValueError, match="the depth T must be 0 to 49, got 50"):
+        make_plan(["bpda"], 3, defenses=["videopure, T=50"], **options)
