@@ -1,7 +1,7 @@
-"""Write README.md's tables from the results in bench/results/: `python bench/report.py` (`--check` only compares).
+"""Write the tables of README.md and bench/STUDY.md from bench/results/: `python bench/report.py`.
 
-Accuracy is from robustness-tiny.json (`make study`), speed from cpu.json (`make bench`) and from each GPU's file
-(`make gpu`).
+`--check` only compares, and fails where a table differs. Accuracy comes from robustness-tiny.json (`make study`), speed
+from cpu.json (`make bench`) and from the file of each GPU (`make gpu`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,50 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+README, STUDY, RESULTS = ROOT / "README.md", ROOT / "bench" / "STUDY.md", ROOT / "bench" / "results"
+SUMMARY = ("none", "mean of 5 frames", "ddim", "videopure")  # the defenses in the README's table
+PARTS = ("gray-box", "adaptive")  # the parts of the study in the README's table
+
+
+def robustness_summary(result: dict[str, Any]) -> str:
+    """Markdown of the README's table: few defenses, clean, in the gray box, and the minimum over all attacks."""
+    rows = result["rows"]
+    seconds = _seconds_by_defense(rows)
+    cells = {(row["defense"], row["threat_model"], row["eps"]): row for row in rows if row["part"] in PARTS}
+    sizes = sorted({eps for _, threat_model, eps in cells if threat_model == "gray-box"})
+    least = min(sizes, default=0.0)
+    lines = [
+        [
+            _bold(name),
+            _share(cells.get((name, "none", 0.0))),
+            *(_share(cells.get((name, "gray-box", eps))) for eps in sizes),
+            _share(cells.get((name, "adaptive", least))),
+            f"{seconds[name]:.2g}" if name in seconds else MISSING,
+        ]
+        for name in SUMMARY
+    ]
+    header = ["defense", "clean", *(f"gray-box, {255 * eps:g}/255" for eps in sizes)]
+    header += [f"worst attack, {255 * least:g}/255", "s a clip"]
+    counts = {name: {row["n"] for row in rows if row["defense"] in SUMMARY and row["part"] == name} for name in PARTS}
+    return "\n".join(
+        [
+            f"Accuracy with 95 % intervals on packaged clips ({_range(counts['gray-box'])} clips; worst attack: "
+            f"{_range(counts['adaptive'])} clips). Gray-box: PGD-10 on the bare classifier. Worst attack: the lowest "
+            "accuracy over all attacks, which include exact gradients through the purification.",
+            "",
+            *markdown(header, lines),
+            "",
+            "[bench/STUDY.md](bench/STUDY.md) has all defenses, attacks and checks.",
+        ]
+    )
 
 
 def robustness(result: dict[str, Any]) -> str:
-    """Markdown of study.py's result: one table of all defenses, one of the stronger threats, and the checks."""
+    """Markdown of the study's tables: all defenses in the gray box, the other threats, and the checks."""
     rows = result["rows"]
-    seconds = {row["defense"]: row["seconds_per_clip"] for row in rows if row["part"] == "cost"}
+    seconds = _seconds_by_defense(rows)
     plain = [row for row in rows if row["part"].startswith("gray-box") or row["part"] == "depths"]
-    cells = {(row["defense"], row["access"], row["eps"]): row for row in plain}
+    cells = {(row["defense"], row["threat_model"], row["eps"]): row for row in plain}
     sizes = sorted({row["eps"] for row in plain if row["eps"]})
     gray = [
         [
@@ -35,7 +70,7 @@ def robustness(result: dict[str, Any]) -> str:
         ]
         for name in dict.fromkeys(row["defense"] for row in plain)
     ]
-    columns = {  # of the second table: part, access
+    columns = {  # of the second table: part, threat model
         "transfer": ("transfer", "transfer"),
         "query": ("query", "query"),
         "gray-box, PGD-20": ("bpda", "gray-box"),
@@ -47,7 +82,7 @@ def robustness(result: dict[str, Any]) -> str:
     parts = {part for part, _ in columns.values()} - {"adaptive"}
     asked = [row for row in rows if row["part"] in parts and row["eps"]]
     least = min((row["eps"] for row in asked), default=0.0)
-    strong = {(row["defense"], row["part"], row["access"]): row for row in rows if row["eps"] == least}
+    strong = {(row["defense"], row["part"], row["threat_model"]): row for row in rows if row["eps"] == least}
     informed = [
         [_bold(name), *(_share(strong.get((name, *place)), count=True) for place in columns.values())]
         for name in dict.fromkeys(row["defense"] for row in asked)
@@ -57,17 +92,18 @@ def robustness(result: dict[str, Any]) -> str:
     header = ["defense", "clips", "clean", *(f"attacked, {255 * eps:g}/255" for eps in sizes), "s a clip"]
     return "\n".join(
         [
-            "Gray-box, PGD-10 with steps of 2/255 on the bare classifier. Clips that served neither training nor any "
-            f"choice; shares with 95 % intervals; {MISSING}: not measured, or not possible.",
+            "Gray-box: PGD-10 with steps of 2/255 on the bare classifier. The clips were not used for training or for "
+            f"choosing settings. Accuracies have 95 % intervals; {MISSING}: not measured, or not possible.",
             "",
             *markdown(header, gray),
             "",
-            f"Other threats, at {255 * least:g}/255 (in brackets interval and clips): transfer from another "
-            "classifier; 200 queries by Square; the classifier's gradients; the defense taken for the identity; its "
-            "exact gradients, twice. The minimum is clip by clip, over these, the table above and, for "
-            "five of the defenses, APGD-10 in the gray box and under BPDA (the picture); of ddim, which draws anew, it "
-            "is the lowest of the accuracies on the same clips. Every attack could be made stronger, and those on ddim "
-            "do not average over its draws (EOT): these are upper bounds.",
+            f"Other threats, at {255 * least:g}/255 (in brackets: interval; clips): transfer from another classifier; "
+            "200 queries by Square; the classifier's gradients (gray-box); BPDA, with the defense taken for the "
+            "identity; the defense's exact gradients, with two attacks. The minimum is taken clip by clip over these, "
+            "over the table above and, for five of the defenses, over APGD-10 in the gray box and under BPDA (the plot "
+            "below); for ddim, which is randomized, it is the lowest of the attacks' accuracies on the same clips. The "
+            "accuracies are upper bounds: every attack could be made stronger, and those on ddim do not average over "
+            "its random draws (EOT).",
             "",
             *markdown(["defense", *columns], informed),
             "",
@@ -79,20 +115,20 @@ def robustness(result: dict[str, Any]) -> str:
 
 
 def _sentences(rows: list[dict[str, Any]]) -> list[str]:
-    """What one number each says: parity of the two evaluations, and chance in a random defense."""
+    """Sentences for the parts with few numbers: parity of two implementations, and repeats of a randomized defense."""
     found = []
-    parity = [row for row in rows if row["part"] == "parity" and row["access"] == "bpda"]
+    parity = [row for row in rows if row["part"] == "parity" and row["threat_model"] == "bpda"]
     for eps in dict.fromkeys(row["eps"] for row in parity):
         cells = {row["defense"].partition(", ")[2]: _share(row, count=True) for row in parity if row["eps"] == eps}
         found += [
-            f"videopure under BPDA, PGD-10, {255 * eps:g}/255, by our evaluation (fast) and by diffusers' own with the "
-            f"ops' reference: {'; '.join(f'{paths}, {share}' for paths, share in cells.items())}.",
+            f"videopure under BPDA, PGD-10, {255 * eps:g}/255, by our models (fast) and by diffusers' with the ops' "
+            f"reference (reference): {'; '.join(f'{paths}, {share}' for paths, share in cells.items())}.",
             "",
         ]
     for row in rows:
         if row["part"] == "chance":
             found += [
-                f"Over ten draws of its noise {row['defense']} is right on {row['accuracy']:.3f} of {row['n']} clips "
+                f"Over ten draws of its noise, {row['defense']} is right on {row['accuracy']:.3f} of {row['n']} clips "
                 f"attacked in the gray box at {255 * row['eps']:g}/255, and on {row['worst']:.3f} in every draw.",
                 "",
             ]
@@ -100,12 +136,21 @@ def _sentences(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _seconds(result: dict[str, Any]) -> list[str]:
-    """What the column of seconds is."""
+    """How and where the column of seconds was measured."""
     return [
         f"`make study`; seconds: the median of batches of {result['plans']['cost']['batch']} clips on "
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
         for machine in result["machines"].get("cost", [])
     ] or ["`make study`."]
+
+
+def _seconds_by_defense(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {row["defense"]: row["seconds_per_clip"] for row in rows if row["part"] == "cost"}
+
+
+def _range(counts: set[int]) -> str:
+    """ "32" or "32 to 64"."""
+    return " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else MISSING
 
 
 def _share(row: dict[str, Any] | None, *, count: bool = False) -> str:
@@ -175,7 +220,7 @@ def cpu_table(result: dict[str, Any]) -> str:
 def gpu_tables(rows: Rows) -> str:
     """Markdown of one results file of gpu.py: ways to purify, and the goals that can be told.
 
-    Of the sources measured last alone: rows of others may stand beside them in the file.
+    Only rows of the sources measured last count: the file may hold rows of other sources too.
     """
     last = max(rows.values(), key=lambda row: row["time"], default={}).get("commit")
     rows = {name: row for name, row in rows.items() if row["commit"] == last}
@@ -220,7 +265,7 @@ def gpu_tables(rows: Rows) -> str:
 
 
 def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """What was asked for beside what was seen, without what was not measured."""
+    """A table of the goals that were measured: what was asked for, what was seen, and whether it is met."""
 
     def gain(other: str, clips: int, field: str = "median") -> Callable[[], float]:
         return lambda: found[other, clips][field] / found["ours", clips][field]
@@ -280,28 +325,36 @@ def size_of(shape: list[int]) -> str:
     return f"{frames} frames of {height}x{width}"
 
 
-def render(readme: str, results: Path = RESULTS) -> str:
-    """The README with its generated parts made anew."""
-    tables = {
-        "accuracy": robustness(json.loads((results / "robustness-tiny.json").read_text())),
-        "speed": speed(results),
+def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
+    """The generated parts of each file, by name."""
+    study = json.loads((results / "robustness-tiny.json").read_text())
+    return {
+        README: {"accuracy": robustness_summary(study), "speed": speed(results)},
+        STUDY: {"study": robustness(study)},
     }
-    for name, table in tables.items():
+
+
+def render(text: str, parts: dict[str, str]) -> str:
+    """The text of a file with its generated parts replaced. ValueError unless each part occurs exactly once."""
+    for name, table in parts.items():
         part = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
-        readme, found = part.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme)
+        text, found = part.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
         if found != 1:
-            raise ValueError(f"README.md has {found} parts named {name}; expected 1")
-    return readme
+            raise ValueError(f"there are {found} parts named {name}; expected 1")
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where README.md differs, and write nothing")
-    written = README.read_text()
-    rendered = render(written)
-    if parser.parse_args().check:
-        sys.exit("README.md differs from bench/results/: run make report" if rendered != written else 0)
-    README.write_text(rendered)
+    parser.add_argument("--check", action="store_true", help="fail where a file differs, and write nothing")
+    check = parser.parse_args().check
+    for path, parts in tables().items():
+        written = path.read_text()
+        rendered = render(written, parts)
+        if check and rendered != written:
+            sys.exit(f"{path.relative_to(ROOT)} differs from bench/results/: run make report")
+        if not check:
+            path.write_text(rendered)
 
 
 if __name__ == "__main__":
