@@ -1,6 +1,6 @@
-"""Drop-ins: any video classifier as a module of clips in [0, 1], and the purifier inside libraries of attacks.
+"""Adapters: other video classifiers as modules of clips in [0, 1], and the purifier inside attack libraries.
 
-Nothing is guessed from the data: layouts, value ranges and normalization are stated by whoever builds the adapter.
+Layout, value range and normalization are arguments; nothing is guessed from the data.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
     from foolbox import PyTorchModel
 
 LAYOUTS = ("BCTHW", "BTCHW", "slowfast")
-_MOST_FRAMES, _MOST_SIDE = 2**16, 2**14  # a downloaded config may name any number
+_MAX_FRAMES, _MAX_SIDE = 2**16, 2**14  # sizes may come from a downloaded config
 
 
 class VideoClassifier(nn.Module):
-    """Clips (B, 3, F, H, W), floats in [0, 1] -> logits (B, K), differentiable, from a model with habits of its own.
+    """Clips (B, 3, F, H, W), floats in [0, 1] -> logits (B, K), differentiable, by a model that takes another format.
 
-    The steps, in order: frames are chosen, resized, multiplied by `scale`, normalized, and laid out for the model.
+    The steps, in order: choose frames, resize, multiply by `scale`, normalize, and change the layout.
 
     Args:
         model: takes the prepared clips; returns logits (B, K) as a tensor or as the attribute `.logits`.
         layout: "BCTHW" (torchvision, pytorchvideo), "BTCHW" (Hugging Face), or "slowfast": a list of the slow and the
-            fast pathway, both BCTHW, as of pytorchvideo.
-        scale: values are multiplied by it: 255 for mmaction2.
-        mean, std: of the scaled values: a number, or three for R, G and B. Both or neither.
-        frames: choose that many, spread evenly from the first to the last (pytorchvideo's UniformTemporalSubsample);
+            fast pathway, both BCTHW (pytorchvideo).
+        scale: factor of the values; 255 for mmaction2.
+        mean, std: normalize the scaled values: each a number, or three for R, G and B. Both or neither.
+        frames: how many frames to choose, evenly from the first to the last (pytorchvideo's UniformTemporalSubsample);
             frames repeat where a clip has fewer. None keeps all.
-        size: of a frame for the model in pixels: a side of a square, or (height, width); bilinear with antialias, the
-            aspect is not kept. None keeps it.
+        size: pixels of a frame for the model: the side of a square, or (height, width); bilinear with antialias, the
+            aspect ratio is not kept. None keeps the clip's size.
         alpha: the fast pathway of "slowfast" has this many times the slow one's frames.
-        input_name: keyword under which the model takes its clips; None is its first argument.
+        input_name: keyword argument by which the model takes its clips; None: its first argument.
 
     TypeError or ValueError for settings or clips that differ from the above, and for outputs that are no logits.
     """
@@ -73,11 +73,11 @@ class VideoClassifier(nn.Module):
             raise TypeError(f"input_name must be a str or None, got {type(input_name).__name__}")
         self.model, self.layout, self.input_name = model, layout, input_name
         check_number("scale", scale, zero=False)
-        check_count("frames", 1 if frames is None else frames, most=_MOST_FRAMES)
+        check_count("frames", 1 if frames is None else frames, most=_MAX_FRAMES)
         check_count("alpha", alpha)
         self.scale, self.frames, self.alpha = scale, frames, alpha
         self.size = None if size is None else _sides(size)
-        # Not in the state: a classifier's own checkpoint still fits `.model`.
+        # The buffers stay out of the state dict, which so has the model's weights alone.
         self.register_buffer("mean", None if mean is None else _channels("mean", mean), persistent=False)
         self.register_buffer("std", None if std is None else _channels("std", std), persistent=False)
         if self.std is not None and not (self.std > 0).all():
@@ -94,21 +94,22 @@ class VideoClassifier(nn.Module):
         frames: int | None = None,
         size: int | Sequence[int] | None = None,
     ) -> VideoClassifier:
-        """A transformers model for video classification: VideoMAE, TimeSformer, ViViT, V-JEPA 2 and their like.
+        """Wrap a transformers model for video classification, such as VideoMAE, TimeSformer, ViViT or V-JEPA 2.
 
-        The model names its input, and its config the frames and sides it was made for, unless they are given here.
-        Normalization is no part of a config and must be given: `mean=processor.image_mean, std=processor.image_std`
-        for most; None and None for none. ViViT's processor first maps values to [-1, 1]: there, pass `scale=2` and
+        The input's name comes from the model; `frames` and `size` come from its config, unless given here. A config
+        has no normalization, so it must be given: `mean=processor.image_mean, std=processor.image_std` for most models;
+        None and None for none. ViViT's processor first maps values to [-1, 1]: there, pass `scale=2` and
         `image_mean` + 1, or 1 and 1 if its `do_normalize` is off.
         """
         config = getattr(model, "config", None)
         input_name = getattr(model, "main_input_name", None)
         if config is None or input_name is None:
             raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-        frames = _of_config(config, "frames", "num_frames", "frames_per_clip") if frames is None else frames
-        size = _of_config(config, "size", "image_size", "crop_size") if size is None else size
-        options = {"layout": "BTCHW", "scale": scale, "mean": mean, "std": std, "frames": frames, "size": size}
-        return cls(model, **options, input_name=input_name)
+        frames = _config_value(config, "frames", "num_frames", "frames_per_clip") if frames is None else frames
+        size = _config_value(config, "size", "image_size", "crop_size") if size is None else size
+        return cls(
+            model, layout="BTCHW", scale=scale, mean=mean, std=std, frames=frames, size=size, input_name=input_name
+        )
 
     def forward(self, clips: Tensor) -> Tensor:
         check_clips(clips)
@@ -121,7 +122,7 @@ class VideoClassifier(nn.Module):
         return logits
 
     def prepare(self, clips: Tensor) -> Tensor | list[Tensor]:
-        """What the model gets: one tensor, or the pathways [slow, fast]."""
+        """Clips (B, 3, F, H, W) -> the model's input: one tensor, or the pathways [slow, fast]."""
         if self.frames is not None:
             clips = _spread(clips, self.frames)
         if self.size is not None and self.size != tuple(clips.shape[-2:]):
@@ -147,12 +148,14 @@ def load_classifier(
     std: Sequence[float] | None = None,
     scale: float = 1.0,
 ) -> nn.Module:
-    """A classifier of clips (B, 3, F, H, W) in [0, 1] by name, on the CPU, frozen, in eval mode.
+    """A classifier of clips (B, 3, F, H, W) in [0, 1] by name: on the CPU, without parameter gradients, in eval mode.
 
-    name: "tiny", the packaged one; "package.module:function", which is imported, so that its code runs, and returns a
-        module when it is called without arguments; or a folder or Hugging Face repository with a transformers model
-        for video classification, read from safetensors alone.
-    mean, std, scale: of the transformers model, as for `VideoClassifier.huggingface`.
+    name: "tiny", the packaged one; "package.module:function", which is imported, so that its code runs, and called
+        without arguments to return a module; or a folder or Hugging Face repository with a transformers model for video
+        classification, whose weights are read from safetensors files only.
+    mean, std, scale: for the transformers model, as in `VideoClassifier.huggingface`.
+
+    ValueError where importing or loading fails, TypeError for anything but a module.
     """
     if name == "tiny":
         return tiny.load_classifier()
@@ -164,7 +167,7 @@ def load_classifier(
             automatic = _library("transformers", "pretrained").AutoModelForVideoClassification
             model = automatic.from_pretrained(name, use_safetensors=True)
             model = VideoClassifier.huggingface(model, mean=mean, std=std, scale=scale)
-    except Exception as error:  # whatever the code of others does
+    except Exception as error:  # imported code may raise anything
         raise ValueError(f"classifier {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"classifier {name!r} is a {type(model).__name__}; accepted: a torch.nn.Module")
@@ -172,20 +175,21 @@ def load_classifier(
 
 
 def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size: int = 8) -> PreprocessorPyTorch:
-    """The purifier as ART's preprocessor: `PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[it])`.
+    """The purifier as ART's preprocessor: `PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[...])`.
 
-    ART differentiates through `forward` where all preprocessors are of PyTorch, else through `estimate_forward`; both
-    have the gradient named here, and of both only `forward` has the values of purified clips.
+    ART differentiates through `forward` where all preprocessors are PyTorch's, else through `estimate_forward`. Both
+    have the gradient chosen here; only `forward` returns the values of purified clips.
 
     Args:
-        purifier: its last vote is what the classifier sees. The vote over all is a DefendedClassifier.
-        gradient: "exact", the purification's own, or "bpda", the identity: cheap, and no measure, for against a
-            purifier it may lead to safer clips.
-        batch_size: clips purified at once; ART hands over whole data sets.
+        purifier: the classifier sees its last vote. DefendedClassifier gives the majority over all votes.
+        gradient: "exact", the purification's own, or "bpda", the identity, which is cheap but may lower the attack's
+            loss against a purifier, so that accuracy under it does not measure robustness.
+        batch_size: clips purified at once; ART passes whole data sets.
 
-    It is applied in predictions and attacks, not in `fit`: the defense needs no training. ImportError without ART.
+    It is applied in predictions and attacks, not in `fit`, since the defense needs no training. ImportError without
+    ART.
     """
-    base = _library("art.defences.preprocessor.preprocessor", "art").PreprocessorPyTorch
+    base: Any = _library("art.defences.preprocessor.preprocessor", "art").PreprocessorPyTorch
     if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
     if gradient not in ("exact", "bpda"):
@@ -196,7 +200,7 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size:
         return torch.cat([purifier(part) for part in clips.split(batch_size)])
 
     class PurifierPreprocessor(base):
-        """Purifies clips (B, 3, F, H, W) in [0, 1]; labels pass."""
+        """Purifies clips (B, 3, F, H, W) in [0, 1]; labels are returned unchanged."""
 
         def __init__(self) -> None:
             super().__init__(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True)
@@ -220,10 +224,10 @@ def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size:
 
 
 def foolbox_model(module: nn.Module) -> PyTorchModel:
-    """A module from clips in [0, 1] to logits as foolbox's model, put in eval mode, on its own device.
+    """A module from clips in [0, 1] to logits as a foolbox model, on the module's device. Puts the module in eval mode.
 
-    FGSM, LinfPGD, L2PGD, CW and DeepFool take clips (B, 3, F, H, W). Their success is the mean logits' own: of a
-    DefendedClassifier, count with `predict`, the majority. ImportError without foolbox.
+    FGSM, LinfPGD, L2PGD, CW and DeepFool take clips (B, 3, F, H, W). Foolbox counts success by the mean logits; for the
+    majority of a DefendedClassifier, count with its `predict`. ImportError without foolbox.
     """
     library = _library("foolbox", "foolbox")
     _check_module(module)
@@ -232,11 +236,11 @@ def foolbox_model(module: nn.Module) -> PyTorchModel:
 
 
 def autoattack_model(module: nn.Module) -> nn.Module:
-    """A module of images (B, 3 * F, H, W) for auto-attack, whose Square attack knows no fifth dimension.
+    """A module of images (B, 3 * F, H, W) for auto-attack, whose Square attack takes images only.
 
     Attack `clips.flatten(1, 2)`; `images.unflatten(1, (3, -1))` are clips again. Distances in the l_inf, l2 and l1
-    norms are the same. Square's windows then span all frames, with a sign for each frame and channel. Its accuracy is
-    the mean logits' own: of a DefendedClassifier, count with `predict`, the majority.
+    norms are the same. Square's windows then span all frames, with a sign for each frame and channel. Auto-attack
+    counts accuracy by the mean logits; for the majority of a DefendedClassifier, count with its `predict`.
     """
     _check_module(module)
     return _Unfolded(module)
@@ -262,7 +266,7 @@ def _library(name: str, extra: str) -> ModuleType:
 
 
 def _spread(clips: Tensor, frames: int) -> Tensor:
-    """`frames` of a clip's frames, evenly from the first to the last, rounded down; one alone is the first."""
+    """Choose `frames` frames of each clip, evenly from first to last, positions rounded down; 1 frame is the first."""
     last = clips.shape[2] - 1
     chosen = [i * last // max(1, frames - 1) for i in range(frames)]
     return clips if chosen == list(range(last + 1)) else torch.stack([clips[:, :, i] for i in chosen], 2)
@@ -278,12 +282,12 @@ def _sides(size: int | Sequence[int]) -> tuple[int, int]:
     if len(sides) != 2:
         raise ValueError(f"size must be a side or (height, width), got {size!r}")
     for side in sides:
-        check_count("size", side, most=_MOST_SIDE)
+        check_count("size", side, most=_MAX_SIDE)
     return sides
 
 
 def _channels(name: str, value: float | Sequence[float]) -> Tensor:
-    """A number, or three, as (3, 1, 1, 1)."""
+    """A number, or three, as a tensor (3, 1, 1, 1)."""
     try:
         values = torch.as_tensor(value, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
@@ -293,7 +297,8 @@ def _channels(name: str, value: float | Sequence[float]) -> Tensor:
     return values.expand(3).clone().view(3, 1, 1, 1)
 
 
-def _of_config(config: Any, option: str, *names: str) -> Any:
+def _config_value(config: Any, option: str, *names: str) -> Any:
+    """The first of the config's values `names` that is not None; ValueError without one."""
     for name in names:
         if getattr(config, name, None) is not None:
             return getattr(config, name)
