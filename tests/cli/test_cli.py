@@ -417,6 +417,10 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
             ("--defense", "none", "--defense", "none", "--model", "not/there"),
             "defenses must not be empty or repeat a value",
         ),
+        (
+            ("--threat", "white-box", "--model", "not/there"),
+            "unknown threat_model 'white-box'; accepted: none, transfer",
+        ),
         (("--threat", "transfer"), "--threat transfer and --surrogate-classifier"),
         (("--surrogate-classifier", "tiny"), "--threat transfer and --surrogate-classifier"),
         (("--dataset", "kinetics400"), "--dataset kinetics400 needs --videos and --annotations"),

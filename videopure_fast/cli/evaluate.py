@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data.datasets import VideoDataset
+    from ..evaluation.plan import ThreatModel
     from ..purifier import Purifier
 
 _DEMO_CLIPS = 4  # clips shown in the demo's video
@@ -27,7 +28,6 @@ _CLASSIFIER, _CLIPS, _ATTACKER, _DEFENSE, _REPORT = (
 )
 
 DatasetName = Literal["tiny", "ucf101", "kinetics400", "something-something-v2"]
-ThreatName = Literal["transfer", "gray-box", "query", "bpda", "exact"]
 AttackName = Literal["pgd", "mim", "apgd"]
 LossName = Literal["ce", "dlr", "margin"]
 
@@ -151,10 +151,10 @@ def evaluate(
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode videos.", rich_help_panel=_CLIPS)] = 0,
     threat: Annotated[
-        list[ThreatName] | None,
+        list[str] | None,
         typer.Option(
             show_default="gray-box and bpda",
-            help="What the attacker has. May be given repeatedly.",
+            help="What the attacker has: transfer, gray-box, query, bpda or exact. May be given repeatedly.",
             rich_help_panel=_ATTACKER,
         ),
     ] = None,
@@ -252,7 +252,9 @@ def evaluate(
         sys.path.append(os.getcwd())  # where "module:function" is looked for; a console script's path lacks it
     gradient: dict[str, Any] = {"attack": attack, "steps": steps, "step_size": step_size / 255, "loss": loss}
     gradient |= {"eot": eot, "restarts": restarts, "queries": queries}
-    threats = [standard_threat(name, clips, **gradient) for name in threat or DEFAULT_THREATS]
+    # Threat refuses unknown names. Typer has no lists of literals.
+    chosen = cast("Sequence[ThreatModel]", threat or DEFAULT_THREATS)
+    threats = [standard_threat(name, clips, **gradient) for name in chosen]
     if any(one.threat_model == "transfer" for one in threats) != (surrogate_classifier is not None):
         raise ValueError("--threat transfer and --surrogate-classifier, the classifier to attack for it, go together")
     options: dict[str, Any] = {"threats": threats, "count": clips, "eps": [size / 255 for size in sizes]}
