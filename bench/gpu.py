@@ -48,7 +48,7 @@ from torch import Tensor  # noqa: E402
 
 from videopure_fast import Purifier, ops  # noqa: E402
 from videopure_fast.machine import PeakMemory  # noqa: E402
-from videopure_fast.measure.profile import measure_ceilings  # noqa: E402
+from videopure_fast.measure.profile import measure_roofline  # noqa: E402
 from videopure_fast.ops.backend import SUPPORTED_DTYPES, full_float32, implementation, use_backend  # noqa: E402
 
 STAGES = ("test", "bench", "compile")
@@ -114,11 +114,11 @@ def gpu_tests() -> Row:
 
 
 def copy_ceiling(models: BenchModels) -> Row:
-    return {"bytes_per_second": measure_ceilings(models.device, DTYPE).copy}
+    return {"bytes_per_second": measure_roofline(models.device, DTYPE).copy}
 
 
 def matrix_ceiling(models: BenchModels) -> Row:
-    return {"flops_per_second": measure_ceilings(models.device, DTYPE).matrix, "dtype": name_of(DTYPE)}
+    return {"flops_per_second": measure_roofline(models.device, DTYPE).matrix, "dtype": name_of(DTYPE)}
 
 
 def purification(models: BenchModels, path: str, workload: Workload) -> Row:

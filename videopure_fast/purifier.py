@@ -263,19 +263,19 @@ def purify(
     """
     check_video(video)
     replace_config(PurifyConfig() if config is None else config, overrides)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
-    for name, value in {"model": model, **options}.items():
+    options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
+    for name, value in options.items():
         try:
             hash(value)
         except TypeError as error:
             seen = f"{name} is a {type(value).__name__}, which has no hash to keep the model by"
             raise TypeError(f"{seen}; Purifier.from_pretrained needs none") from error
     # A copy shares the models, and its settings are its own.
-    purifier = copy.copy(_loaded(**options, name=model))
+    purifier = copy.copy(_loaded(**options))
     purifier.config = replace_config(purifier.config if config is None else config, overrides)
     return purifier(video)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(**arguments: Any) -> Purifier:
-    return Purifier.from_pretrained(**arguments)
+def _loaded(model: Any, **options: Any) -> Purifier:
+    return Purifier.from_pretrained(model, **options)

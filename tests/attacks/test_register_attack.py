@@ -9,7 +9,7 @@ from attack_cases import case, seeded
 from videopure_fast import attacks
 from videopure_fast.attacks import ATTACKS, attack_settings, pgd, register_attack
 from videopure_fast.attacks.base import Shared
-from videopure_fast.evaluation.record import Threat
+from videopure_fast.evaluation.plan import Threat
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def small_model():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Purifier, "from_pretrained", from_pretrained)
-        patch.setattr(profiling, "_CEILING_SECONDS", 0.01)
+        patch.setattr(profiling, "_ROOFLINE_SECONDS", 0.01)
         patch.setattr(profiling, "_MOST_ROUNDS", 1)
         yield asked
 

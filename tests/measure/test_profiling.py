@@ -12,13 +12,13 @@ from videopure_fast import machine
 from videopure_fast.files import atomic_write
 from videopure_fast.machine import PeakMemory, nvidia_smi
 from videopure_fast.measure import profile as profiling
-from videopure_fast.measure.profile import measure_ceilings
+from videopure_fast.measure.profile import measure_roofline
 
 
 @pytest.fixture(scope="module", autouse=True)
 def brief():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "_CEILING_SECONDS", 0.01)
+        patch.setattr(profiling, "_ROOFLINE_SECONDS", 0.01)
         patch.setattr(profiling, "_MOST_ROUNDS", 3)
         yield
 
@@ -61,15 +61,15 @@ def test_flops_are_torchs(purifier, profiled):
 
 
 def test_floor(profiled):
-    matrix, copied = profiled.ceilings
+    matrix, copied = profiled.roofline
     found = stages(profiled)
-    assert found["denoising"].floor_seconds >= found["denoising"].flops / matrix
+    assert found["denoising"].roofline_seconds >= found["denoising"].flops / matrix
     # States, target and votes of 3 votes, noises, flow: float32 latents of 4x8x8x8 and 2 channels of 7 frames.
     latents = 4 * (4 * 8 * 8 * 8)
     moved = (3 + 2 + 1 + 3) * latents + 4 * (7 * 2 * 8 * 8)
-    assert found["guidance"].floor_seconds == pytest.approx(moved / copied)
-    assert found["guidance"].of_floor == found["guidance"].floor_seconds / found["guidance"].seconds
-    assert found["rest"].floor_seconds == 0
+    assert found["guidance"].roofline_seconds == pytest.approx(moved / copied)
+    assert found["guidance"].roofline_fraction == found["guidance"].roofline_seconds / found["guidance"].seconds
+    assert found["rest"].roofline_seconds == 0
 
 
 def test_operations_are_counted(purifier, profiled):
@@ -91,7 +91,7 @@ def test_table_and_json(profiled):
     assert found == profiled.to_dict()
     assert [row["name"] for row in found["stages"]] == list(profiling.STAGES)
     assert found["staged"]["seconds"] == pytest.approx(sum(row["seconds"] for row in found["stages"]))
-    assert found["ceilings"]["matrix_flops_per_second"] > 0 and found["captured_chain"] is None
+    assert found["roofline"]["matrix_flops_per_second"] > 0 and found["captured_chain"] is None
 
 
 def test_trace_shows_the_stages(profiled, trace):
@@ -178,8 +178,8 @@ def test_peak_memory_rises_and_is_reset():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ceilings(dtype):
-    matrix, copied = measure_ceilings(torch.device("cpu"), dtype)
+def test_roofline(dtype):
+    matrix, copied = measure_roofline(torch.device("cpu"), dtype)
     assert 1e8 < matrix < 1e14 and 1e8 < copied < 1e13
 
 
@@ -192,7 +192,7 @@ def test_on_a_gpu_the_chain_is_one_graph(dtype, trace):
     assert profile.chain.launches <= 4  # the graph, and copies to and from it
     assert profile.call.launches < profile.staged.launches
     assert all(stage.launches > 0 for stage in profile.stages[:-1] if stage.name != "flow")
-    assert profile.call.peak_bytes > 0 and profile.staged.of_floor < 1
+    assert profile.call.peak_bytes > 0 and profile.staged.roofline_fraction < 1
 
 
 def test_what_nvidia_smi_tells_and_what_it_does_not(monkeypatch):

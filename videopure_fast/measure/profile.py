@@ -1,4 +1,4 @@
-"""What a purification costs, stage by stage: time, launches, FLOPs, distance from the device's floor, memory."""
+"""What a purification costs, stage by stage: time, launches, FLOPs, fraction of the device's roofline, memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAGES = ("encode", "inversion", "denoising", "flow", "guidance", "decode", "res
 
 _REST, _STAGED, _CHAIN, _CALL = "rest", "all stages", "chain", "as called"
 _MOST_ROUNDS, _ROUNDS_SECONDS = 5, 2.0
-_CEILING_SECONDS = 0.15  # for each size
+_ROOFLINE_SECONDS = 0.15  # for each size
 # torch's own table has the attention of GPUs alone.
 _MORE_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -39,7 +39,7 @@ _LAUNCH = re.compile(r"(cuda|cu|hip)\w*Launch")  # how the runtimes name the lau
 _LABEL = "videopure_fast: "
 
 
-class Ceilings(NamedTuple):
+class Roofline(NamedTuple):
     """What the device reached: FLOP/s of matrix products in the model's dtype; bytes a second read and written."""
 
     matrix: float
@@ -51,7 +51,8 @@ class Stage(NamedTuple):
 
     launches: of kernels and graphs, on a CUDA GPU; elsewhere the operations that torch dispatched, views left out.
     flops: of matrix products, convolutions and attention.
-    floor_seconds: what the ceilings allow for these FLOPs, or for the tensors that enter and leave if that is more.
+    roofline_seconds: the least that the roofline allows for these FLOPs, or, if that is more, for the tensors that
+        enter and leave.
     peak_bytes: the most memory held meanwhile, on a CUDA GPU by torch, on the CPU by the process; None: not measured.
     """
 
@@ -59,13 +60,13 @@ class Stage(NamedTuple):
     seconds: float
     launches: int
     flops: int
-    floor_seconds: float
+    roofline_seconds: float
     peak_bytes: int | None
 
     @property
-    def of_floor(self) -> float:
-        """The achieved fraction of the floor: at 1, nothing on this device could be faster."""
-        return self.floor_seconds / self.seconds
+    def roofline_fraction(self) -> float:
+        """roofline_seconds / seconds: at 1, nothing on this device could be faster."""
+        return self.roofline_seconds / self.seconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Profile:
     device: str
     threads: int
     rounds: int
-    ceilings: Ceilings
+    roofline: Roofline
     stages: tuple[Stage, ...]
     chain: Stage | None
     call: Stage
@@ -98,12 +99,12 @@ class Profile:
         """All of it for JSON, in seconds, bytes, FLOPs and FLOP/s."""
 
         def row(stage: Stage) -> dict[str, Any]:
-            return {**stage._asdict(), "of_floor": stage.of_floor}
+            return {**stage._asdict(), "roofline_fraction": stage.roofline_fraction}
 
         return {
             **{name: getattr(self, name) for name in ("method", "votes", "dtype", "device", "threads", "rounds")},
             "shape": list(self.shape),
-            "ceilings": {"matrix_flops_per_second": self.ceilings.matrix, "copy_bytes_per_second": self.ceilings.copy},
+            "roofline": {"matrix_flops_per_second": self.roofline.matrix, "copy_bytes_per_second": self.roofline.copy},
             "stages": [row(stage) for stage in self.stages],
             "staged": row(self.staged),
             "captured_chain": None if self.chain is None else row(self.chain),
@@ -115,7 +116,7 @@ class Profile:
 
     def __str__(self) -> str:
         counted = "launches" if self.device.startswith("cuda") else "operations"
-        header = ("stage", "ms", "share", counted, "GFLOP", "floor ms", "of floor", "peak MiB")
+        header = ("stage", "ms", "share", counted, "GFLOP", "roofline ms", "of roofline", "peak MiB")
         whole = (self.staged, *(() if self.chain is None else (self.chain,)), self.call)
         rows = [header, *map(self._cells, (*self.stages, *whole))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -128,8 +129,8 @@ class Profile:
             [
                 f"{self.method} of {shape}, {votes}, {self.dtype}, {self.device}, {self.threads} CPU threads",
                 *lines,
-                f"floor: FLOPs at {self.ceilings.matrix / 1e9:.4g} GFLOP/s (matrix products in {self.dtype}), or the "
-                f"stage's tensors at {self.ceilings.copy / 1e9:.4g} GB/s (copies);",
+                f"roofline: FLOPs at {self.roofline.matrix / 1e9:.4g} GFLOP/s (matrix products in {self.dtype}), or "
+                f"the stage's tensors at {self.roofline.copy / 1e9:.4g} GB/s (copies);",
                 f"both were measured just now, and times are of the median of {self.rounds} rounds",
             ]
         )
@@ -141,8 +142,8 @@ class Profile:
             f"{stage.seconds / self.staged.seconds:.0%}",
             str(stage.launches),
             f"{stage.flops / 1e9:.2f}",
-            f"{stage.floor_seconds * 1e3:.3f}" if stage.floor_seconds else "-",
-            f"{stage.of_floor:.1%}" if stage.floor_seconds else "-",
+            f"{stage.roofline_seconds * 1e3:.3f}" if stage.roofline_seconds else "-",
+            f"{stage.roofline_fraction:.1%}" if stage.roofline_seconds else "-",
             "not measured" if stage.peak_bytes is None else f"{stage.peak_bytes / 2**20:.0f}",
         )
 
@@ -180,7 +181,7 @@ def profile(
         if gpu:
             with rounds[-1].listening_to((_CHAIN,)):
                 call()
-    ceilings = measure_ceilings(device, dtype)
+    roofline = measure_roofline(device, dtype)
 
     # The stages are those of one round, which add up to its whole.
     median = sorted(rounds, key=lambda one: one.seconds[_STAGED])[len(rounds) // 2]
@@ -189,11 +190,11 @@ def profile(
 
     def stage(name: str) -> Stage:
         flops, moved = counts[name]["flops"], counts[name]["bytes"]
-        floor = max(flops / ceilings.matrix, moved / ceilings.copy)
-        return Stage(name, median.seconds[name], launches[name], flops, floor, median.peaks.get(name))
+        least = max(flops / roofline.matrix, moved / roofline.copy)
+        return Stage(name, median.seconds[name], launches[name], flops, least, median.peaks.get(name))
 
     def instead_of(parts: Sequence[Stage], name: str, title: str, launches: int) -> Stage:
-        """What ran as a whole in place of some stages, and has their work and floor."""
+        """What ran as a whole in place of some stages, and has their work and roofline."""
         seconds = statistics.median(one.seconds[name] for one in rounds)
         return _together(title, parts)._replace(seconds=seconds, launches=launches, peak_bytes=median.peaks[name])
 
@@ -208,7 +209,7 @@ def profile(
         device=describe_device(device),
         threads=torch.get_num_threads(),
         rounds=len(rounds),
-        ceilings=ceilings,
+        roofline=roofline,
         stages=stages,
         chain=instead_of(steps, _CHAIN, "captured chain", launches_as_called[_CHAIN]) if chained else None,
         call=instead_of(stages, _CALL, _CALL, launches_as_called.total()),
@@ -217,8 +218,8 @@ def profile(
 
 def _together(name: str, stages: Sequence[Stage]) -> Stage:
     peaks = [stage.peak_bytes for stage in stages if stage.peak_bytes is not None]
-    seconds, launches, flops, floor = (sum(column) for column in list(zip(*stages, strict=True))[1:5])
-    return Stage(name, seconds, launches, flops, floor, max(peaks, default=None))
+    seconds, launches, flops, least = (sum(column) for column in list(zip(*stages, strict=True))[1:5])
+    return Stage(name, seconds, launches, flops, least, max(peaks, default=None))
 
 
 # Listening to the spans of a purifier
@@ -347,7 +348,7 @@ def _trace(
 
 
 @torch.no_grad()
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     """The best of square matrix products and of a copy too large for caches, in under a second."""
     cpu = device.type == "cpu"
     products, copied = ((512, 1024), 2**26) if cpu else ((4096, 8192), 2**29)
@@ -359,14 +360,14 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
             matrix = max(matrix, 2 * side**3 / _least_seconds(lambda: torch.mm(a, b, out=c), device))  # noqa: B023
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Ceilings(matrix, 2 * copied / _least_seconds(lambda: target.copy_(source), device))
+    return Roofline(matrix, 2 * copied / _least_seconds(lambda: target.copy_(source), device))
 
 
 def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call; several are in flight on a GPU, which hides the wait for their end."""
+    """The least seconds of one call. On a GPU several are in flight, which hides the wait for their end."""
     together = 1 if device.type == "cpu" else 10
     call()
-    least, stop = float("inf"), time.perf_counter() + _CEILING_SECONDS
+    least, stop = float("inf"), time.perf_counter() + _ROOFLINE_SECONDS
     while time.perf_counter() < stop or least == float("inf"):
         synchronize(device)
         start = time.perf_counter()

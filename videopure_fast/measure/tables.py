@@ -46,7 +46,7 @@ def run_table(run: Mapping[str, Any]) -> Table:
 
 def stage_table(run: Mapping[str, Any]) -> Table:
     """Milliseconds of each stage of one call, the stages run one after another, for each setting with a profile."""
-    table = Table("setting", title="Milliseconds of a call's stages, each run to its end; percent of the floor")
+    table = Table("setting", title="Milliseconds of a call's stages, each run to its end; percent of the roofline")
     for stage in STAGES:
         table.add_column(stage, justify="right")
     for row in run["rows"]:
@@ -56,7 +56,7 @@ def stage_table(run: Mapping[str, Any]) -> Table:
         cells = []
         for stage in STAGES:
             seen = found.get(stage)
-            percent = f" ({seen['of_floor']:.0%})" if seen and seen["flops"] else ""
+            percent = f" ({seen['roofline_fraction']:.0%})" if seen and seen["flops"] else ""
             cells.append(f"{seen['seconds'] * 1e3:.4g}{percent}" if seen else "-")
         table.add_row(str(Setting(**{axis: row[axis] for axis in Setting._fields})), *cells)
     return table
