@@ -7,6 +7,8 @@ A sample is what a group's mean is taken over: a frame or a clip; its rows are i
 kernel, whose programs hold a few groups of it in registers. A larger one takes two: mean and sum of squared deviations
 of each chunk of its rows, which the second kernel combines (Chan, Golub and LeVeque, 1979) and applies. Both measure
 values from the first of their group, so that a large mean costs no precision.
+
+The file is long because its three kernels share their tiles and the rule that chooses between them.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
@@ -71,6 +73,25 @@ def walk(purifier, latents, steps, guidance_scale, *, first_frame_noise=False, n
         sampling.invert(unet, latents, tables, first_frame_noise=True, callback=lambda *step: states.append(step[3]))
         predicted = (sampling.predict_noise(unet, z, tables, i, first_frame=True) for i, z in enumerate(states[:-1]))
         return states, [noise_pred.expand_as(latents) for noise_pred in predicted]
+
+
+class Classifier(torch.nn.Module):
+    """A small random classifier of 3 classes."""
+
+    def __init__(self, seed=1):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.features, self.head = torch.nn.Conv3d(3, 6, 3, stride=2), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
+
+
+def run_in_threads(count, run):
+    """run(i) for i in range(count), each in a thread of its own, to the end; an error in one is raised here."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(run, range(count)))
 
 
 def clips(*shape, seed=0, dtype=torch.float32):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_purifier, clips
+from conftest import Classifier, build_purifier, clips
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,17 +17,6 @@ from videopure_fast.evaluation import Report, Threat, benchmark, runner, standar
 from videopure_fast.evaluation.benchmark import make_plan
 
 NAMES = ("none", "mean of 3 frames", "videopure")
-
-
-class Classifier(nn.Module):
-    def __init__(self, seed: int = 1) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.features, self.head = nn.Conv3d(3, 6, 3, stride=2), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
 
 
 CLASSIFIER, SURROGATE = (Classifier(seed).eval().requires_grad_(False) for seed in (1, 2))

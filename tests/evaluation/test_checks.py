@@ -136,7 +136,7 @@ def test_the_attackers_own_classifier_must_be_accurate_and_fooled():
 
 
 def record(folder: Path, threat_model: str, right: list[int], **given) -> Record:
-    """Of one attack on videopure: which of the clips it left right."""
+    """The record of one attack on videopure; right: which of the clips it left right."""
     pgd = {"attack": "pgd", "settings": {"steps": 10, "step_size": 0.1}}
     attack = ({"attack": "square"} if threat_model == "query" else pgd) | given
     threat = Threat(threat_model, **attack, clips=len(right))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_purifier, clips
+from conftest import Classifier, build_purifier, clips
 from torch import Tensor, nn
 
 from videopure_fast.attacks import pgd
@@ -23,17 +23,6 @@ CLEAN, GRAY, EXACT = Threat("none", clips=5), Threat("gray-box", "pgd", STEPS, 5
 BPDA, QUERY = Threat("bpda", "pgd", STEPS, 5), Threat("query", "square", {"queries": 3}, 3)
 TRANSFER = Threat("transfer", "pgd", STEPS, 5)
 NAME, ENTRY = "clean | 0/255 | seed 0 | 0 | none", {"right": [1], "repeats": 1, "seconds": 1.0, "peak_bytes": None}
-
-
-class Classifier(nn.Module):
-    def __init__(self, seed: int = 1) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.features, self.head = nn.Conv3d(3, 6, 3, stride=2), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
 
 
 CLASSIFIER, SURROGATE = (Classifier(seed).eval().requires_grad_(False) for seed in (1, 2))

@@ -49,7 +49,7 @@ def test_sanity_checks_are_of_the_last_defense():
 
 @pytest.fixture
 def report(tmp_path):
-    """Of a plan of which nothing is done."""
+    """The record of a plan of which nothing is done."""
     plan = Plan("test", (Threat("gray-box", "pgd", {"steps": 1, "step_size": 0.1}, 2),), ("none",), seeds=(0,))
     context = EvalContext(torch.nn.Identity(), {"none": Defense(None, None)}, None)
     return Report(Record(tmp_path / "record.json", plan), context)

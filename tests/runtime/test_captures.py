@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import build_purifier, clips
+from conftest import build_purifier, clips, run_in_threads
 
 from videopure_fast import DefendedClassifier
 from videopure_fast.runtime.captures import Captures, Recent
@@ -112,11 +112,7 @@ def test_a_capture_is_made_once_whatever_the_number_of_threads():
             if not torch.equal(y, x + i + 1):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(4, run)
     assert not wrong and len(captures.made) == 1
 
 
@@ -203,9 +199,5 @@ def test_threads_share_a_graph_on_streams_of_their_own():
                 if not torch.equal(purifier(videos[i]), expected[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(2, run)
     assert not wrong and len(recordings(purifier)) == 1

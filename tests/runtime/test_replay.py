@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_purifier, clips
+from conftest import build_purifier, clips, run_in_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -239,9 +237,5 @@ def test_threads_share_a_recording(purifier):
             if not torch.equal(purifier(videos[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(2, run)
     assert not wrong

@@ -7,7 +7,6 @@ depend on its name alone, so that a resumed evaluation gives the same table as a
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from ..attacks import ATTACKS
-from ..attacks.base import Shared
+from ..attacks import ATTACKS, attack_settings
 from ..inputs import check_count
 
 ThreatModel = Literal["none", "transfer", "gray-box", "query", "bpda", "exact"]
@@ -55,7 +53,7 @@ class Threat:
         check_count("clips", self.clips)
         if not isinstance(self.settings, Mapping):
             raise TypeError(f"settings must be a mapping of names to values, got {type(self.settings).__name__}")
-        known, needed = _settings_of(self.attack)
+        known, needed = attack_settings(self.attack)
         if unknown := sorted(map(str, set(self.settings) - known)):
             raise ValueError(f"{self.attack} has no {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
         if self.threat_model != "none" and (missing := sorted(needed - set(self.settings))):
@@ -115,16 +113,6 @@ def standard_threat(
     }
     own = {"steps": steps} if attack == "apgd" else gradient_steps
     return Threat(threat_model, attack, own | changed, clips)
-
-
-def _settings_of(attack: str) -> tuple[set[str], set[str]]:
-    """The names of an attack's settings, and of those that have no default."""
-    parameters = inspect.signature(ATTACKS[attack].run).parameters.values()
-    own = [option for option in parameters if option.kind is option.KEYWORD_ONLY]
-    known, needed = {option.name for option in own}, {option.name for option in own if option.default is option.empty}
-    if any(option.kind is option.VAR_KEYWORD for option in parameters):
-        known |= set(Shared.__annotations__)
-    return known - {"eps", "generator", "progress"}, needed - {"eps"}
 
 
 @dataclass(frozen=True)
