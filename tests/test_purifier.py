@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from videopure_fast import Purifier, PurifyConfig, reference
 from videopure_fast.ops.guided_update import guided_update_reference
+from videopure_fast.runtime.spans import listening
 from videopure_fast.schedule import SamplerStep, Schedule
-from videopure_fast.windows import window_starts, window_weights
+from videopure_fast.windows import cross_fade, window_starts, window_weights
 
 METHODS = ("videopure", "ddim_inversion", "ddim", "ddpm")
 
@@ -264,6 +265,16 @@ def test_windows_cover_every_frame(frames, length, data):
         assert all(b - a <= length - overlap for a, b in zip(starts, starts[1:], strict=False))
 
 
+@given(st.integers(2, 60), st.integers(2, 12), st.data())
+def test_cross_fading_equal_windows_gives_the_clip(frames, length, data):
+    overlap = data.draw(st.integers(0, length - 1))
+    clip = torch.rand(2, frames, 1, 1, dtype=torch.float64)
+    starts = window_starts(frames, length, overlap)
+    pieces = list(cross_fade((clip[:, start : start + length] for start in starts), starts, overlap))
+    assert len(pieces) == len(starts)
+    torch.testing.assert_close(torch.cat(pieces, -3), clip, rtol=0, atol=1e-12)
+
+
 def test_long_clip_blends_its_windows(purifier):
     video = clips(1, 3, 13, 16, 16)
     votes = purifier(video, return_votes=True)
@@ -361,6 +372,59 @@ def test_float32_means_float32_and_settings_come_back(purifier):
     finally:
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "vote", "decode"])
+def test_each_stage_called_alone_keeps_float32(purifier, stage):
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    before, seen = [switch.fp32_precision for switch in switches], []
+
+    class Watcher:
+        def started(self, span):
+            seen.append(([switch.fp32_precision for switch in switches], torch.is_autocast_enabled("cpu")))
+
+        def ended(self, span):
+            pass
+
+    video = clips(2, 3, 4, 16, 16)
+    target, flow = purifier.encode(video), purifier.latent_flow(video)
+    states, noise_preds = purifier.denoise(target)
+    calls = {
+        "encode": lambda: purifier.encode(video),
+        "denoise": lambda: purifier.denoise(target),
+        "vote": lambda: purifier.vote(states, noise_preds, target, flow),
+        "decode": lambda: purifier.decode(states),
+    }
+    expected = calls[stage]()
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        with torch.autocast("cpu", torch.bfloat16), listening(Watcher()):
+            actual = calls[stage]()
+        assert seen and all(precisions == ["ieee"] * 3 and not autocast for precisions, autocast in seen)
+        assert [switch.fp32_precision for switch in switches] == ["tf32"] * 3
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_stages_called_alone_are_the_call(purifier):
+    video = clips(2, 3, 4, 16, 16)
+    target, flow = purifier.encode(video), purifier.latent_flow(video)
+    votes = purifier.vote(*purifier.denoise(target), target, flow)
+    assert torch.equal(purifier.decode(votes).transpose(0, 1), purifier(video, return_votes=True))
+    last = purifier.vote(*purifier.denoise(target), target, flow, num_votes=1)
+    assert torch.equal(purifier.decode(last)[0], purifier(video))
+
+
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_random_methods_denoise_alone_as_in_a_call(method):
+    purifier, video = build_purifier(method=method), clips(2, 3, 4, 16, 16)
+    states, noise_preds = purifier.denoise(purifier.encode(video), generator=generator(3))
+    assert states.shape == noise_preds.shape == (1, 2, 4, 4, 8, 8)
+    assert torch.equal(purifier.decode(states)[0], purifier(video, generator=generator(3)))
 
 
 def test_autocast_is_off_while_a_purifier_runs(purifier):
