@@ -1,4 +1,4 @@
-"""The engine behind a purifier: which forms it takes, when it makes them anew, and what it says."""
+"""The executor of a purifier's models: which forms it takes, when it makes them anew, and what it says."""
 
 from __future__ import annotations
 
