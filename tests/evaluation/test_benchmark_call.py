@@ -138,7 +138,7 @@ def test_threats_may_be_objects_and_defenses_too(purifier):
 
 def test_a_data_set_names_its_classes(purifier, tmp_path):
     from videopure_fast.data.datasets import ClipSampling, VideoDataset
-    from videopure_fast.data.video import VideoWriter
+    from videopure_fast.data.video_writer import VideoWriter
 
     for i in range(2):
         with VideoWriter(tmp_path / f"{i}.avi", height=32, width=32, rate=10) as writer:
