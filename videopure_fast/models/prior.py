@@ -1,8 +1,8 @@
-"""Priors: the frozen models and constants that a purifier stands on, read from and written to a folder.
+"""Priors: the frozen models and constants of a purifier, read from and written to a folder.
 
 A folder holds the diffusers modules `unet/` and `vae/`, and either a text encoder (`text_encoder/`, `tokenizer/`), with
-which the empty prompt is encoded once, or stored embeddings (`prompt_embeds.safetensors`). Where present,
-`purifier.json` states the prior's own settings and `scheduler/scheduler_config.json` its noise schedule.
+which the empty prompt is encoded once, or stored embeddings (`prompt_embeds.safetensors`). Optional files are
+`purifier.json`, the prior's own settings, and `scheduler/scheduler_config.json`, its noise schedule.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Models(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """A prior's own settings. `flow` names an estimator; None where the folder was saved with a callable."""
+    """A prior's own settings. flow: the name of an estimator; None if the folder was saved with a callable."""
 
     config: PurifyConfig
     flow: str | None
@@ -49,9 +49,9 @@ class Settings(NamedTuple):
 
 
 def find_prior(name: str | os.PathLike[str]) -> Path:
-    """The folder of a packaged prior, of a folder, or of a Hugging Face repository, which is downloaded.
+    """The folder of a prior. name: a packaged prior, a folder, or a Hugging Face repository, which is downloaded.
 
-    Raises FileNotFoundError where there is no such model or no network, ValueError for a folder that is not a prior.
+    Raises FileNotFoundError if there is no such model or no network, ValueError for a folder that is not a prior.
     """
     folder = _find(name)
     for part in ("unet", "vae"):
@@ -61,7 +61,7 @@ def find_prior(name: str | os.PathLike[str]) -> Path:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings in a prior's folder, those of the full-size models where it states none. ValueError if invalid."""
+    """The settings in a prior's folder; by default those of the full-size models. ValueError if they are invalid."""
     given = _read_json(folder / "purifier.json") or {"flow": "raft"}
     config = given.get("config", {})
     if not isinstance(config, dict):
@@ -83,15 +83,15 @@ def load_models(folder: Path, *, dtype: torch.dtype) -> Models:
     from diffusers import AutoencoderKL, UNet3DConditionModel
 
     prompt_embeds, negative_prompt_embeds = _embeddings(folder)
-    kinds = ((UNet3DConditionModel, "unet"), (AutoencoderKL, "vae"))
-    modules = [_load_module(kind, folder / part, dtype) for kind, part in kinds]
-    return Models(*modules, prompt_embeds, negative_prompt_embeds)
+    unet = _load_module(UNet3DConditionModel, folder / "unet", dtype)
+    vae = _load_module(AutoencoderKL, folder / "vae", dtype)
+    return Models(unet, vae, prompt_embeds, negative_prompt_embeds)
 
 
 def load_decoder(name: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Module:
     """A diffusers AutoencoderTiny: "taesd" (Stable Diffusion's latents), a folder, or a Hugging Face repository.
 
-    FileNotFoundError where it cannot be had, ValueError if its files do not make a whole module.
+    FileNotFoundError if it cannot be found or downloaded, ValueError if its files do not make a whole module.
     """
     from diffusers import AutoencoderTiny
 
@@ -100,22 +100,24 @@ def load_decoder(name: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Modu
     repository = _DECODERS.get(str(name), str(name))
     try:
         folder = _download(repository, parts=("",))
-    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+    except Exception as error:  # the hub's client raises many types, also those of its HTTP library
         accepted = "accepted: 'taesd', a folder, or the name of a Hugging Face repository"
         raise FileNotFoundError(f"no decoder {str(name)!r} ({_first_line(error)}); {accepted}") from error
     return _load_module(AutoencoderTiny, folder, dtype)
 
 
-def _load_module(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_module(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """An instance of `kind`, a class of diffusers models, from a folder. ValueError if its files do not make one."""
     try:
         # Safetensors, or a .bin that torch reads with weights_only.
+        module: nn.Module
         module, report = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
             low_cpu_mem_usage=find_spec("accelerate") is not None,
             output_loading_info=True,
         )
-    except Exception as error:  # a hostile configuration fails in any way that a constructor can
+    except Exception as error:  # a bad configuration may raise anything in a constructor
         raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
@@ -124,9 +126,9 @@ def _load_module(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str]) -> None:
-    """Write a prior that `find_prior` finds, complete without a network or a text encoder.
+    """Write a folder that `find_prior` accepts and that needs neither network nor text encoder to be loaded.
 
-    The folder appears whole or not at all. FileExistsError where it is there already.
+    The folder is renamed into place when it is complete. FileExistsError if it exists already.
     """
     folder = Path(folder)
     if folder.exists():
@@ -137,7 +139,8 @@ def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str
         for part, module in (("unet", models.unet), ("vae", models.vae)):
             module.save_pretrained(unfinished / part)
             config = _read_json(unfinished / part / "config.json")
-            config.pop("_name_or_path", None)  # where the module once lay on this machine
+            assert config is not None, "save_pretrained of a diffusers model writes config.json"
+            config.pop("_name_or_path", None)  # the path from which the module was loaded on this machine
             _write_json(unfinished / part / "config.json", config)
         embeddings = {"prompt_embeds": models.prompt_embeds, "negative_prompt_embeds": models.negative_prompt_embeds}
         save_file(
@@ -165,20 +168,23 @@ def _find(name: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"no model {str(name)!r}; {accepted}")
     try:
         return _download(str(name))
-    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+    except Exception as error:  # the hub's client raises many types, also those of its HTTP library
         raise FileNotFoundError(
-            f"no folder {str(name)!r}, and the Hugging Face repository of that name cannot be had "
+            f"no folder {str(name)!r}, and the Hugging Face repository of that name is not available "
             f"({_first_line(error)}); {accepted}"
         ) from error
 
 
 def _download(name: str, parts: tuple[str, ...] = ("unet/", "vae/", "text_encoder/")) -> Path:
-    """The hub's repository in the local cache: of each part's weights, stored several times over, one copy."""
+    """Download a repository of the hub, unless it is in the local cache; returns its folder there.
+
+    parts: prefixes of the weights to download. Repositories store them in several formats: safetensors are preferred.
+    """
     import huggingface_hub
 
     try:
         listed = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
-    except Exception as error:  # no network, or no such repository; but it may have been downloaded before
+    except Exception as error:  # no network or no such repository: use an earlier download, if there is one
         try:
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
         except Exception:
@@ -217,7 +223,7 @@ def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file."""
+    """The JSON object in a file; None if there is no such file."""
     if not path.is_file():
         return None
     if path.stat().st_size > _LARGEST_JSON:
