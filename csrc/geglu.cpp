@@ -32,7 +32,8 @@ struct LinearGeglu {
 }  // namespace
 
 void geglu_cpu(const float* x, float* output, int64_t rows, int64_t channels, int64_t row_stride, int threads) {
-#pragma omp parallel for schedule(static) num_threads(useful_threads(threads, rows * channels))
+  const int64_t values = rows * channels;
+#pragma omp parallel for schedule(static) num_threads(useful_threads(threads, values))
   for (int64_t row = 0; row < rows; ++row) geglu_row(x + row * row_stride, output + row * channels, channels);
 }
 

@@ -61,8 +61,8 @@ struct Work {
 // Sums over a chunk, for each channel, of x - x[first pixel] and of its square. Subtracting one of the chunk's own
 // values bounds the loss to cancellation for any mean. The sums stay in registers.
 template <int64_t kLanes>
-VPF_ALWAYS_INLINE void sum_channels(const float* __restrict x, int64_t stride, int64_t length,
-                                    float* __restrict sums, float* __restrict squares) {
+VPF_ALWAYS_INLINE void sum_channels(const float* __restrict x, int64_t stride, int64_t length, float* __restrict sums,
+                                    float* __restrict squares) {
   float sum[kLanes] = {}, square[kLanes] = {};
   for (int64_t pixel = 1; pixel < length; ++pixel) {
 #pragma omp simd

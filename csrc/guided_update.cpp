@@ -98,8 +98,8 @@ void guided_update_cpu(const Latents<const float>& latents, const Latents<const 
           const float* z = latents.plane(v, clip, channel, frame);
           const float* e = noise.plane(v, clip, channel, frame);
           if (has_following) {
-            const Plane next = {z + latents.frame, e + noise.frame, latents.row, latents.column, noise.row,
-                                noise.column};
+            const Plane next = {z + latents.frame, e + noise.frame, latents.row,
+                                latents.column,    noise.row,       noise.column};
             predict_plane(next, vote, sizes.height, sizes.width, following.data());
             sample_plane(following.data(), taps.offsets.data(), taps.weights.data(), pixels, warped.data());
           }

@@ -22,10 +22,9 @@ __global__ void __launch_bounds__(kThreads)
     const Taps taps = bilinear_taps(at.x, at.y, motion[0], motion[flow.channel], sizes, latents, noise);
     warped = sample_x0(z + latents.frame, e + noise.frame, taps, vote);
   }
-  *output.pixel(at.vote, at.clip, at.channel, at.frame, at.y, at.x) =
-      guided_vote(z[at.y * latents.row + at.x * latents.column],
-                  static_cast<float>(e[at.y * noise.row + at.x * noise.column]),
-                  *target.pixel(0, at.clip, at.channel, at.frame, at.y, at.x), warped, has_following, vote, weights);
+  *output.pixel(at.vote, at.clip, at.channel, at.frame, at.y, at.x) = guided_vote(
+      z[at.y * latents.row + at.x * latents.column], static_cast<float>(e[at.y * noise.row + at.x * noise.column]),
+      *target.pixel(0, at.clip, at.channel, at.frame, at.y, at.x), warped, has_following, vote, weights);
 }
 
 }  // namespace

@@ -74,8 +74,8 @@ VPF_ALWAYS_INLINE Queries weigh(float* __restrict weights, const Queries& most, 
 // output = weights x values x inverse, for `count` of the lanes' queries. kWidth channels fill a vector.
 template <int kWidth>
 VPF_ALWAYS_INLINE void average(const float* __restrict weights, const float* __restrict values, int64_t stride,
-                               const Queries& inverse, float* __restrict output, int64_t output_stride,
-                               int64_t count, int64_t frames, int64_t size) {
+                               const Queries& inverse, float* __restrict output, int64_t output_stride, int64_t count,
+                               int64_t frames, int64_t size) {
   for (int64_t query = 0; query < count; query += kBlock) {
     for (int64_t channel = 0; channel < size; channel += kWidth) {
       Lanes<kWidth> sums[kBlock] = {};

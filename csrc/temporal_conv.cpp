@@ -19,9 +19,8 @@ struct TemporalConv {
         channels,
         blocks.length(block)};
     const ActivationStrides& s = residual_strides;
-    const WriteRows<kWidth> write = {
-        residual ? residual + clip * s.clip + frame * s.frame + pixel * s.pixel : nullptr, s.pixel,
-        output + (image * sizes.pixels + pixel) * outputs, outputs};
+    const WriteRows<kWidth> write = {residual ? residual + clip * s.clip + frame * s.frame + pixel * s.pixel : nullptr,
+                                     s.pixel, output + (image * sizes.pixels + pixel) * outputs, outputs};
     multiply<kWidth>(rows, panels, write);
   }
 
