@@ -14,8 +14,12 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
 
+# .pre-commit-config.yaml runs the same tools.
 lint: $(INSTALLED)
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
 
 # Where a speed goal is missed it fails, but still writes the rows, each of which has passed its check.
 bench: $(INSTALLED)
@@ -64,4 +68,4 @@ sanitize: $(INSTALLED)
 		$(BIN)/pytest $$(grep -rl "from op_cases" tests --include="test_*.py" | grep -v golden) -k "not triton and not compiles"
 
 clean:
-	rm -rf build dist *.egg-info videopure_fast/_C.*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info videopure_fast/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
