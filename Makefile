@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
 
-# Where a speed goal is missed it fails, but still writes the rows, each of which has passed its check.
+# Fails if a speed goal is missed, but writes the rows all the same: each of them has passed its check.
 bench: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/pytest bench -q --benchmark-json=build/cpu.json; status=$$?; mv build/cpu.json bench/results/cpu.json; exit $$status
@@ -31,7 +31,7 @@ bench: $(INSTALLED)
 gpu:
 	$(MAKE) --keep-going gpu-test gpu-bench gpu-compile
 
-# A build that fails, such as without a compiler, is ignored: the Triton kernels need none.
+# A failed build is ignored, as on a machine without a compiler: the Triton kernels need none.
 gpu-build:
 	-$(PYTHON) setup.py --quiet build_ext --inplace
 
@@ -42,14 +42,14 @@ gpu-test gpu-bench gpu-compile: gpu-%: gpu-build
 aot: $(INSTALLED)
 	$(BIN)/python bench/aot.py
 
-# The README's table of robust accuracies; many hours. Interrupt it when you like, and make it again.
+# The README's table of robust accuracies: takes many hours. When interrupted, make it again: it continues.
 study: $(INSTALLED)
 	$(BIN)/python bench/study.py
 
 report: $(INSTALLED)
 	$(BIN)/python bench/report.py
 
-# The constraints are the versions that were tried together.
+# constraints.txt has the versions that were tested together.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
