@@ -17,7 +17,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-ROOMS = ("attacks", "cli", "data", "defense", "evaluation", "kernels", "measure", "models", "ops", "runtime", "tiny")
+ROOMS = (
+    *("attacks", "cli", "data", "defense", "evaluation", "examples", "kernels", "measure", "models", "ops", "runtime"),
+    "tiny",
+)
 
 
 def find_tool(name: str, directory: str) -> str | None:
