@@ -40,9 +40,3 @@ def test_public_names_are_shown():
         ("videopure_fast", name) for name in ("purify", "Purifier", "DefendedClassifier", "use_backend")
     } <= imported
     assert {("videopure_fast.attacks", "apgd"), ("videopure_fast.evaluation", "benchmark")} <= imported
-
-
-def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    assert not missing

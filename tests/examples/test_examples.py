@@ -60,6 +60,7 @@ def test_own_prior(example, tmp_path, capsys):
 @pytest.mark.usefixtures("example")
 def test_they_run_as_modules(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"videopure_fast.examples.{name}", raising=False)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(f"videopure_fast.examples.{name}", run_name="__main__", alter_sys=True)
     assert f"usage: {name}.py" in capsys.readouterr().out
