@@ -419,6 +419,67 @@ def test_the_stages_called_alone_are_the_call(purifier):
     assert torch.equal(purifier.decode(last)[0], purifier(video))
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p, z, f: p.encode(clips(3, 4, 16, 16)), ValueError, r"clips have shape \(3, 4, 16, 16\)"),
+        (lambda p, z, f: p.encode(255 * clips(1, 3, 4, 16, 16)), ValueError, "values from"),
+        (lambda p, z, f: p.encode(clips(1, 3, 4, 17, 16)), ValueError, "sides of multiples of 2"),
+        (lambda p, z, f: p.encode([1]), TypeError, "got list"),
+        (lambda p, z, f: p.encode(clips(1, 3, 4, 16, 16).byte()), TypeError, "uint8"),
+        (lambda p, z, f: p.denoise(z[0, 0]), ValueError, r"latents has shape \(4, 4, 8, 8\); accepted: floats"),
+        (lambda p, z, f: p.denoise(z[0].int()), TypeError, "latents must be floats, got torch.int32"),
+        (lambda p, z, f: p.denoise(z[0], callback=3), TypeError, "callback must be callable"),
+        (lambda p, z, f: p.decode(z[:, :, :3]), ValueError, r"latents has shape \(3, 1, 3, 4, 8, 8\)"),
+        (lambda p, z, f: p.decode(None), TypeError, "got NoneType"),
+        (lambda p, z, f: p.vote(z[0], z[:2], z[0], f), ValueError, "states has shape"),
+        (lambda p, z, f: p.vote(z[:2], z[:1], z[0], f), ValueError, "states has 2 of 3 states"),
+        (lambda p, z, f: p.vote(z, z, z[0], f), ValueError, "noise_preds has 3"),
+        (lambda p, z, f: p.vote(z, z[:2], z[0], f[:, :1]), ValueError, "flow must be"),
+        (lambda p, z, f: p.vote(z, z[:2], z[0], f, num_votes=0), ValueError, "num_votes must be 1 to 3, got 0"),
+        (lambda p, z, f: p.vote(z, z[:2], z[0], f, num_votes=4), ValueError, "num_votes must be 1 to 3, got 4"),
+        (lambda p, z, f: p.latent_flow(clips(3, 4, 16, 16)), ValueError, "clips have shape"),
+        (lambda p, z, f: setattr(p, "max_frames", 2), ValueError, "window_overlap 2 must be less than max_frames 2"),
+        (lambda p, z, f: setattr(p, "max_frames", 8.0), TypeError, "max_frames must be an int"),
+    ],
+)
+def test_bad_input_of_a_stage_called_alone(purifier, call, error, message):
+    states, flow = clips(3, 1, 4, 4, 8, 8), torch.zeros(1, 3, 2, 8, 8)
+    with pytest.raises(error, match=message):
+        call(purifier, states, flow)
+
+
+def test_votes_to_decode_are_a_slice(purifier):
+    votes = purifier.latent_votes(clips(3, 4, 16, 16))
+    for wrong in (0, slice(3, None), slice(0, 0), None):
+        with pytest.raises(ValueError, match="votes must be a slice of one or more of 3 votes"):
+            purifier.decode_votes(votes, wrong)
+
+
+def test_stages_called_alone_see_changed_weights_and_prompts():
+    purifier, video = build_purifier(prompts=2, cfg_denoise=2.0), clips(1, 3, 4, 16, 16)
+    target = purifier.encode(video)
+    states, _ = purifier.denoise(target)
+    decoded = purifier.decode(target)
+    with torch.no_grad():
+        for module in (purifier.vae.encoder, purifier.vae.decoder):
+            module.conv_out.weight.mul_(0.5)
+    assert not torch.equal(purifier.encode(video), target) and not torch.equal(purifier.decode(target), decoded)
+    purifier.negative_prompt_embeds.copy_(purifier.prompt_embeds)  # guidance is then the identity
+    assert not torch.equal(purifier.denoise(target)[0], states)
+    assert len(purifier._prompts) == 1
+
+
+def test_half_precision_latents_are_sampled_in_float32(purifier):
+    assert purifier.denoise(clips(1, 4, 4, 8, 8).half())[0].dtype == torch.float32
+
+
+def test_gradients_of_a_vote_reach_its_target(purifier):
+    states, target = clips(3, 1, 4, 4, 8, 8), clips(1, 4, 4, 8, 8).requires_grad_()
+    purifier.vote(states, states[:2], target, torch.zeros(1, 3, 2, 8, 8)).sum().backward()
+    assert target.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
 def test_random_methods_denoise_alone_as_in_a_call(method):
     purifier, video = build_purifier(method=method), clips(2, 3, 4, 16, 16)

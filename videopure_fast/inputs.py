@@ -120,6 +120,25 @@ def check_generators(generator: Any, clips: int) -> None:
         raise TypeError(f"generators must be torch.Generator, got {[type(one).__name__ for one in generator]}")
 
 
+def check_latents(name: str, latents: Tensor, channels: int, *, least_dims: int = 5, most_dims: int = 5) -> None:
+    """TypeError or ValueError unless latents are floats (..., channels, F, h, w) of that many dimensions, not empty."""
+    accepted = f"accepted: floats (..., {channels}, F, h, w) with {least_dims} dimensions" + (
+        f" to {most_dims}" if most_dims > least_dims else ""
+    )
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(latents).__name__}; {accepted}")
+    if latents.dtype not in FLOATS:
+        raise TypeError(f"{name} must be floats, got {latents.dtype}; {accepted}")
+    if not least_dims <= latents.ndim <= most_dims or latents.shape[-4] != channels or not latents.numel():
+        raise ValueError(f"{name} has shape {tuple(latents.shape)}; {accepted}")
+
+
+def check_callback(callback: Any) -> None:
+    """TypeError unless it is None or can be called."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+
+
 def check_flag(name: str, value: bool) -> bool:
     """The value; TypeError unless it is a bool."""
     if not isinstance(value, bool):

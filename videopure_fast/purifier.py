@@ -15,13 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import PurifyConfig
-from .inputs import check_flag, check_video, replace_config, resolve_device
+from .inputs import check_callback, check_flag, check_video, replace_config, resolve_device
 from .models.flow import Flow, flow_name, load_flow
 from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
 from .runtime.spans import EvaluationCounter, listening
-from .sampling import Callback, Generators
+from .sampling import Callback, Generators, vote
 from .stages import PurifierStages
 from .windows import cross_fade, window_starts
 
@@ -127,7 +127,7 @@ class Purifier(PurifierStages):
             callback: called as (stage, step, timestep, latents) after each step; stage "inversion" or "denoising",
                 latents (B, 4, F, h, w). Do not modify them. It needs eager steps: nothing is captured, which on a GPU
                 takes twice the time.
-            capture: of this call, in place of the purifier's own setting.
+            capture: overrides the purifier's own setting for this call.
 
         Returns the last vote, or with `return_votes` (B, V, 3, F, H, W) (no B for an unbatched clip), in the video's
         dtype, device and range. Gradients flow if grad mode is on and `video.requires_grad`; the backward pass is the
@@ -154,10 +154,9 @@ class Purifier(PurifierStages):
         callback: Callback | None = None,
         capture: bool | None = None,
     ) -> LatentVotes:
-        """The votes of a batch before they are decoded, or the last alone. Arguments and gradients as of a call."""
+        """The votes of a batch before they are decoded, or the last alone; keywords and gradients as in a call."""
         check_video(video)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+        check_callback(callback)
         capture = self.capture if capture is None else check_flag("capture", capture)
         generators = self._generators(generator, len(video) if video.ndim == 5 else 1)
         self._refresh()
@@ -172,9 +171,12 @@ class Purifier(PurifierStages):
 
     def decode_votes(self, latent_votes: LatentVotes, votes: slice = slice(None)) -> Tensor:
         """Clips of some of the votes, (B, votes, 3, F, H, W), or without B for an unbatched clip, like the video."""
+        if not isinstance(votes, slice) or not range(latent_votes.num_votes)[votes]:
+            raise ValueError(f"votes must be a slice of one or more of {latent_votes.num_votes} votes, got {votes!r}")
+        self._refresh()
         video, starts = latent_votes.video, [start for start, _ in latent_votes.windows]
         with self._inference(video):
-            windows = [self.decode(latents[votes]) for _, latents in latent_votes.windows]
+            windows = [self._decode(latents[votes]) for _, latents in latent_votes.windows]
             if len(windows) == 1:
                 clips = windows[0]
             else:
@@ -193,9 +195,9 @@ class Purifier(PurifierStages):
         measured along with it, and its peak memory.
 
         Args:
-            video: as of a call.
+            video: the video of a call.
             return_votes: decode all votes, as a DefendedClassifier needs them, or the last alone.
-            trace: also write a torch.profiler trace to this file, for chrome://tracing or Perfetto.
+            trace: also write a torch.profiler trace of eager steps to this file, for chrome://tracing or Perfetto.
         """
         from .measure.profile import profile
 
@@ -233,16 +235,18 @@ class Purifier(PurifierStages):
         capture: bool,
     ) -> Tensor:
         """Votes (V, B, 4, F, h, w) of one window of preprocessed clips, or the last alone."""
-        target = self.encode(clips)
+        target = self._encode(clips)
         if self.config.feedback:
-            return self._feedback_votes(target, self.latent_flow(clips), callback)[-1 if last else 0 :]
+            return self._feedback_votes(target, self._latent_flow(clips), callback)[-1 if last else 0 :]
         beside = SideStream(clips.device)
         states, noise_preds = self._run_chain(target, generators, callback, capture)
         if self.config.method != "videopure":
             return states
         with beside:
-            flow = self.latent_flow(clips)
-        return self.vote(states, noise_preds, target, flow, num_votes=1 if last else None)
+            flow = self._latent_flow(clips)
+        flow = beside.hand_over(flow)
+        coefficients, num_votes = self._schedule.vote_coefficients(), 1 if last else None
+        return vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
 
 
 def purify(

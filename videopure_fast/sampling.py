@@ -57,7 +57,7 @@ def predict_noise(
 ) -> Tensor:
     """Epsilon at a step, in the UNet's dtype, with classifier-free guidance where there is a second prompt.
 
-    first_frame: of frame 0 alone, (B, 4, 1, h, w).
+    first_frame: predict the noise of frame 0 alone, (B, 4, 1, h, w).
     """
 
     def predict(latents: Tensor) -> Tensor:
@@ -128,8 +128,11 @@ def denoise(
                 latents = latents + step.sigma * noise_sampler()
             if callback is not None:
                 callback("denoising", i, step.timestep, latents)
-            states = [*states, latents] if all_states else [latents]
-            noise_preds = [*noise_preds, noise_pred] if all_states else [noise_pred]
+            if not all_states:
+                states.clear()
+                noise_preds.clear()
+            states.append(latents)
+            noise_preds.append(noise_pred)
         stacked = torch.stack(states), torch.stack(noise_preds)
         work.leave(*stacked)
     return stacked
@@ -211,6 +214,7 @@ class Chain:
 
     @property
     def evaluations(self) -> int:
+        """Calls of the UNet, which clips of a batch share."""
         return (0 if self.inversion is None else len(self.inversion.steps)) + len(self.denoising.steps)
 
     def first_activation(self, latents: Tensor) -> int | None:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from .config import PurifyConfig
 from .inputs import (
     MOST_FRAMES,
+    check_callback,
+    check_clips,
     check_count,
     check_decoder,
     check_embeddings,
     check_flag,
     check_generators,
+    check_latents,
     check_models,
     replace_config,
 )
@@ -43,8 +46,9 @@ class PurifierStages(nn.Module):
     """Encode, denoise, vote and decode, with a text-to-video diffusion model that is frozen and stays in eval mode.
 
     Args:
-        unet: diffusers UNet3DConditionModel predicting epsilon; kept untouched as `.unet`.
-        vae: diffusers AutoencoderKL; kept untouched as `.vae`.
+        unet: diffusers UNet3DConditionModel predicting epsilon. It becomes `.unet`, frozen and in eval mode; its
+            weights are not changed.
+        vae: diffusers AutoencoderKL, which becomes `.vae` likewise.
         prompt_embeds: (1, tokens, dim), the text embedding of the prompt, which is empty in the paper.
         negative_prompt_embeds: the same shape; classifier-free guidance runs only if it differs from `prompt_embeds`.
         flow: callable `(prev, next) -> flow` or a name of `videopure_fast.models.flow.FLOWS`; None is no flow. Frames
@@ -56,12 +60,14 @@ class PurifierStages(nn.Module):
         decoder: diffusers AutoencoderTiny that decodes in the VAE's place: many times cheaper, and lossy.
         fast: evaluate the models channels last with fused ops; off, or for models that the fast forms do not know,
             diffusers' own forward runs.
-        attention: of pixels, in the fast forms: "sdpa" (torch's) or "xformers", which must be installed.
+        attention: the function for attention over pixels in the fast forms: "sdpa" (torch's), or "xformers", which must
+            be installed.
         capture: run inversion and denoising as one CUDA graph on a GPU, and from the second call of a shape on as a
             replay on the CPU, where that pays. Results are equal bit for bit. Random methods, `feedback`, gradients and
             a `callback` take eager steps whatever it says.
 
-    The modules stay on their device and in their dtype until `.to()`; float16, bfloat16, float32 and float64 work.
+    The modules stay on their device and in their dtype until `.to()`, which moves the caller's modules too; float16,
+    bfloat16, float32 and float64 work.
     The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 and
     autocast are off while the purifier runs.
     """
@@ -86,31 +92,51 @@ class PurifierStages(nn.Module):
         check_models(unet, vae)
         check_decoder(vae, decoder)
         check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
-        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
         self.unet, self.vae, self.decoder = unet, vae, decoder
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = negative_prompt_embeds.detach().clone().to(unet.device)
         self.register_buffer("prompt_embeds", prompt_embeds.detach().clone().to(unet.device))
         self.register_buffer("negative_prompt_embeds", negative_prompt_embeds)
-        # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
-        self._uses_guidance = negative_prompt_embeds is not None and not torch.equal(
-            negative_prompt_embeds.to(prompt_embeds), prompt_embeds
-        )
         # In a tuple, a flow network is no submodule: casting the purifier to half must not cast the flow.
         self._flow = (no_flow if flow is None else load_flow(flow),)
         self._executor = ModelExecutor(unet, vae, fast=fast, attention_fn=attention_function(attention))
         self._chains: Recent[Chain] = Recent(_MOST_CHAINS)
         self._captures = Captures()
-        self.capture = check_flag("capture", capture)
+        self.capture = capture
+        self._config = config  # for the check of max_frames
         self.max_frames = max_frames
-        self.config = config  # once for its own checks
+        self.config = config  # checked before the scheduler's configuration is read into it
         self.config = read_scheduler(config, scheduler_config)
         self.requires_grad_(False)
         self.eval()
+        self._refresh()
 
     @property
     def flow(self) -> Flow:
         return self._flow[0]
+
+    @property
+    def capture(self) -> bool:
+        return self._capture
+
+    @capture.setter
+    def capture(self, capture: bool) -> None:
+        self._capture = check_flag("capture", capture)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a call without gradients and without a callback is captured, where that pays."""
+        return self.capture and not self.properties["randomized"] and not self.config.feedback
+
+    @property
+    def max_frames(self) -> int:
+        return self._max_frames
+
+    @max_frames.setter
+    def max_frames(self, max_frames: int) -> None:
+        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
+        _check_overlap(self._config, max_frames)
+        self._max_frames = max_frames
 
     @property
     def config(self) -> PurifyConfig:
@@ -120,13 +146,15 @@ class PurifierStages(nn.Module):
     def config(self, config: PurifyConfig) -> None:
         if not isinstance(config, PurifyConfig):
             raise TypeError(f"config must be a PurifyConfig, got {type(config).__name__}")
-        if config.window_overlap >= self.max_frames:
-            raise ValueError(f"window_overlap {config.window_overlap} must be less than max_frames {self.max_frames}")
+        _check_overlap(config, self.max_frames)
         self._schedule = Schedule(config)
         self._config = config
 
     def with_config(self, **overrides: Any) -> Self:
-        """A purifier over the same modules with other settings: fields of PurifyConfig. TypeError for unknown ones."""
+        """A purifier with other settings, fields of PurifyConfig. TypeError for unknown ones.
+
+        It shares the modules: `.to()` moves and casts those of both.
+        """
         twin = copy.copy(self)
         twin.config = replace_config(self.config, overrides)
         return twin
@@ -169,15 +197,29 @@ class PurifierStages(nn.Module):
 
     def _refresh(self) -> None:
         """Drop what was made of weights or prompts that have changed since."""
-        if self._executor.refresh(self._prompts):
-            self._chains.clear()
-            self._captures.clear()
+        prompt, negative = self.prompt_embeds, self.negative_prompt_embeds
+        with self._executor.lock:
+            if self._executor.refresh((prompt,) if negative is None else (prompt, negative)):
+                # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
+                guided = negative is not None and not torch.equal(negative.to(prompt), prompt)
+                self._prompts: tuple[Tensor, ...] = (prompt, negative) if guided else (prompt,)
+                self._chains.clear()
+                self._captures.clear()
 
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w).
 
         The means are multiplied by the VAE's scaling factor, as the UNet takes them.
         """
+        check_clips(clips)
+        if any(side % self.vae_factor for side in clips.shape[-2:]):
+            raise ValueError(
+                f"clips have shape {tuple(clips.shape)}; accepted: sides of multiples of {self.vae_factor}"
+            )
+        self._refresh()
+        return self._encode(clips.to(self.unet.device, self._state_dtype))
+
+    def _encode(self, clips: Tensor) -> Tensor:
         with self._inference(clips), span("encode", clips) as work:
             frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
             chunks = frames.split(self._frames_at_once(*clips.shape[-2:]))
@@ -198,11 +240,17 @@ class PurifierStages(nn.Module):
         """Encoded latents (B, 4, F, h, w), inverted or diffused, and denoised.
 
         Returns for videopure all T + 2 states of denoising, (T + 2, B, 4, F, h, w), and its T + 1 noise predictions;
-        for the baselines the final state and the last prediction, with a first axis of 1. Keywords as of a call.
+        for the baselines the final state and the last prediction, with a first axis of 1. The keywords are those of a
+        call. `feedback`, which needs the flow, belongs to whole calls alone.
         """
+        self._check_latents("latents", latents)
+        check_callback(callback)
         capture = self.capture if capture is None else check_flag("capture", capture)
+        generators = self._generators(generator, len(latents))
+        self._refresh()
+        latents = latents.to(self.unet.device, self._state_dtype)
         with self._inference(latents):
-            return self._run_chain(latents, self._generators(generator, len(latents)), callback, capture)
+            return self._run_chain(latents, generators, callback, capture)
 
     def vote(
         self, states: Tensor, noise_preds: Tensor, target: Tensor, flow: Tensor, *, num_votes: int | None = None
@@ -210,14 +258,25 @@ class PurifierStages(nn.Module):
         """The last `num_votes` guided votes of videopure, or all T + 2, (votes, B, 4, F, h, w).
 
         states, noise_preds: as `denoise` returns them; the final state shares the last prediction. target: the encoded
-        clips. flow: (B, F-1, 2, h, w) in latent pixels, as of `latent_flow`.
+        clips. flow: (B, F-1, 2, h, w) in latent pixels, from `latent_flow`.
         """
         coefficients = self._schedule.vote_coefficients()
-        with self._inference(states):
+        for name, tensor, count in (("states", states, len(coefficients)), ("noise_preds", noise_preds, None)):
+            self._check_latents(name, tensor, dims=6)
+            if len(tensor) != (len(states) - 1 if count is None else count):
+                raise ValueError(f"{name} has {len(tensor)} of {len(coefficients)} states; accepted: as of `denoise`")
+        self._check_latents("target", target)
+        check_count("num_votes", len(states) if num_votes is None else num_votes, most=len(states))
+        with self._inference(states, noise_preds, target):
             return vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(..., 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
+        """Latents (B, 4, F, h, w), or votes (V, B, 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
+        check_latents("latents", latents, self.vae.config.latent_channels, most_dims=6)
+        self._refresh()
+        return self._decode(latents.to(self.unet.device))
+
+    def _decode(self, latents: Tensor) -> Tensor:
         decode: Callable[[Tensor], Tensor] = self._executor.vae.decode
         scale = self.vae.config.scaling_factor
         if self.decoder is not None:
@@ -233,13 +292,17 @@ class PurifierStages(nn.Module):
             work.leave(clips)
         return clips
 
-    @torch.no_grad()
     def latent_flow(self, clips: Tensor) -> Tensor:
-        """Flow of clips (B, 3, F, H, W) at latent resolution: (B, F-1, 2, h, w) in latent pixels."""
+        """Flow of clips (B, 3, F, H, W) in [0, 1] at latent resolution: (B, F-1, 2, h, w) in latent pixels."""
+        check_clips(clips)
+        return self._latent_flow(clips)
+
+    def _latent_flow(self, clips: Tensor) -> Tensor:
         height, width = (side // self.vae_factor for side in clips.shape[-2:])
-        with span("flow", clips) as work:
+        clips = clips.detach()
+        with self._inference(clips), span("flow", clips) as work:
             flows = []
-            for clip in clips.detach().float().transpose(1, 2):
+            for clip in clips.float().transpose(1, 2):
                 flow = self.flow(clip[:-1], clip[1:])
                 if not isinstance(flow, Tensor) or flow.shape != (len(clip) - 1, 2, *clip.shape[-2:]):
                     seen = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
@@ -250,9 +313,9 @@ class PurifierStages(nn.Module):
         return found
 
     @contextmanager
-    def _inference(self, tensor: Tensor) -> Iterator[None]:
-        """A graph only if grad mode is on and the tensor needs it; float32 is float32."""
-        differentiable = torch.is_grad_enabled() and tensor.requires_grad
+    def _inference(self, *tensors: Tensor) -> Iterator[None]:
+        """A graph only if grad mode is on and one of the tensors needs it; float32 is float32."""
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self.unet.device):
             yield
@@ -277,9 +340,10 @@ class PurifierStages(nn.Module):
     def _feedback_votes(self, target: Tensor, flow: Tensor, callback: Callback | None) -> Tensor:
         """All votes where each step of denoising starts from the optimized latents."""
         optimized = []
+        *steps, final = self._schedule.vote_coefficients()
 
         def guidance_fn(step: int, latents: Tensor, noise_pred: Tensor) -> Tensor:
-            coefficients = self._schedule.vote_coefficients()[step]._replace(predicts_x0=False)
+            coefficients = steps[step]._replace(predicts_x0=False)
             (guided,) = guide(latents[None], noise_pred[None], target, flow, [coefficients], self.config)
             optimized.append(guided)
             return guided
@@ -288,14 +352,14 @@ class PurifierStages(nn.Module):
         with span("chain", target, evaluations=chain.evaluations):
             states, noise_preds = chain(target, guidance_fn=guidance_fn, callback=callback)
         # What was optimized already is only taken to its clean prediction; the final state has its turn now.
-        *steps, final = self._schedule.vote_coefficients()
         coefficients = [*(step._replace(update=0.0) for step in steps), final]
         states = torch.stack([*optimized, states[-1]])
         return vote(states, noise_preds, target, flow, coefficients, self.config)
 
     def _chain(self, like: Tensor) -> Chain:
         """The prepared chain of these settings, for latents of like's dtype and device; made once."""
-        return self._chains.get_or_make((self.config, like.dtype, like.device), lambda: self._prepare(like))
+        with self._executor.lock:
+            return self._chains.get_or_make((self.config, like.dtype, like.device), lambda: self._prepare(like))
 
     def _prepare(self, like: Tensor) -> Chain:
         inversion, denoising = self._schedule.steps
@@ -316,14 +380,17 @@ class PurifierStages(nn.Module):
         """How many frames of (height, width) pixels go through the VAE at once."""
         return self.config.decode_chunk or frames_at_once(self.vae, height, width)
 
-    @property
-    def _prompts(self) -> tuple[Tensor, ...]:
-        """The conditional prompt and, where guidance is more than the identity, the unconditional one."""
-        return (self.prompt_embeds, self.negative_prompt_embeds) if self._uses_guidance else (self.prompt_embeds,)
+    def _check_latents(self, name: str, latents: Tensor, *, dims: int = 5) -> None:
+        check_latents(name, latents, self.vae.config.latent_channels, least_dims=dims, most_dims=dims)
 
     @property
     def _state_dtype(self) -> torch.dtype:
         return torch.promote_types(self.unet.dtype, torch.float32)
+
+
+def _check_overlap(config: PurifyConfig, max_frames: int) -> None:
+    if isinstance(config, PurifyConfig) and config.window_overlap >= max_frames:
+        raise ValueError(f"window_overlap {config.window_overlap} must be less than max_frames {max_frames}")
 
 
 def _decode_lossily(decoder: Any, latents: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def window_weights(length: int, overlap: int) -> Tensor:
 def cross_fade(windows: Iterable[Tensor], starts: Sequence[int], overlap: int) -> Iterator[Tensor]:
     """Blend windows (..., length, H, W), one for each of `starts`, in order.
 
-    Yields the clip in pieces (..., frames, H, W), each before the next window is asked for: at most the overlap of two
-    windows is held back.
+    Yields the clip in pieces (..., frames, H, W), each before the next window is asked for. Frames that the next window
+    reaches are held back, at most one window of them.
     """
     held: tuple[Tensor, Tensor] | None = None  # weighted sums of frames that the next window reaches, and their weights
     for i, window in enumerate(windows):

@@ -450,6 +450,18 @@ def test_stream_refuses_another_number_of_frames(given, message):
         list(purify_stream(WindowMixer(4, 1), random_frames(given), 10))
 
 
+@pytest.mark.parametrize("total, error", [(0, ValueError), (-3, ValueError), (1, ValueError), (4.0, TypeError)])
+def test_stream_refuses_a_bad_total_at_once(total, error):
+    with pytest.raises(error, match="total must be"):
+        purify_stream(WindowMixer(4, 1), random_frames(4), total)
+
+
+@pytest.mark.parametrize("frames", [random_frames(4).float() / 255, random_frames(4)[:, 0], [None] * 4])
+def test_stream_refuses_other_frames(frames):
+    with pytest.raises(TypeError, match=r"frame 0 is .*; accepted: torch.uint8 \(3, H, W\)"):
+        list(purify_stream(WindowMixer(4, 1), frames, 4))
+
+
 def test_a_stream_leaves_the_callers_grad_mode_alone():
     frames = purify_stream(WindowMixer(4, 1), random_frames(10), 10)
     next(frames)

@@ -57,8 +57,8 @@ def test_settled_is_what_every_ending_agrees_on():
 def test_early_stop_predicts_the_same_from_fewer_votes(depth, monkeypatch):
     purifier = build_purifier(inversion_steps=depth)
     patient, hasty = (DefendedClassifier(Linear(), purifier, early_stop=early).eval() for early in (False, True))
-    decoded, decode = [], Purifier.decode
-    monkeypatch.setattr(Purifier, "decode", lambda self, z: decoded.append(len(z)) or decode(self, z))
+    decoded, decode = [], Purifier._decode
+    monkeypatch.setattr(Purifier, "_decode", lambda self, z: decoded.append(len(z)) or decode(self, z))
     for seed in range(4):
         video = clips(2, 3, 4, 16, 16, seed=seed)
         decoded.clear()

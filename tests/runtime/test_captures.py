@@ -67,12 +67,15 @@ def test_capture_is_a_setting_of_the_purifier_and_of_a_call(purifier):
     video = clips(3, 4, 16, 16)
     eager = build_purifier()
     eager.capture = False
+    assert purifier.captured and not eager.captured
     for _ in range(3):
         assert torch.equal(eager(video), purifier(video, callback=lambda *_: None))
     assert not recordings(eager) and not recordings(purifier)
     for _ in range(2):
         eager(video, capture=True)
     assert recordings(eager)
+    with pytest.raises(TypeError, match="capture must be a bool, got 'no'"):
+        eager.capture = "no"
     for refuse in (lambda: purifier(video, capture="yes"), lambda: purifier.denoise(clips(1, 4, 3, 8, 8), capture=1)):
         with pytest.raises(TypeError, match="capture must be a bool"):
             refuse()
@@ -119,14 +122,14 @@ def test_a_capture_is_made_once_whatever_the_number_of_threads():
 def test_recent_values_are_kept_and_copies_are_empty():
     recent = Recent(2)
     recent["a"], recent["b"] = 1, 2
-    assert recent["a"] == 1  # used last
+    assert recent.get("a") == 1  # used last
     recent["c"] = 3
-    assert list(recent) == ["a", "c"]
+    assert recent.values() == [1, 3] and "b" not in recent and recent.get("b") is None
     assert recent.get_or_make("a", lambda: 9) == 1 and recent.get_or_make("d", lambda: 9) == 9
     twin = copy.deepcopy(recent)
-    assert not twin and twin is not recent
+    assert not len(twin) and twin is not recent
     twin["a"], twin["b"], twin["c"] = 1, 2, 3
-    assert list(twin) == ["b", "c"]
+    assert twin.values() == [2, 3] and recent.values() == [1, 9]
 
 
 # Spans

@@ -193,14 +193,14 @@ def profile(
         least = max(flops / roofline.matrix, moved / roofline.copy)
         return Stage(name, median.seconds[name], launches[name], flops, least, median.peaks.get(name))
 
-    def instead_of(parts: Sequence[Stage], name: str, title: str, launches: int) -> Stage:
+    def instead_of(parts: Sequence[Stage], name: str, title: str, launched: int) -> Stage:
         """What ran as a whole in place of some stages, and has their work and roofline."""
         seconds = statistics.median(one.seconds[name] for one in rounds)
-        return _together(title, parts)._replace(seconds=seconds, launches=launches, peak_bytes=median.peaks[name])
+        return _together(title, parts)._replace(seconds=seconds, launches=launched, peak_bytes=median.peaks[name])
 
     stages = tuple(stage(name) for name in (*ran, _REST))
     steps = [one for one in stages if one.name in ("inversion", "denoising")]
-    chained = _CHAIN in median.seconds
+    chained = _CHAIN in median.seconds and purifier.captured
     return Profile(
         method=purifier.config.method,
         shape=tuple(video.shape),

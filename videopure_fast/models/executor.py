@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -35,19 +36,24 @@ class ModelExecutor:
         self._attention_fn = attention_fn
         self._seen: tuple[Any, ...] = ()
         self._forms: tuple[Any, Any] | None = None
+        self.lock = threading.RLock()  # held while forms, or what was made of them, are dropped or made
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own forms when it needs them."""
-        return {**self.__dict__, "_seen": (), "_forms": None}
+        return {**self.__dict__, "_seen": (), "_forms": None, "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
 
     def refresh(self, constants: Iterable[Tensor] = ()) -> bool:
         """Whether weights, or `constants` beside them, have changed since the last call: the forms are made anew."""
         tensors = [*constants, *(parameter for module in self._modules for parameter in module.parameters())]
         seen = tuple((id(t), t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
-        if seen == self._seen:
-            return False
-        self._seen, self._forms = seen, None
-        return True
+        with self.lock:
+            if seen == self._seen:
+                return False
+            self._seen, self._forms = seen, None
+            return True
 
     @property
     def unet(self) -> FastUNet | PlainUNet:
@@ -60,12 +66,13 @@ class ModelExecutor:
         return vae
 
     def _made(self) -> tuple[Any, Any]:
-        if self._forms is None:
-            unet, vae = self._modules
-            fast_unet = FastMotionUNet if type(unet).__name__ == "UNetMotionModel" else FastUNet
-            with torch.inference_mode(False):  # what is made in it would shut autograd out of every later call
-                self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
-        return self._forms
+        with self.lock:
+            if self._forms is None:
+                unet, vae = self._modules
+                fast_unet = FastMotionUNet if type(unet).__name__ == "UNetMotionModel" else FastUNet
+                with torch.inference_mode(False):  # what is made in it would shut autograd out of every later call
+                    self._forms = self._form(unet, fast_unet, PlainUNet), self._form(vae, FastVAE, PlainVAE)
+            return self._forms
 
     def _form(self, module: nn.Module, fast: type, plain: type) -> Any:
         if self._fast:

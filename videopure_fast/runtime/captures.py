@@ -25,32 +25,52 @@ _CALLS_BEFORE, _CALLS_BEFORE_ANOTHER, _MOST_WAITING = 1, 16, 64
 _MOST_REPLAYED = 2**19
 
 
-class Recent(OrderedDict[Hashable, Value], Generic[Value]):
-    """A dictionary of the `most` values that were set or used last. A copy is empty: what it holds cannot be copied."""
+class Recent(Generic[Value]):
+    """The `most` values that were set or used last, by key. Threads may use it at once. A copy is empty."""
 
     def __init__(self, most: int) -> None:
-        super().__init__()
         self._most = most
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.RLock()
 
-    def __getitem__(self, key: Hashable) -> Value:
-        self.move_to_end(key)
-        return super().__getitem__(key)
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
 
     def __setitem__(self, key: Hashable, value: Value) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        if len(self) > self._most:
-            del self[next(iter(self))]
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._most:
+                self._values.popitem(last=False)
+
+    def get(self, key: Hashable) -> Value | None:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made if it is not there; once, whatever the number of threads that ask."""
         with self._lock:
-            if key not in self:
-                self[key] = make()
-            return self[key]
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+            value = make()
+            self[key] = value
+            return value
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def values(self) -> list[Value]:
+        with self._lock:
+            return list(self._values.values())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
         return Recent, (self._most,)
 
 
@@ -87,10 +107,10 @@ class Captures:
         if not x.is_cuda and not _replay_pays(x, first_activation):
             return function(x)
         key = (function, backend.in_use(), torch.get_num_threads(), tuple(x.shape), x.dtype, x.device)
-        with self._lock:  # another thread that wants the same capture waits for it
+        with self._lock:  # while one thread captures, the others wait: they may want the same
             if key in self.made:
-                captured = self.made[key]
-            elif not x.is_cuda and (calls := self._waiting.get(key, _CALLS_BEFORE)):
+                captured = self.made.get(key)
+            elif not x.is_cuda and (calls := self._waiting.get_or_make(key, lambda: _CALLS_BEFORE)):
                 self._waiting[key] = calls - 1
                 captured = None
             else:

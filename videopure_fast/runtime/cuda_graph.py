@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# One capture at a time in a process: torch's allocator and random generators support no more.
+_capturing = threading.Lock()
+
 
 class CudaGraph:
     """function(x) -> tensors, captured for an x of this shape on a CUDA GPU; a call runs it again for another.
@@ -23,16 +26,18 @@ class CudaGraph:
         self._lock = threading.Lock()
         self._copied_out = torch.cuda.Event()
         self._x = x.clone()
-        side, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            function(self._x)  # compiles kernels and chooses algorithms, which a capture may not
-        current.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads may go on to allocate and synchronize while this one captures.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = function(self._x)
-        self._copied_out.record(current)
+        with torch.cuda.device(x.device):  # torch's default stream for captures may be another GPU's
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                function(self._x)  # compiles kernels and chooses algorithms, which a capture may not
+            current.wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            # "thread_local": other threads may go on to allocate and synchronize while this one captures.
+            graph = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
+            with _capturing, graph:
+                self._outputs = function(self._x)
+            self._copied_out.record(current)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         with self._lock:
@@ -48,7 +53,8 @@ class CudaGraph:
 class SideStream:
     """On a CUDA GPU, a stream for work that depends on nothing enqueued after this line; elsewhere the usual order.
 
-    Entering the block switches to it, and leaving lets the current stream wait for it.
+    Entering the block switches to it, and leaving lets the current stream wait for it. `hand_over` what the block has
+    made before using it outside.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,3 +72,9 @@ class SideStream:
         if self._side is not None:
             self._context.__exit__(*error)
             self._current.wait_stream(self._side)
+
+    def hand_over(self, tensor: Tensor) -> Tensor:
+        """The tensor; its memory is not used again before the current stream's work on it is done."""
+        if self._side is not None:
+            tensor.record_stream(self._current)
+        return tensor

@@ -42,8 +42,6 @@ class Recording:
     are served one after another.
     """
 
-    tables: Any = ()  # tensors that the calls read, kept alive here by whoever made the recording
-
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
         self._function = function  # keeps the tensors that it refers to, and the calls read, alive
         self._lock = threading.Lock()
