@@ -127,3 +127,9 @@ def test_what_is_no_defense_is_refused(purifier):
     for name in ("prayer", "VAE round trip, T=2", "prayer, T=2"):
         with pytest.raises(ValueError, match=f"unknown defense '{name}'; accepted: none, mean of 3 frames"):
             find_defense(name)
+
+
+@pytest.mark.parametrize("make", [lambda: None, lambda purifier, more: None])
+def test_a_defense_takes_a_purifier_alone(make):
+    with pytest.raises(TypeError, match="must take a purifier alone"):
+        register_defense("of another signature")(make)

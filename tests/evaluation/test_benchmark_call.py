@@ -11,7 +11,7 @@ from conftest import Classifier, build_purifier, clips
 from PIL import Image
 from torch import Tensor, nn
 
-from videopure_fast.attacks import pgd
+from videopure_fast.attacks import ATTACKS, pgd, register_attack
 from videopure_fast.defense import filter_defense
 from videopure_fast.evaluation import Report, Threat, benchmark, runner, standard_threat
 from videopure_fast.evaluation.benchmark import make_plan
@@ -219,3 +219,43 @@ def test_a_plan_needs_no_models():
     assert make_plan([Threat("none", clips=2)], 3, defenses=["none"], **options).threats == (Threat("none", clips=2),)
     with pytest.raises(ValueError, match="the depth T must be 0 to 49, got 50"):
         make_plan(["bpda"], 3, defenses=["videopure, T=50"], **options)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda clips: clips + 1, ValueError, "must return values in"),
+        (lambda clips: clips[:1], ValueError, "must return a tensor of shape"),
+        (lambda clips: clips * float("nan"), ValueError, "must return values in"),
+        (lambda clips: 1 - clips, ValueError, "moved a clip by .*; accepted: eps"),
+        (lambda clips: None, TypeError, "the attack 'returns' must return a tensor, got NoneType"),
+    ],
+)
+def test_an_attack_that_returns_anything_else_is_refused(returned, error, message):
+    @register_attack
+    def returns(model, clips, labels, *, eps, generator=None):
+        """Whatever the test wants."""
+        model(clips)
+        return returned(clips)
+
+    try:
+        with pytest.raises(error, match=message):
+            threat = Threat("gray-box", "returns", clips=4)
+            benchmark(CLASSIFIER, build_purifier(), CLIPS, LABELS, threats=threat, defenses="none", checks=False)
+    finally:
+        del ATTACKS["returns"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda clips: clips[:1], ValueError, "the defense 'mine' must return a tensor of shape"),
+        (lambda clips: 2 * clips, ValueError, "must return values in"),
+        (lambda clips: clips[:, :1], ValueError, "must return a tensor of shape"),
+    ],
+)
+def test_a_defense_that_returns_anything_else_is_refused(returned, error, message):
+    with pytest.raises(error, match=message):
+        benchmark(
+            CLASSIFIER, build_purifier(), CLIPS, LABELS, defenses={"mine": filter_defense(returned)}, checks=False
+        )

@@ -58,6 +58,8 @@ def demo(
     from ..files import check_writable, make_folder
     from ..purifier import Purifier
 
+    if not 0 < eps <= 255:
+        raise ValueError(f"--eps must be more than 0 and at most 255, in 1/255, got {eps}")
     if json_file is not None:
         check_writable(json_file)
     gray_box = standard_threat("gray-box", clips, steps=steps, step_size=eps / 2 / 255)

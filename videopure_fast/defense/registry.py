@@ -15,6 +15,7 @@ the command line, `--defense my_module:mean_of_all_frames` imports it by itself.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import bpda
-from ..inputs import check_count
+from ..inputs import check_count, check_flag
 from ..purifier import Purifier
 from .classifier import DefendedClassifier
 from .filters import FILTERS, WITHOUT_GRADIENT, reconstruct
@@ -78,6 +79,12 @@ def register_defense(name: str, *, diffuses: bool = False) -> Callable[[_Make], 
     def register(make: _Make) -> _Make:
         if not callable(make):
             raise TypeError(f"a defense must be a function or a class, got {type(make).__name__}")
+        try:
+            inspect.signature(make).bind(None)
+        except TypeError:
+            seen = f"{getattr(make, '__name__', make)}{inspect.signature(make)}"
+            raise TypeError(f"a defense must take a purifier alone, got {seen}") from None
+        check_flag("diffuses", diffuses)
         known = _REGISTRY.get(name)
         if known is not None and _identity(known.make) != _identity(make):  # a notebook's cell may run again
             raise ValueError(f"the name {name!r} is taken by the defense {' '.join(_identity(known.make))}")

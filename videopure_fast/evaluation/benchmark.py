@@ -73,7 +73,8 @@ def benchmark(
         seeds: how many, or which; each has its own clips and random numbers.
         batch: clips in memory at once.
         repeats: predictions of each clip by a randomized defense.
-        record: a JSON file that keeps what is done, so that an interrupted call continues there; None: nothing is kept.
+        record: a JSON file that keeps what is done, so that an interrupted call continues there; its folder is made if
+            absent. None: nothing is kept.
         classes: names by label; a data set has its own.
         source: a description of models and clips, saved in the record. A record with another one is refused, so name
             here what your draw function returns.

@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, check_writable, make_folder
 from .checks import Check, order_checks
 from .plan import ADAPTIVE, Plan, Threat
 from .record import Record
@@ -101,7 +101,8 @@ class Report:
         write_side_by_side(found, self._class_names(found), path)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write plan, machines, rows, checks and skipped videos."""
+        """Write plan, machines, rows, checks and skipped videos. ValueError where there is no such folder."""
+        check_writable(path)
         report = {
             "plan": asdict(self.record.plan),
             "hash": self.record.plan.hash,
@@ -114,7 +115,8 @@ class Report:
             file.write_text(json.dumps(report, indent=2) + "\n")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows; the header has the fields of `tables.Accuracy`."""
+        """Write the rows; the header has the fields of `tables.Accuracy`. ValueError where there is no such folder."""
+        check_writable(path)
         with atomic_write(path) as file, file.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(Accuracy._fields)

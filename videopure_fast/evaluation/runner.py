@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from .record import Record, exclusive_lock
 from .tables import rescued
 
 Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]
+
+_ROUNDING = 1e-3  # by which a defense's values may leave [0, 1]
 
 
 class EvalContext(NamedTuple):
@@ -164,7 +167,32 @@ def _attack(batch: EvalBatch, context: EvalContext, name: str, clips: Tensor, la
         return None
     generator = batch.generator(f"attack {name if batch.threat.threat_model in ADAPTIVE else ''}")
     run = ATTACKS[batch.threat.attack].run
-    return run(target, clips, labels, eps=batch.eps, generator=generator, **batch.threat.settings)
+    attacked = run(target, clips, labels, eps=batch.eps, generator=generator, **batch.threat.settings)
+    _check_attacked(batch.threat, batch.eps, clips, attacked)
+    return attacked
+
+
+def _check_attacked(threat: Threat, eps: float, clips: Tensor, attacked: Tensor) -> None:
+    """TypeError or ValueError unless an attack returned clips in [0, 1] within eps: others falsify an accuracy."""
+    _check_returned(f"the attack {threat.attack!r}", attacked, clips.shape)
+    distance = (attacked - clips).double().flatten(1)
+    order = 2 if threat.settings.get("norm") == "l2" else math.inf
+    farthest = torch.linalg.vector_norm(distance, order, dim=1).max().item()
+    if farthest > eps * (1 + 1e-5):
+        raise ValueError(
+            f"the attack {threat.attack!r} moved a clip by {farthest:.6g}; accepted: eps, {eps:.6g}, at most"
+        )
+
+
+def _check_returned(what: str, clips: Tensor, shape: Sequence[int]) -> None:
+    """TypeError or ValueError unless clips, or votes, are of that shape, finite and in [0, 1]."""
+    if not isinstance(clips, Tensor):
+        raise TypeError(f"{what} must return a tensor, got {type(clips).__name__}")
+    if tuple(clips.shape) != tuple(shape):
+        raise ValueError(f"{what} must return a tensor of shape {tuple(shape)}, got {tuple(clips.shape)}")
+    low, high = (bound.item() for bound in torch.aminmax(clips.detach()))
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN fails both
+        raise ValueError(f"{what} must return values in [0, 1], got {low} to {high}")
 
 
 def _score(
@@ -181,7 +209,10 @@ def _score(
     memory, start = PeakMemory(attacked.device), time.perf_counter()
     for _ in range(repeats):
         with torch.no_grad():
-            logits = classify_votes(context.classifier, defense.votes(attacked, generator))
+            votes = defense.votes(attacked, generator)
+            count = votes.shape[1] if isinstance(votes, Tensor) and votes.ndim > 1 else 1
+            _check_returned(f"the defense {name!r}", votes, (len(labels), count, *attacked.shape[1:]))
+            logits = classify_votes(context.classifier, votes)
         if labels.max() >= logits.shape[-1]:
             raise ValueError(f"labels reach {labels.max()}, but the classifier returns {logits.shape[-1]} classes")
         right += (majority_vote(logits) == labels).to(right)

@@ -58,4 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:  # a sentence says what is wrong
+        raise SystemExit(f"error: {error}") from error
