@@ -77,8 +77,8 @@ def of_one_frame(z: Tensor) -> Tensor:
 @pytest.mark.parametrize("broken", [halved, of_one_frame])
 def test_a_gradient_with_a_piece_missing_fails(broken, monkeypatch):
     purifier = build_purifier()
-    encode = type(purifier).encode
-    monkeypatch.setattr(type(purifier), "encode", lambda self, x: broken(encode(self, x)))
+    encode = type(purifier)._encode
+    monkeypatch.setattr(type(purifier), "_encode", lambda self, x: broken(encode(self, x)))
     assert not gradient_check(purifier, CLASSIFIER, *batch()).passed
 
 
