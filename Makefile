@@ -59,12 +59,13 @@ wheel: $(INSTALLED)
 	rm -rf build/lib*
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
-# The CPU ops under AddressSanitizer and UBSan. Python itself never frees everything: no leak check.
+# The CPU ops under AddressSanitizer and UBSan. Python itself never frees everything: no leak check. libstdc++ is loaded
+# first, or the sanitizer would not know how exceptions are thrown.
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)
 	CMAKE_ARGS="-DVPF_CUDA=OFF -DVPF_SANITIZE=ON" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --target $(SANITIZED) .
-	LD_PRELOAD="$$($${CC:-gcc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	LD_PRELOAD="$$($${CC:-gcc} -print-file-name=libasan.so) $$($${CC:-gcc} -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 		$(BIN)/pytest $$(grep -rl "from op_cases" tests --include="test_*.py" | grep -v golden) -k "not triton and not compiles"
 
 clean:

@@ -217,7 +217,7 @@ class PurifierStages(nn.Module):
                 f"clips have shape {tuple(clips.shape)}; accepted: sides of multiples of {self.vae_factor}"
             )
         self._refresh()
-        return self._encode(clips.to(self.unet.device, self._state_dtype))
+        return self._encode(clips.to(self.unet.device))
 
     def _encode(self, clips: Tensor) -> Tensor:
         with self._inference(clips), span("encode", clips) as work:
