@@ -157,7 +157,9 @@ def run_installed(installed: Path, cwd: Path, *arguments: str) -> str:
 def test_wheel_holds_everything(installed, tmp_path):
     package = installed / "videopure_fast"
     assert list(package.glob("_C.*"))
-    assert (package / "kernels" / "guided_update.py").is_file()
+    assert (package / "py.typed").is_file()
+    assert MODULES["kernels.guided_update"]
+    assert all((package / path.relative_to(PACKAGE)).is_file() for path in MODULES.values())
     assert {path.name.split("-")[0] for path in installed.iterdir()} <= {"videopure_fast", "bin"}
     weights = {path.relative_to(PACKAGE) for path in (PACKAGE / "tiny" / "weights").rglob("*") if path.is_file()}
     assert weights

@@ -170,15 +170,17 @@ class Purifier(PurifierStages):
         return LatentVotes(video, tuple(zip(starts, votes, strict=True)))
 
     def decode_votes(self, latent_votes: LatentVotes, votes: slice = slice(None)) -> Tensor:
-        """Clips of some of the votes, (B, votes, 3, F, H, W), or without B for an unbatched clip, like the video."""
+        """Clips of some of the votes, (B, votes, 3, F, H, W), or without B for an unbatched clip, like the video.
+
+        The models must be as they were when the votes were made: they are not looked at again for every slice.
+        """
         if not isinstance(votes, slice) or not range(latent_votes.num_votes)[votes]:
             raise ValueError(f"votes must be a slice of one or more of {latent_votes.num_votes} votes, got {votes!r}")
-        self._refresh()
         video, starts = latent_votes.video, [start for start, _ in latent_votes.windows]
         with self._inference(video):
-            windows = [self._decode(latents[votes]) for _, latents in latent_votes.windows]
-            if len(windows) == 1:
-                clips = windows[0]
+            windows = (self._decode(latents[votes]) for _, latents in latent_votes.windows)
+            if len(starts) == 1:
+                clips = next(windows)
             else:
                 clips = torch.cat(list(cross_fade(windows, starts, self.config.window_overlap)), -3).clamp(0, 1)
             clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]].to(video.device)

@@ -212,11 +212,6 @@ class Chain:
             callback=callback,
         )
 
-    @property
-    def evaluations(self) -> int:
-        """Calls of the UNet, which clips of a batch share."""
-        return (0 if self.inversion is None else len(self.inversion.steps)) + len(self.denoising.steps)
-
     def first_activation(self, latents: Tensor) -> int | None:
         """Values of a clip's first activation; None where diffusers' own forward runs, of which nothing is known."""
         return latents[:, 0].numel() * self.unet.width if isinstance(self.unet, FastUNet) else None

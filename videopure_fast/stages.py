@@ -325,7 +325,7 @@ class PurifierStages(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Inversion and denoising; captured where that was asked for and nobody draws, watches or differentiates."""
         chain = self._chain(target)
-        with span("chain", target, evaluations=chain.evaluations) as work:
+        with span("chain", target, evaluations=self.evaluations) as work:
             if capture and not generators and callback is None and not target.requires_grad:
                 results = self._captures(chain, target, first_activation=chain.first_activation(target))
             else:
@@ -349,7 +349,7 @@ class PurifierStages(nn.Module):
             return guided
 
         chain = self._chain(target)
-        with span("chain", target, evaluations=chain.evaluations):
+        with span("chain", target, evaluations=self.evaluations):
             states, noise_preds = chain(target, guidance_fn=guidance_fn, callback=callback)
         # What was optimized already is only taken to its clean prediction; the final state has its turn now.
         coefficients = [*(step._replace(update=0.0) for step in steps), final]

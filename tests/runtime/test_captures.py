@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import build_purifier, clips, run_in_threads
 
-from videopure_fast import DefendedClassifier
 from videopure_fast.runtime.captures import Captures, Recent
 from videopure_fast.runtime.replay import Recording
 from videopure_fast.runtime.spans import EvaluationCounter, Span, listening
@@ -92,11 +91,9 @@ def test_settings_of_one_purifier_share_the_models_and_have_captures_of_their_ow
 
 
 def test_data_parallel_is_refused(purifier):
-    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
-    defended = DefendedClassifier(classifier, purifier)
-    for module in (purifier, defended.purifier):
-        with pytest.raises(RuntimeError, match="nn.DataParallel.*one Purifier for each GPU"):
-            module._replicate_for_data_parallel()
+    """nn.DataParallel calls this method of every module that it copies to another GPU."""
+    with pytest.raises(RuntimeError, match="nn.DataParallel.*one Purifier for each GPU"):
+        purifier._replicate_for_data_parallel()
 
 
 def test_a_capture_is_made_once_whatever_the_number_of_threads():
