@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 # Arguments of any op that may be None.
-_OPTIONAL = ("bias", "embedding", "position", "residual")
+_OPTIONAL = ("addend_bias", "bias", "embedding", "position", "residual", "skip")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -74,11 +74,21 @@ def check_heads(what: str, size: int, heads: int) -> None:
         raise ValueError(f"{what} must be three times a multiple of {heads} heads, got {size}")
 
 
-def check_groups(x: Tensor, groups: int) -> None:
-    """ValueError unless `groups` divides x's channels."""
+def check_skip(x: Tensor, skip: Tensor | None) -> int:
+    """How many channels a skip connection has, 0 without one. ValueError unless its dimensions are as many as x's."""
+    if skip is None:
+        return 0
+    check_tensor("skip", skip)
+    if skip.ndim != x.ndim:
+        raise ValueError(f"skip must be {(*x.shape[:-1], 'channels')} beside x, got {tuple(skip.shape)}")
+    return skip.shape[-1]
+
+
+def check_groups(channels: int, groups: int) -> None:
+    """ValueError unless `groups` divides the channels."""
     _check_count("groups", groups)
-    if x.shape[-1] % groups:
-        raise ValueError(f"groups must divide the {x.shape[-1]} channels, got {groups}")
+    if channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels, got {groups}")
 
 
 def check_eps(eps: float) -> None:

@@ -7,9 +7,9 @@ profilers. Gradients are the reference's: a backward pass computes the op once m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,38 +20,46 @@ from .backend import NAMESPACE, OPS, SUPPORTED_DTYPES, DtypesByBackend, Op, choo
 
 _library = Library(NAMESPACE, "DEF")
 
+Results: TypeAlias = "Tensor | tuple[Tensor, ...]"
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
 
 def register(
     name: str,
     *,
-    reference: Callable[..., Tensor],
-    native: Callable[..., Tensor] | None = None,
+    reference: Callable[..., Results],
+    native: Callable[..., Results] | None = None,
     dtypes: DtypesByBackend,
     kernel: str | None = None,
     max_triton_frames: int | None = None,
-    shape: Callable[..., Sequence[int]] = lambda x, *_: x.shape,
+    fake: Callable[..., Results] = _like_first,
     flops: Callable[..., int] = lambda *_: 0,
-) -> Callable[..., Tensor]:
-    """Register an op whose result is a new tensor of its first argument's dtype, and return torch's operator.
+) -> Callable[..., Any]:
+    """Register an op whose results, one tensor or several, are new, and return torch's operator.
 
     reference: the op in plain torch, for every device and dtype; its signature is the operator's, a tensor first.
     native: the form that calls the compiled extension, with the same arguments; a form in kernels/ has them too.
     dtypes: those that each backend's form takes. kernel: the module in kernels/ with the Triton function `name`;
     by default it has the same name. max_triton_frames: the largest second dimension of the first argument that the
-    Triton form takes. shape: arguments -> shape of the result. flops: arguments, with shapes in place of tensors ->
-    floating-point operations of the matrix products.
+    Triton form takes. fake: arguments -> empty tensors like the results; by default one like the first argument. flops:
+    arguments, with shapes in place of tensors -> floating-point operations of the matrix products.
     """
 
-    def run(*arguments: Any) -> Tensor:
+    def run(*arguments: Any) -> Results:
         with _no_autocast(arguments[0]):
-            result: Tensor = choose(name, arguments[0])(*arguments)
-            return result.contiguous()
+            results: Results = choose(name, arguments[0])(*arguments)
+            if isinstance(results, Tensor):
+                return results.contiguous()
+            return tuple(result.contiguous() for result in results)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
         ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients_of_results: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if value is None else value[0] for value in ctx.inputs]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
@@ -59,18 +67,17 @@ def register(
         for i in wanted:
             inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
         sources = [inputs[i] for i in wanted]
-        with _no_autocast(gradient):
+        with _no_autocast(sources[0]):
             with torch.enable_grad():
-                output = reference(*inputs)
-            found = torch.autograd.grad(output, sources, gradient, allow_unused=True, create_graph=again)
+                results = reference(*inputs)
+            pairs = zip((results,) if isinstance(results, Tensor) else results, gradients_of_results, strict=True)
+            reached = [(result, given) for result, given in pairs if result.requires_grad and given is not None]
+            outputs, given = [result for result, _ in reached], [gradient for _, gradient in reached]
+            found = torch.autograd.grad(outputs, sources, given, allow_unused=True, create_graph=again)
         gradients: list[Tensor | None] = [None] * len(inputs)
         for i, value in zip(wanted, found, strict=True):
             gradients[i] = value
         return tuple(gradients)
-
-    def fake(*arguments: Any) -> Tensor:
-        result: Tensor = arguments[0].new_empty(shape(*arguments))
-        return result
 
     SUPPORTED_DTYPES[name] = dtypes
     OPS[name] = Op(reference, native, kernel or name, max_triton_frames, run)

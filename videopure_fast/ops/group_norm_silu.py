@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from ._checks import check_activations, check_eps, check_fit, check_groups
+from ._checks import check_activations, check_eps, check_fit, check_groups, check_skip
 from ._register import register
 from .backend import ACTIVATION_DTYPES
 
@@ -17,6 +17,7 @@ def group_norm_silu(
     weight: Tensor,
     bias: Tensor,
     embedding: Tensor | None = None,
+    skip: Tensor | None = None,
     *,
     groups: int,
     eps: float = 1e-5,
@@ -25,23 +26,26 @@ def group_norm_silu(
 ) -> Tensor:
     """SiLU(GroupNorm(x + embedding)) (arXiv 1803.08494), the activation left out where `silu` is off.
 
-    x: (B, F, H, W, C). weight, bias: (C,). embedding: (B, C) or None, the time embedding of each clip.
+    x: (B, F, H, W, C), or the first of C channels with a skip. skip: (B, F, H, W, D) or None, the last of C channels:
+    x and skip need not be concatenated. weight, bias: (C,). embedding: (B, C) or None, the time embedding of each clip.
     over_frames: statistics of the whole clip, else of each frame.
 
     Returns (B, F, H, W, C). ValueError for tensors that do not fit together, or groups that do not divide C.
     """
     check_activations("x", x)
-    clips, channels = x.shape[0], x.shape[-1]
+    extra = check_skip(x, skip)
+    clips, channels = x.shape[0], x.shape[-1] + extra
     check_fit(
         x,
         "x",
         weight=(weight, (channels,)),
         bias=(bias, (channels,)),
         embedding=(embedding, (clips, channels)),
+        skip=(skip, (*x.shape[:-1], extra)),
     )
-    check_groups(x, groups)
+    check_groups(channels, groups)
     check_eps(eps)
-    return _group_norm_silu(x, weight, bias, embedding, groups, eps, over_frames, silu)
+    return _group_norm_silu(x, weight, bias, embedding, skip, groups, eps, over_frames, silu)
 
 
 def group_norm_silu_reference(
@@ -49,11 +53,14 @@ def group_norm_silu_reference(
     weight: Tensor,
     bias: Tensor,
     embedding: Tensor | None,
+    skip: Tensor | None,
     groups: int,
     eps: float,
     over_frames: bool,
     silu: bool,
 ) -> Tensor:
+    if skip is not None:
+        x = torch.cat([x, skip], -1)
     if embedding is not None:
         x = x + embedding[:, None, None, None]
     samples = x.movedim(-1, 1) if over_frames else x.flatten(0, 1).movedim(-1, 1)  # [B, C, F, H, W] or [BF, C, H, W]
@@ -67,11 +74,14 @@ def group_norm_silu_native(
     weight: Tensor,
     bias: Tensor,
     embedding: Tensor | None,
+    skip: Tensor | None,
     groups: int,
     eps: float,
     over_frames: bool,
     silu: bool,
 ) -> Tensor:
+    if skip is not None:
+        x = torch.cat([x, skip], -1)
     output = x.new_empty(x.shape)
     x = native.merge_pixels(x)
     constants = [native.contiguous(tensor) for tensor in (weight, bias, embedding)]
@@ -96,4 +106,5 @@ _group_norm_silu = register(
     reference=group_norm_silu_reference,
     native=group_norm_silu_native,
     dtypes=ACTIVATION_DTYPES,
+    fake=lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)),
 )

@@ -11,34 +11,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from ._checks import check_fit, check_tokens, count_outputs
+from ._checks import check_fit, check_skip, check_tokens, count_outputs
 from ._register import register
 from .backend import ACTIVATION_DTYPES
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, skip: Tensor | None = None
+) -> Tensor:
     """residual + x weight^T + bias: the linear layer that ends an attention or feed-forward block.
 
-    x: (..., K). weight: (N, K). bias: (N,) or None. residual: (..., N). Returns (..., N).
-    ValueError for tensors that do not fit together.
+    x: (..., K). weight: (N, K), or (N, K + L) with a skip. bias: (N,) or None. residual: (..., N).
+    skip: (..., L) or None, more inputs, for the last L columns of the weight: x and skip need not be concatenated.
+
+    Returns (..., N). ValueError for tensors that do not fit together.
     """
     check_tokens(x)
-    outputs = count_outputs("weight", weight)
+    outputs, extra = count_outputs("weight", weight), check_skip(x, skip)
     check_fit(
         x,
         "x",
-        weight=(weight, (outputs, x.shape[-1])),
+        weight=(weight, (outputs, x.shape[-1] + extra)),
         bias=(bias, (outputs,)),
         residual=(residual, (*x.shape[:-1], outputs)),
+        skip=(skip, (*x.shape[:-1], extra)),
     )
-    return _linear_residual(x, weight, bias, residual)
+    return _linear_residual(x, weight, bias, residual, skip)
 
 
-def linear_residual_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return residual + F.linear(x, weight, bias)
+def linear_residual_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, skip: Tensor | None
+) -> Tensor:
+    return residual + F.linear(x if skip is None else torch.cat([x, skip], -1), weight, bias)
 
 
-def linear_residual_native(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def linear_residual_native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, skip: Tensor | None
+) -> Tensor:
+    if skip is not None:
+        x = torch.cat([x, skip], -1)
     outputs, inputs = weight.shape
     output = x.new_empty(residual.shape)
     rows = native.with_adjacent_channels(x.reshape(-1, inputs))
@@ -63,8 +74,8 @@ def linear_residual_native(x: Tensor, weight: Tensor, bias: Tensor | None, resid
 
 
 def linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any) -> int:
-    """Operations of x (..., K) times the transpose of weight (N, K)."""
-    return 2 * math.prod(x) * weight[0]
+    """Operations of (..., K) times the transpose of weight (N, K), for the rows of x."""
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 _linear_residual = register(
@@ -72,6 +83,6 @@ _linear_residual = register(
     reference=linear_residual_reference,
     native=linear_residual_native,
     dtypes=ACTIVATION_DTYPES,
-    shape=lambda x, _w, _b, residual: residual.shape,
+    fake=lambda _x, _w, _b, residual, _s: residual.new_empty(residual.shape),
     flops=linear_flops,
 )

@@ -60,6 +60,6 @@ _temporal_attention = register(
     native=temporal_attention_native,
     dtypes=ACTIVATION_DTYPES,
     max_triton_frames=MAX_TRITON_FRAMES,
-    shape=lambda qkv, _: (*qkv.shape[:-1], qkv.shape[-1] // 3),
+    fake=lambda qkv, _: qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3),
     flops=attention_flops,
 )
