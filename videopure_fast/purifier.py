@@ -18,6 +18,7 @@ from .config import PurifyConfig
 from .inputs import check_callback, check_flag, check_video, replace_config, resolve_device
 from .models.flow import Flow, flow_name, load_flow
 from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
+from .models.weights import lay_out_in_place
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
 from .runtime.spans import EvaluationCounter, listening
@@ -99,7 +100,11 @@ class Purifier(PurifierStages):
             capture=capture,
         )
         purifier.config = replace_config(purifier.config, overrides)
-        return purifier.to(device=place, dtype=dtype)
+        purifier.to(device=place, dtype=dtype)
+        if place.type != "cpu":
+            for model in (purifier.unet, purifier.vae):
+                lay_out_in_place(model)
+        return purifier
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write everything that `from_pretrained` needs to a new folder; a flow callable of your own is not saved."""

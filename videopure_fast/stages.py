@@ -27,7 +27,7 @@ from .inputs import (
 )
 from .models.executor import ModelExecutor
 from .models.flow import Flow, load_flow, no_flow, resize_flow
-from .models.layers import attention_function
+from .models.transformers import attention_function
 from .models.vae import frames_at_once
 from .ops.backend import full_float32
 from .runtime.captures import Captures, Recent

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import AttentionFn, Unsupported
+from .layers import Unsupported
+from .transformers import AttentionFn
 from .unet import FastMotionUNet, FastUNet, PlainUNet
 from .vae import FastVAE, PlainVAE
 

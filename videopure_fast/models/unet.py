@@ -11,30 +11,27 @@ from torch import Tensor, nn
 
 from .. import ops
 from .layers import (
-    AttentionFn,
+    Pending,
     Unsupported,
-    Weights,
     check_known,
-    check_transformer_block,
     conv,
     downsample,
-    feed_forward,
     group_norm,
-    layer_norm,
-    merge_heads,
-    project,
+    pending_conv,
     resnet,
-    self_attention,
-    temporal_transformer,
+    settle,
     upsample,
 )
+from .transformers import AttentionFn, check_transformer_block, spatial_transformer, temporal_transformer
+from .weights import Weights
 
 
 class Constants(NamedTuple):
     """What the evaluations of one prompt at some timesteps share.
 
     texts: for each cross-attention the prompt's keys and values, (2, 1, heads, tokens, head size); for a prompt of one
-        token, to which every query attends with weight 1, the layer's whole result (C,).
+        token, to which every query attends with weight 1, the layer's whole result plus the bias of the self-attention
+        before it, (C,).
     embeddings: (timesteps, sum of the resnets' widths), for each resnet the projected time embedding plus the bias of
         its first convolution.
     """
@@ -97,23 +94,29 @@ class _FastMotionModule(nn.Module):
     ) -> Tensor:
         """AnimateDiffTransformer3D's arguments, of which it uses the first and the number of frames."""
         x = hidden_states.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames))
-        return temporal_transformer(self._weights, self._module, x).flatten(0, 1).permute(0, 3, 1, 2)
+        return temporal_transformer(self._weights, self._module, Pending(x)).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class FastUNet:
     """Evaluates `unet`, whose weights it shares or copies into better layouts. Unsupported if it cannot.
 
-    attention_fn: for spatial and cross-attention.
+    attention_fn: for spatial and cross-attention. for_gpu: as for `Weights`.
     """
 
-    def __init__(self, unet: nn.Module, attention_fn: AttentionFn = F.scaled_dot_product_attention) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        attention_fn: AttentionFn = F.scaled_dot_product_attention,
+        *,
+        for_gpu: bool | None = None,
+    ) -> None:
         _check(unet)
-        self._weights = Weights(unet)
+        self._weights = Weights(unet, for_gpu=for_gpu)
         self._unet = unet
         self._attention_fn = attention_fn
         self._resnets = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
         spatial = [module for module in unet.modules() if type(module).__name__ == "Transformer2DModel"]
-        self._cross_attentions = [block.attn2 for model in spatial for block in model.transformer_blocks]
+        self._blocks = [block for model in spatial for block in model.transformer_blocks]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,10 +134,11 @@ class FastUNet:
         time = F.silu(unet.time_embedding(unet.time_proj(timesteps).to(dtype)))
         embeddings = [r.time_emb_proj(time) + r.conv1.bias for r in self._resnets]
         texts = []
-        for attention in self._cross_attentions:
+        for block in self._blocks:
+            attention = block.attn2
             keys, values = attention.to_k(prompt_embeds.to(dtype)), attention.to_v(prompt_embeds.to(dtype))
             if prompt_embeds.shape[1] == 1:
-                texts.append(attention.to_out[0](values)[0, 0])
+                texts.append(attention.to_out[0](values)[0, 0] + block.attn1.to_out[0].bias)
             else:
                 texts.append(torch.stack([keys, values]).unflatten(-1, (attention.heads, -1)).transpose(2, 3))
         return Constants(tuple(texts), torch.cat(embeddings, -1))
@@ -148,12 +152,12 @@ class FastUNet:
         first_frame: predict frame 0 alone, (B, C, 1, h, w), and leave out what only the others need.
         """
         unet, weights = self._unet, self._weights
-        given = dict(zip(self._cross_attentions, texts, strict=True))
+        given = dict(zip(self._blocks, texts, strict=True))
         rows = embeddings.split([r.out_channels for r in self._resnets], -1)
         given.update(zip(self._resnets, rows, strict=True))
 
-        x = conv(weights, unet.conv_in, sample.movedim(1, -1))
-        x = temporal_transformer(weights, unet.transformer_in, x)
+        x = pending_conv(weights, unet.conv_in, sample.movedim(1, -1))
+        x = Pending(temporal_transformer(weights, unet.transformer_in, x))
         skips = [x]
         for block in unet.down_blocks:
             for i in range(len(block.resnets)):
@@ -161,7 +165,7 @@ class FastUNet:
                 x = self._attention_block(block, i, x, given)
                 skips.append(x)
             for layer in block.downsamplers or ():
-                x = downsample(weights, layer, x)
+                x = downsample(weights, layer, settle(weights, x))
                 skips.append(x)
 
         x = self._conv_block(unet.mid_block, 0, x, given)
@@ -171,49 +175,40 @@ class FastUNet:
 
         for block in unet.up_blocks:
             for i in range(len(block.resnets)):
-                x = self._conv_block(block, i, torch.cat([x, skips.pop()], -1), given)
+                x = self._conv_block(block, i, x, given, skips.pop())
                 x = self._attention_block(block, i, x, given, first_frame=first_frame and not skips)
             for layer in block.upsamplers or ():
-                x = upsample(weights, layer, x, skips[-1].shape[2:4])
-        x = group_norm(unet.conv_norm_out, x[:, :1] if first_frame else x)
-        return conv(weights, unet.conv_out, x).movedim(-1, 1)
+                x = upsample(weights, layer, settle(weights, x), skips[-1].x.shape[2:4])
+        if first_frame:
+            x = Pending(settle(weights, x)[:, :1])
+        h, _ = group_norm(weights, unet.conv_norm_out, x)
+        return conv(weights, unet.conv_out, h).movedim(-1, 1)
 
-    def _conv_block(self, block: nn.Module, i: int, x: Tensor, given: dict[nn.Module, Tensor]) -> Tensor:
+    def _conv_block(
+        self, block: nn.Module, i: int, x: Pending, given: dict[nn.Module, Tensor], skip: Pending | None = None
+    ) -> Pending:
         """The block's i-th resnet and the convolutions over frames that follow it."""
-        x = h = resnet(self._weights, block.resnets[i], x, given[block.resnets[i]])
-        convs = block.temp_convs[i]
+        weights, convs = self._weights, block.temp_convs[i]
+        h = resnet(weights, block.resnets[i], x, skip, given[block.resnets[i]])
         for sequence in (convs.conv1, convs.conv2, convs.conv3, convs.conv4):
             norm, layer = sequence[0], sequence[-1]
-            residual = x if sequence is convs.conv4 else None
-            settings = {"groups": norm.num_groups, "eps": norm.eps}
-            h = ops.temporal_conv(h, norm.weight, norm.bias, self._weights[layer], layer.bias, residual, **settings)
+            activated, h = group_norm(weights, norm, h, over_frames=True)
+            if sequence is convs.conv1:
+                x = h
+            residual = settle(weights, x) if sequence is convs.conv4 else None
+            h = Pending(ops.temporal_conv(activated, weights[layer], layer.bias, residual))
         return h
 
     def _attention_block(
-        self, block: nn.Module, i: int, x: Tensor, given: dict[nn.Module, Tensor], *, first_frame: bool = False
-    ) -> Tensor:
+        self, block: nn.Module, i: int, x: Pending, given: dict[nn.Module, Tensor], *, first_frame: bool = False
+    ) -> Pending:
         """The block's i-th spatial and temporal transformers, if it has any."""
         if not hasattr(block, "attentions"):
             return x
-        x = self._spatial_transformer(block.attentions[i], x, given)
-        return temporal_transformer(self._weights, block.temp_attentions[i], x, first_frame=first_frame)
-
-    def _spatial_transformer(self, model: nn.Module, x: Tensor, given: dict[nn.Module, Tensor]) -> Tensor:
-        h = project(model.proj_in, group_norm(model.norm, x, silu=False))
-        for block in model.transformer_blocks:
-            h = self_attention(self._weights, block.attn1, layer_norm(block.norm1, h), h, self._attention_fn)
-            h = self._cross_attention(block, h, given[block.attn2])
-            h = feed_forward(block, h)
-        return project(model.proj_out, h, x)
-
-    def _cross_attention(self, block: nn.Module, h: Tensor, text: Tensor) -> Tensor:
-        if text.ndim == 1:
-            return h + text
-        attention = block.attn2
-        # All frames of all clips ask the same prompt: they are one sequence of queries.
-        q = F.linear(layer_norm(block.norm2, h), attention.to_q.weight)
-        q = q.view(1, -1, attention.heads, q.shape[-1] // attention.heads).transpose(1, 2)
-        return project(attention.to_out[0], merge_heads(self._attention_fn(q, *text), h), h)
+        weights, model = self._weights, block.attentions[i]
+        texts = [given[inner] for inner in model.transformer_blocks]
+        x = Pending(spatial_transformer(weights, model, x, texts, self._attention_fn))
+        return Pending(temporal_transformer(weights, block.temp_attentions[i], x, first_frame=first_frame))
 
 
 def _check(unet: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """A LayerNorm and the linear layer after it as one product: the norm's affine map is folded into the layer's weight.
 
-With a row's mean m and standard deviation s, LayerNorm(x) W^T + b = (x - m) / s (gamma W)^T + (beta W^T + b). The mean of
-each row of gamma W is taken off it, which changes nothing, as the values x - m sum to zero; then the product of x with
-the folded weight is small however large m is, and little is lost when m times the sum of the weight's row is taken off.
+With a row's mean m and standard deviation s, LayerNorm(x) W^T + b = (x - m) / s (gamma W)^T + (beta W^T + b). The mean
+of each row of gamma W is taken off it, which changes nothing, as the values x - m sum to zero; then the product of x
+with the folded weight is small however large m is, and little is lost when m times its row's sum is taken off.
 """
 
 from __future__ import annotations

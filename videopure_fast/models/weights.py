@@ -1,0 +1,153 @@
+"""A model's weights as the fast evaluation wants them, and what follows from several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.folded_linear import FoldedNorm, fold_norm
+
+Made = TypeVar("Made")
+
+
+class Owed(NamedTuple):
+    """An activation of so many channels that still lacks the biases of these layers."""
+
+    layers: tuple[nn.Module, ...]
+    width: int
+
+
+class Weights:
+    """A model's weights in the layouts of this evaluation: copies, or the weights themselves where they fit.
+
+    Convolutions over images are channels last, those over frames (3, N, C); an upsampler's are those of its transposed
+    convolution, (C, N, 4, 4).
+
+    for_gpu: evaluate as a GPU is fastest, by default where the model is not on a CPU. Biases of convolutions are left
+    to the operation that reads their result, LayerNorms are folded into the products after them, skip connections are
+    not concatenated, and a feed-forward's last layer is one product with the projection after it. On a CPU these gain
+    nothing: its convolutions add their biases for nothing, and its norms lie within the products' caches.
+    """
+
+    def __init__(self, model: nn.Module, *, for_gpu: bool | None = None) -> None:
+        self.for_gpu = next(model.parameters()).device.type != "cpu" if for_gpu is None else for_gpu
+        laid_out = ((module, _laid_out_weight(module)) for module in model.modules())
+        self._weights = {module: weight for module, weight in laid_out if weight is not None}
+        self._made: dict[Hashable, object] = {}
+
+    def __getitem__(self, module: nn.Module) -> Tensor:
+        return self._weights[module]
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._weights
+
+    def bias(self, layers: Sequence[nn.Module]) -> Tensor | None:
+        """The sum of several layers' biases, (C,); None without layers, or where none of them has one."""
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        if len(biases) < 2:
+            return biases[0] if biases else None
+        return self._once(("bias", *layers), lambda: _sum(biases))
+
+    def bias_of(self, parts: Sequence[Owed]) -> Tensor | None:
+        """The biases of activations that stand beside one another: (sum of their widths,), None where none is owed."""
+        biases = [self.bias(part.layers) for part in parts]
+        owed = [bias for bias in biases if bias is not None]
+        if not owed or len(parts) == 1:
+            return biases[0] if owed else None
+
+        def make() -> Tensor:
+            columns = zip(biases, parts, strict=True)
+            return torch.cat([owed[0].new_zeros(part.width) if bias is None else bias for bias, part in columns])
+
+        return self._once(("beside", *parts), make)
+
+    def bias_through(self, layer: nn.Module, parts: Sequence[Owed], others: Sequence[nn.Module]) -> Tensor | None:
+        """The bias of a linear layer whose inputs still lack theirs, plus the biases of the layers `others`: (N,)."""
+        own, owed = self.bias((layer, *others)), self.bias_of(parts)
+        if owed is None:
+            return own
+
+        def make() -> Tensor:
+            through = layer.weight.detach().flatten(1).double() @ owed.double()
+            return (through if own is None else through + own.double()).to(owed.dtype)
+
+        return self._once(("through", layer, *parts, *others), make)
+
+    def beside(self, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+        """Linear layers of one input as one product: weight (sum of their outputs, K), and bias or None."""
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
+
+        return self._once(("product", *layers), make)
+
+    def folded(self, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> FoldedNorm:
+        """Linear layers of one input as one product, with the LayerNorm before them folded in."""
+
+        def make() -> FoldedNorm:
+            weights = torch.cat([layer.weight.detach() for layer in layers])
+            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            bias = torch.cat(biases) if biases else None
+            return fold_norm(norm.weight.detach(), norm.bias.detach(), weights, bias)
+
+        return self._once(("folded", norm, *layers), make)
+
+    def merged(self, first: nn.Module, second: nn.Module, owed: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+        """For second(h + first(g)): the weight (N, K + L) of h and g side by side, and the bias, `owed` ones added.
+
+        The weights are (K, L) and (N, K); their product is computed in float64 and rounded once.
+        """
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            outer, inner = second.weight.detach().flatten(1), first.weight.detach()
+            weight = torch.cat([outer, (outer.double() @ inner.double()).to(outer.dtype)], 1)
+            return weight, self.bias_through(second, [Owed((first,), len(inner))], owed)
+
+        return self._once(("merged", first, second, *owed), make)
+
+    @torch.no_grad()
+    def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What follows from the weights, made at its first use; a call before a capture makes all that it reads."""
+        if key not in self._made:
+            with torch.inference_mode(False):
+                self._made[key] = make()
+        made: Made = self._made[key]  # type: ignore[assignment]
+        return made
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0, dtype=torch.float64).to(tensors[0].dtype)
+
+
+def lay_out_in_place(model: nn.Module) -> None:
+    """Make a model's weights over images channels last, so that `Weights` need not copy them: half a UNet's memory."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _laid_out_weight(module: nn.Module) -> Tensor | None:
+    """A module's weight in the layout of this evaluation; None where the module's own serves as it is."""
+    if type(module).__name__ == "Upsample2D":
+        return _upsampling_weight(module.conv.weight.detach()) if module.conv.kernel_size == (3, 3) else None
+    if isinstance(module, nn.Conv3d):
+        return module.weight.detach().flatten(2).permute(2, 0, 1).contiguous()
+    if isinstance(module, nn.Conv2d):
+        return module.weight.detach().contiguous(memory_format=torch.channels_last)
+    return None
+
+
+def _upsampling_weight(weight: Tensor) -> Tensor:
+    """The transposed convolution that doubles an image and convolves it: (N, C, 3, 3) -> (C, N, 4, 4).
+
+    Weights that meet the same pixel are summed in float64 and rounded once.
+    """
+    summed = weight.new_zeros(*weight.shape[:2], 4, 4, dtype=torch.float64)
+    for row in range(2):
+        for column in range(2):
+            summed[..., row : row + 3, column : column + 3] += weight
+    return summed.flip(2, 3).transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
