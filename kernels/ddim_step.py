@@ -97,6 +97,6 @@ def _launch(latents: Tensor, noise: Tensor, coefficients: Tensor, first_frame_no
             *coefficients.stride(),
             *output.stride(),
             BLOCK=BLOCK,
-            **options(NUM_WARPS),
+            **options(NUM_WARPS, contract=False),
         )
     return output

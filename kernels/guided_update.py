@@ -86,7 +86,8 @@ def _guided_update_kernel(
     vote = (plane // frames // channels // clips).to(tl.int64)
 
     coefficients_ptr += vote * coefficients_stride_vote + clip * coefficients_stride_clip
-    inverse_sqrt_alpha = 1.0 / tl.load(coefficients_ptr, mask=inside, other=1.0)
+    # The operator / would not round to the nearest.
+    inverse_sqrt_alpha = tl.div_rn(1.0, tl.load(coefficients_ptr, mask=inside, other=1.0))
     sqrt_beta = tl.load(coefficients_ptr + coefficients_stride_column, mask=inside, other=0.0)
     update = tl.load(coefficients_ptr + 2 * coefficients_stride_column, mask=inside, other=0.0)
     predicts_x0 = tl.load(coefficients_ptr + 3 * coefficients_stride_column, mask=inside, other=0.0)
@@ -109,14 +110,19 @@ def _guided_update_kernel(
     reached = has_following & (sample_x > -1.0) & (sample_x < width) & (sample_y > -1.0) & (sample_y < height)
     sample_x = tl.where(reached, sample_x, 0.0)
     sample_y = tl.where(reached, sample_y, 0.0)
-    left = tl.floor(sample_x)
-    top = tl.floor(sample_y)
+    # The floor by a cast, which rounds towards zero: tl.floor takes a subnormal number for zero.
+    left = sample_x.to(tl.int32)
+    top = sample_y.to(tl.int32)
+    left -= (sample_x < left.to(tl.float32)).to(tl.int32)
+    top -= (sample_y < top.to(tl.float32)).to(tl.int32)
+    right_weight = sample_x - left.to(tl.float32)
+    bottom_weight = sample_y - top.to(tl.float32)
     warped = tl.zeros([BLOCK], dtype=tl.float32)
     for i in tl.static_range(4):  # bilinear interpolation: the four pixels around a position
         tap_x = left.to(tl.int64) + i % 2
         tap_y = top.to(tl.int64) + i // 2
-        weight_x = sample_x - left if i % 2 == 1 else 1.0 - (sample_x - left)
-        weight_y = sample_y - top if i // 2 == 1 else 1.0 - (sample_y - top)
+        weight_x = right_weight if i % 2 == 1 else 1.0 - right_weight
+        weight_y = bottom_weight if i // 2 == 1 else 1.0 - bottom_weight
         tap_inside = reached & (tap_x >= 0) & (tap_x < width) & (tap_y >= 0) & (tap_y < height)
         latents_tap = latents_ptr + latents_stride_frame + tap_y * latents_stride_y + tap_x * latents_stride_x
         noise_tap = noise_ptr + noise_stride_frame + tap_y * noise_stride_y + tap_x * noise_stride_x
@@ -125,7 +131,8 @@ def _guided_update_kernel(
 
     residual = warped - x0
     sign = (residual > 0.0).to(tl.float32) - (residual < 0.0).to(tl.float32)
-    gradient = spatial * (x0 - target) + tl.where(has_following, temporal * sign, 0.0)
+    gradient = spatial * (x0 - target)
+    gradient = tl.where(has_following, gradient + temporal * sign, gradient)
     optimized = latents + update * gradient
     result = tl.where(predicts_x0 != 0.0, (optimized - sqrt_beta * noise) * inverse_sqrt_alpha, optimized)
     tl.store(output_ptr + first + tl.arange(0, BLOCK), result, mask=inside)
@@ -162,6 +169,6 @@ def guided_update(
             *flow.stride(),
             *coefficients.stride(),
             BLOCK=BLOCK,
-            **options(NUM_WARPS),
+            **options(NUM_WARPS, contract=False),
         )
     return output

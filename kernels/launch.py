@@ -57,13 +57,13 @@ def choose_tile(tiles: Sequence[Tile], rows: int, columns: int) -> Tile:
     return next((tile for tile in tiles if fills_gpu(tile.programs(rows, columns))), tiles[-1])
 
 
-def options(warps: int, stages: int | None = None) -> dict[str, int | bool]:
+def options(warps: int, stages: int | None = None, *, contract: bool = True) -> dict[str, int | bool]:
     """The keyword arguments of a launch that are Triton's own; without `stages`, Triton's default.
 
-    Multiplications and additions are fused (FMA) explicitly: Triton's default differs between its versions, and with it
-    the last bit of a result.
+    contract: whether multiplications and additions are fused (FMA), which rounds once where the CPU's ops on latents
+    round twice. It is always said: Triton's default differs between its versions, and with it the last bit of a result.
     """
-    chosen: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
+    chosen: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": contract}
     return chosen if stages is None else {**chosen, "num_stages": stages}
 
 

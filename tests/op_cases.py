@@ -25,6 +25,8 @@ TOLERANCE = {
     torch.float16: {"rtol": 2e-3, "atol": 4e-3},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 3.2e-2},
 }
+# The noise of comparisons to the last bit: the interpreter converts subnormal numbers of bfloat16 wrongly.
+EXACT_NOISE_DTYPES = (torch.float32, torch.float16, torch.float64, *(() if INTERPRETED else (torch.bfloat16,)))
 LAYOUTS = ("contiguous", "every second", "offset", "transposed", "expanded")
 
 
@@ -47,6 +49,13 @@ def dtypes(backend: str, device: str) -> tuple[torch.dtype, ...]:
 
 def normal(*shape: int, seed: int = 0, mean: float = 0.0, scale: float = 1.0) -> Tensor:
     return mean + scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hard(*shape: int, seed: int = 0) -> Tensor:
+    """Values of order one among zeros of both signs, subnormal and huge numbers, infinities and NaN."""
+    values = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e38, -1e38, torch.inf, -torch.inf, torch.nan])
+    chosen = torch.randint(len(values), shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(normal(*shape, seed=seed) > 0.5, values[chosen], normal(*shape, seed=seed + 1))
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -102,6 +111,15 @@ def assert_equal(
         actual, expected = actual[where], expected[where]
     tolerance = {**TOLERANCE[dtype], "atol": scale * TOLERANCE[dtype]["atol"]}
     torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Two float32 tensors, on any devices, have the same bits, signs of zeros among them; a NaN equals any other."""
+    actual = actual.cpu()
+    assert actual.dtype == expected.dtype == torch.float32
+    assert torch.equal(actual.isnan(), expected.isnan())
+    bits, expected_bits = (t.masked_fill(t.isnan(), 0).contiguous().view(torch.int32) for t in (actual, expected))
+    assert torch.equal(bits, expected_bits)
 
 
 def _to(tensor: Tensor, device: str) -> Tensor:

@@ -6,7 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, every_backend, laid_out, normal, run
+from op_cases import (
+    EXACT_NOISE_DTYPES,
+    EXAMPLES,
+    INTERPRETED,
+    LAYOUTS,
+    assert_same_bits,
+    check,
+    every_backend,
+    hard,
+    laid_out,
+    normal,
+    run,
+)
 from torch import Tensor
 
 from videopure_fast.ops.ddim_step import ddim_step_reference
@@ -35,6 +47,20 @@ def make_inputs(
 def test_equals_the_reference(backend, device, shape, noise_dtype, first_frame_noise, seed):
     inputs = make_inputs(*shape, noise_dtype=noise_dtype, seed=seed)
     check(backend, device, "ddim_step", *inputs, first_frame_noise=first_frame_noise)
+
+
+@every_backend("cuda", "triton")
+@pytest.mark.parametrize("op", ["ddim_step", "ddim_step_"])
+@pytest.mark.parametrize("first_frame_noise", [False, True])
+@pytest.mark.parametrize("noise_dtype", EXACT_NOISE_DTYPES)
+@pytest.mark.parametrize("make", [normal, hard])
+def test_rounds_each_operation_as_the_reference_does(backend, device, op, first_frame_noise, noise_dtype, make):
+    """On the CPU the reference's operations are calls of their own, none of which is contracted with another."""
+    shape = (2, 3, 5, 7, 9)
+    latents, noise, coefficients = make(*shape, seed=4), make(*shape, seed=6).to(noise_dtype), normal(2, 2)
+    expected = ddim_step_reference(latents, noise, coefficients, first_frame_noise)
+    result = run(backend, device, op, latents.clone(), noise, coefficients, first_frame_noise=first_frame_noise)
+    assert_same_bits(result, expected)
 
 
 @every_backend("cuda", "triton")

@@ -6,7 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, assert_equal, every_backend, laid_out, normal, run
+from op_cases import (
+    EXACT_NOISE_DTYPES,
+    EXAMPLES,
+    INTERPRETED,
+    LAYOUTS,
+    assert_equal,
+    assert_same_bits,
+    every_backend,
+    hard,
+    laid_out,
+    normal,
+    run,
+)
 from torch import Tensor
 
 from videopure_fast.config import PurifyConfig
@@ -69,6 +81,48 @@ def check(backend: str, device: str, *tensors: Tensor) -> None:
     assert_equal(actual, expected, torch.float32, where=clear)
 
 
+def step_by_step(
+    latents: Tensor,
+    noise: Tensor,
+    target: Tensor,
+    flow: Tensor,
+    steps: Tensor,
+    *,
+    spatial_weight: float,
+    temporal_weight: float,
+) -> Tensor:
+    """The arithmetic of every form but the reference, in float32 on the CPU, each operation a call that rounds."""
+    sqrt_alpha, sqrt_beta, update, predicts_x0 = steps[..., None, None, None, None].unbind(2)
+    noise, inverse_sqrt_alpha = noise.float(), 1 / sqrt_alpha
+    x0 = (latents - sqrt_beta * noise) * inverse_sqrt_alpha
+    gradient = 2 * spatial_weight / target[0].numel() * (x0 - target)
+    residual = warp_step_by_step(x0[:, :, :, 1:], flow) - x0[:, :, :, :-1]
+    sign = (residual > 0).float() - (residual < 0).float()
+    gradient[:, :, :, :-1] += temporal_weight / target[0, :, 0].numel() * sign
+    optimized = latents + update * gradient
+    return torch.where(predicts_x0 != 0, (optimized - sqrt_beta * noise) * inverse_sqrt_alpha, optimized)
+
+
+def warp_step_by_step(frames: Tensor, flow: Tensor) -> Tensor:
+    """Bilinear samples of frames (V, B, C, F-1, h, w) at x + flow_x, y + flow_y: a sum over the four pixels around."""
+    votes, _, channels, _, height, width = frames.shape
+    sample_x = torch.arange(width) + flow[:, :, 0]
+    sample_y = torch.arange(height)[:, None] + flow[:, :, 1]
+    reached = (sample_x > -1) & (sample_x < width) & (sample_y > -1) & (sample_y < height)
+    left, top = sample_x.floor(), sample_y.floor()
+    right_weight, bottom_weight = sample_x - left, sample_y - top
+    warped = torch.zeros_like(frames)
+    for i in range(4):
+        tap_x, tap_y = left + i % 2, top + i // 2
+        weight_x = right_weight if i % 2 else 1 - right_weight
+        weight_y = bottom_weight if i // 2 else 1 - bottom_weight
+        inside = reached & (tap_x >= 0) & (tap_x < width) & (tap_y >= 0) & (tap_y < height)
+        pixel = torch.where(inside, tap_y * width + tap_x, 0).long().flatten(-2)[None, :, None]
+        sample = frames.flatten(-2).gather(-1, pixel.expand(votes, -1, channels, -1, -1)).view_as(frames)
+        warped += torch.where(inside[:, None], (weight_x * weight_y)[:, None] * sample, 0.0)
+    return warped
+
+
 @every_backend("cuda", "triton")
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(
@@ -86,6 +140,26 @@ def check(backend: str, device: str, *tensors: Tensor) -> None:
 )
 def test_equals_the_reference(backend, device, shape, noise_dtype, flow_scale, seed):
     check(backend, device, *make_inputs(*shape, noise_dtype=noise_dtype, flow_scale=flow_scale, seed=seed))
+
+
+@every_backend("cuda", "triton")
+@pytest.mark.parametrize("shape", [(2, 3, 3, 4, 7, 9), (1, 1, 4, 2, 2, 3), (3, 2, 1, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize("noise_dtype", EXACT_NOISE_DTYPES, ids=str)
+@pytest.mark.parametrize("make", [normal, hard])
+@pytest.mark.parametrize("motion", ["none", "of one color", "fast"])
+def test_rounds_each_operation(backend, device, shape, noise_dtype, make, motion):
+    _, _, target, flow, steps = make_inputs(*shape, flow_scale={"none": 0.0, "of one color": 0.3, "fast": 5.0}[motion])
+    latents, noise = make(*shape, seed=5), make(*shape, seed=7).to(noise_dtype)
+    target[:, :1], noise[:, :, :1] = 0, 0  # the gradient of a latent that is zero has the sign of this zero
+    if motion == "none":  # every residual is zero
+        latents, noise = (tensor[:, :, :, :1].expand(shape) for tensor in (latents, noise))
+    elif motion == "of one color":  # the sign of a residual is that of rounding errors
+        latents, noise = (tensor[..., :1, :1, :1].expand(shape) for tensor in (latents, noise))
+    else:
+        flow = torch.where(normal(*flow.shape, seed=9) > 1, hard(*flow.shape, seed=10), flow)
+    steps[..., :3] *= 1 + normal(*steps[..., :3].shape) / 8
+    result = run(backend, device, "guided_update", latents, noise, target, flow, steps, **weights(latents))
+    assert_same_bits(result, step_by_step(latents, noise, target, flow, steps, **weights(latents)))
 
 
 @every_backend("cuda", "triton")
