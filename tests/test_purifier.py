@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build_purifier, clips, shift_flow, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from videopure_fast import Purifier, PurifyConfig, reference
 from videopure_fast.ops.guided_update import guided_update_reference
-from videopure_fast.runtime.spans import listening
 from videopure_fast.schedule import SamplerStep, Schedule
 from videopure_fast.windows import cross_fade, window_starts, window_weights
 
@@ -374,37 +375,47 @@ def test_float32_means_float32_and_settings_come_back(purifier):
             switch.fp32_precision = precision
 
 
-@pytest.mark.parametrize("stage", ["encode", "denoise", "vote", "decode"])
-def test_each_stage_called_alone_keeps_float32(purifier, stage):
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
-    before, seen = [switch.fp32_precision for switch in switches], []
+PRODUCTS = {"convolution", "addmm", "mm", "bmm"}
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
 
-    class Watcher:
-        def started(self, span):
-            seen.append(([switch.fp32_precision for switch in switches], torch.is_autocast_enabled("cpu")))
 
-        def ended(self, span):
-            pass
+class Products(TorchDispatchMode):
+    """Watches convolutions, matrix products and our ops: the float32 switches, and whether autocast is on."""
 
-    video = clips(2, 3, 4, 16, 16)
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "videopure_fast" or func._opname in PRODUCTS:
+            self.seen.append(([switch.fp32_precision for switch in SWITCHES], torch.is_autocast_enabled("cpu")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "latent_flow", "vote", "decode", "call"])
+def test_each_product_of_a_stage_called_alone_keeps_float32(stage):
+    purifier = build_purifier(flow=lambda prev, next: F.conv2d(next - prev, torch.full((2, 3, 3, 3), 0.5), padding=1))
+    video, before = clips(2, 3, 4, 16, 16), [switch.fp32_precision for switch in SWITCHES]
     target, flow = purifier.encode(video), purifier.latent_flow(video)
     states, noise_preds = purifier.denoise(target)
     calls = {
         "encode": lambda: purifier.encode(video),
         "denoise": lambda: purifier.denoise(target),
+        "latent_flow": lambda: purifier.latent_flow(video),
         "vote": lambda: purifier.vote(states, noise_preds, target, flow),
         "decode": lambda: purifier.decode(states),
+        "call": lambda: purifier(video),
     }
     expected = calls[stage]()
     try:
-        for switch in switches:
+        for switch in SWITCHES:
             switch.fp32_precision = "tf32"
-        with torch.autocast("cpu", torch.bfloat16), listening(Watcher()):
+        with torch.autocast("cpu", torch.bfloat16), Products() as products:
             actual = calls[stage]()
-        assert seen and all(precisions == ["ieee"] * 3 and not autocast for precisions, autocast in seen)
-        assert [switch.fp32_precision for switch in switches] == ["tf32"] * 3
+        assert products.seen and all(seen == (["ieee"] * 3, False) for seen in products.seen)
+        assert [switch.fp32_precision for switch in SWITCHES] == ["tf32"] * 3
     finally:
-        for switch, precision in zip(switches, before, strict=True):
+        for switch, precision in zip(SWITCHES, before, strict=True):
             switch.fp32_precision = precision
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
