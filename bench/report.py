@@ -174,7 +174,7 @@ NAMES = {
     "ours-eager": "ours without its CUDA graph",
     "ours": "**ours**",
 }
-MISSING = "-"
+MISSING, UNMEASURED = "-", "not measured"
 Rows = dict[str, dict[str, Any]]
 
 
@@ -218,7 +218,7 @@ def cpu_table(result: dict[str, Any]) -> str:
 
 
 def gpu_tables(rows: Rows) -> str:
-    """Markdown of one results file of gpu.py: ways to purify, and the goals that can be told.
+    """Markdown of one results file of gpu.py: the ways to purify, and the goals; each says where it was not measured.
 
     Only rows of the sources measured last count: the file may hold rows of other sources too.
     """
@@ -232,12 +232,12 @@ def gpu_tables(rows: Rows) -> str:
     found = {(row["path"], row["clips"]): row for row in ways if all(row[key] == usual[key] for key in shape)}
     batches = sorted({clips for _, clips in found})
     lines = []
-    for name in [name for name in NAMES if any((name, clips) in found for clips in batches)]:
+    for name in NAMES:
         cells = [NAMES[name]]
         for clips in batches:
             row, first = found.get((name, clips)), found.get(("authors", clips))
             cells += [
-                MISSING if row is None else f"{row['median']:.3f} ± {row['iqr']:.3f}",
+                UNMEASURED if row is None else f"{row['median']:.3f} ± {row['iqr']:.3f}",
                 MISSING if row is None or first is None else f"{first['median'] / row['median']:.2f}",
             ]
         row = found.get((name, 1), {})
@@ -257,15 +257,15 @@ def gpu_tables(rows: Rows) -> str:
             *markdown(header, lines),
             "",
             *goal_lines(rows, found),
-            f"`make gpu`: driver {usual['driver']}, {usual['power_limit_w']} W, {clock} MHz, torch {usual['torch']}, "
-            f"CUDA {usual['cuda']}, cuDNN {usual['cudnn']}, triton {usual['triton']}, diffusers {usual['diffusers']}, "
-            f"Python {usual['python']}; sources {usual['commit']}.",
+            f"`make gpu` on {usual['time'][:10]}: driver {usual['driver']}, {usual['power_limit_w']} W, "
+            f"{clock} MHz, torch {usual['torch']}, CUDA {usual['cuda']}, cuDNN {usual['cudnn']}, triton "
+            f"{usual['triton']}, diffusers {usual['diffusers']}, Python {usual['python']}; sources {usual['commit']}.",
         ]
     )
 
 
 def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """A table of the goals that were measured: what was asked for, what was seen, and whether it is met."""
+    """A table of the goals that were measured: asked, seen, and whether it is met; then the names of the others."""
 
     def gain(other: str, clips: int, field: str = "median") -> Callable[[], float]:
         return lambda: found[other, clips][field] / found["ours", clips][field]
@@ -303,15 +303,17 @@ def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list
         ("temporal attention, of the copies' bandwidth", "", 0.6, True, of_copies("temporal_attention")),
         ("GroupNorm and SiLU, of the copies' bandwidth", "", 0.8, True, of_copies("group_norm_silu")),
     ]
-    lines = []
+    lines, unmeasured = [], []
     for what, unit, asked, at_least, seen in goals:
         try:
             value = seen()
         except (KeyError, ValueError, TypeError, ZeroDivisionError):
-            continue  # not measured
+            unmeasured.append(what)
+            continue
         met = value >= asked if at_least else value <= asked
         lines.append([what, f"{'≥' if at_least else '≤'} {asked}{unit}", f"{value:.3g}{unit}", "yes" if met else "no"])
-    return [*markdown(["goal", "asked", "seen", "met"], lines), ""] if lines else []
+    table = [*markdown(["goal", "asked", "seen", "met"], lines), ""] if lines else []
+    return table + ([f"Goals {UNMEASURED}: {'; '.join(unmeasured)}.", ""] if unmeasured else [])
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> list[str]:

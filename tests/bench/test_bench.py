@@ -144,11 +144,14 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path):
         assert name in done.stdout
 
 
+TIME = "2026-01-02T03:04:05+00:00"
+
+
 def purification(path, n, median, **others):
     return {
         **{"path": path, "clips": n, "frames": 32, "height": 224, "width": 224, "flow": "given", "model": "full"},
         **{"median": median, "iqr": 0.001, "steps": 5, "dtype": "float16", "mean_error": 1e-4, "peak_memory": 2**30},
-        **{"launches": 100, "clips_per_second": n / median, "gpu": "NVIDIA X", "commit": "new", "time": "2"},
+        **{"launches": 100, "clips_per_second": n / median, "gpu": "NVIDIA X", "commit": "new", "time": TIME},
         **dict.fromkeys(("driver", "power_limit_w", "torch", "cuda", "cudnn", "triton", "diffusers", "python"), "1"),
         **others,
     }
@@ -160,9 +163,9 @@ def test_the_table_of_a_gpu():
     rows = {
         "a": purification("authors", 1, 2.0, launches=10_000, peak_memory=2**31),
         "b": purification("ours", 1, 0.25),
-        "c": purification("authors-compiled", 1, 0.1, commit="old", time="1"),
-        "d": {"error": "no", "path": "algebra", "commit": "new", "time": "2"},
-        "op: guided_update, full, triton": {"median": 7e-5, "commit": "new", "time": "2"},
+        "c": purification("authors-compiled", 1, 0.1, commit="old", time="2026-01-01T23:59:00+00:00"),
+        "d": {"error": "no", "path": "algebra", "commit": "new", "time": TIME},
+        "op: guided_update, full, triton": {"median": 7e-5, "commit": "new", "time": TIME},
     }
     text = gpu_tables(rows)
     assert "On NVIDIA X: clips of 32 frames of 224x224, T=5, float16, random weights in full size" in text
@@ -171,9 +174,11 @@ def test_the_table_of_a_gpu():
     assert "| peak memory of 1 clip, of (1)'s | ≤ 1 | 0.5 | yes |" in text
     assert "| launches of 1 clip, of (1)'s | ≤ 0.02 | 0.01 | yes |" in text
     assert "| guided update of all votes | ≤ 50 µs | 70 µs | no |" in text
-    # Other sources' rows, failed rows, and goals that were not measured are left out.
-    assert "max-autotune" not in text and "algebra" not in text
-    assert "(3a)" not in text and "8 clips" not in text
+    # Other sources' rows and failed rows do not count.
+    assert "| (3a) the same compiled: max-autotune, channels last | not measured | - | - | - | - |" in text
+    assert "| the algebra alone, on diffusers' modules | not measured | - | - | - | - |" in text
+    assert "\nGoals not measured: 1 clip, times (3a); 1 clip, times (3b); 8 clips, times (1); " in text
+    assert "`make gpu` on 2026-01-02: driver 1, 1 W, " in text
 
 
 def test_the_table_of_a_cpu():
