@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SANITIZED := build/sanitized
+AOT_OLDEST := build/aot-3.6
 
-.PHONY: demo test test-slow lint bench aot gpu gpu-build gpu-test gpu-bench gpu-compile study report wheel sanitize clean
+.PHONY: demo test test-slow lint bench aot aot-3.6 gpu gpu-build gpu-test gpu-bench gpu-compile study report wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -41,6 +42,14 @@ gpu-test gpu-bench gpu-compile: gpu-%: gpu-build
 # Every kernel at every shape, for GPUs that need not be here: half an hour of processor time.
 aot: $(INSTALLED)
 	$(BIN)/python bench/aot.py
+
+# The same by the oldest triton that is supported, in an environment that takes everything else from .venv.
+aot-3.6: $(INSTALLED)
+	test -x $(AOT_OLDEST)/bin/python || $(BIN)/python -m venv $(AOT_OLDEST)
+	$(AOT_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(AOT_OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	$(AOT_OLDEST)/bin/python bench/aot.py --out bench/results/aot-3.6.json
 
 # The README's table of robust accuracies: takes many hours. When interrupted, make it again: it continues.
 study: $(INSTALLED)

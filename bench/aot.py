@@ -5,9 +5,13 @@ models give them (aot_cases.py). Triton compiles what each launch asks for, with
 options; nothing runs. The sources in csrc/ are compiled by nvcc, for sm_100 too. The machine code then says what it
 needs (aot_machine_code.py): registers, shared memory, spills, stack, tensor-core instructions, occupancy.
 
-A row fails that has spills, needs more shared memory than a block can have, multiplies half-precision tiles of 64 rows
-or more on sm_90 without HGMMA, or did not launch or compile. With any such row the exit status is 1; it is 2 where
-triton or its tools are missing and nothing could be checked.
+A row fails that has spills, needs more shared memory than a block can have, multiplies half-precision tiles outside the
+tensor cores (on sm_90, of 64 rows or more, without HGMMA), whose HGMMA ptxas has serialized, that keeps no promise of
+its source (tensor descriptors: TMA; several stages: cp.async), or that did not launch or compile. With any such row the
+exit status is 1; it is 2 where triton or its tools are missing and nothing could be checked.
+
+`make aot-3.6` does the same with triton 3.6.0 and the ptxas in it, the oldest version that is supported: what ptxas
+makes of a kernel differs between versions, and so does what it serializes.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from typing import Any, NamedTuple
 import aot_machine_code
 import torch
 from aot_cases import Case, cases
-from aot_machine_code import Needs, demangled, failures, half_precision_dot_rows, inspect, occupancy
+from aot_machine_code import Needs, Promises, demangled, failures, half_precision_dot_rows, inspect, occupancy
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -160,14 +164,15 @@ def triton_rows(job: Job, kernel: TritonKernel) -> list[Row]:
     function = getattr(import_module(kernel.module), kernel.function)
     binary = function.preload(kernel.specialization)
     function.device_caches.clear()  # hundreds of compiled kernels take a gigabyte
-    config = f"{job.case} {job.dtype}; {configuration(json.loads(kernel.specialization))}"
-    dots = half_precision_dot_rows(binary.asm["ttir"])
+    specialization = json.loads(kernel.specialization)
+    config = f"{job.case} {job.dtype}; {configuration(specialization)}"
+    kept = promises(specialization, half_precision_dot_rows(binary.asm["ttir"]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
         (needs,) = inspect(path, kernel.architecture).values()
     needs = needs._replace(shared=needs.shared + binary.metadata.shared)
-    return [row(name_of(kernel), kernel.architecture, config, job.dtype, needs, dots, job.shapes)]
+    return [row(name_of(kernel), kernel.architecture, config, job.dtype, needs, kept, job.shapes)]
 
 
 def cuda_rows(source: CudaSource) -> list[Row]:
@@ -184,7 +189,7 @@ def cuda_rows(source: CudaSource) -> list[Row]:
         dtype = re.search(r"<(.*)>", name)
         config = f"{name}, {needs.warps} warps"
         kernel = f"{source.path.name} {name}"
-        rows.append(row(kernel, source.architecture, config, dtype[1] if dtype else "", needs, [], []))
+        rows.append(row(kernel, source.architecture, config, dtype[1] if dtype else "", needs, Promises(), []))
     return rows
 
 
@@ -197,8 +202,29 @@ def configuration(specialization: dict[str, Any]) -> str:
     return f"{tile}; {options['num_warps']} warps, {options['num_stages']} stages"
 
 
+def promises(specialization: dict[str, Any], dots: list[int]) -> Promises:
+    """What the types and options of a launch promise. Rows are aligned where their strides are multiples of 16.
+
+    Triton writes down which numbers are; a number 1 is a constant, and the stride of a broadcast row.
+    """
+    types = specialization["signature"]
+    names = list(types)
+    divisible = {
+        names[path[0]]
+        for path, attributes in zip(specialization["attrs_keys"], specialization["attrs_vals"], strict=True)
+        if ["tt.divisibility", 16] in attributes
+    }
+    strides = {name for name in names if "_stride_" in name and types[name] != "constexpr"}
+    staged = specialization["options"]["num_stages"] > 1
+    return Promises(
+        dots=dots,
+        tma=any(str(kind).startswith("tensordesc") for kind in types.values()),
+        cp_async=bool(dots) and staged and strides <= divisible,
+    )
+
+
 def row(
-    kernel: str, architecture: int, config: str, dtype: str, needs: Needs, dots: list[int], shapes: list[str]
+    kernel: str, architecture: int, config: str, dtype: str, needs: Needs, kept: Promises, shapes: list[str]
 ) -> Row:
     return {
         "kernel": kernel,
@@ -210,9 +236,12 @@ def row(
         "spills": needs.spills,
         "stack": needs.stack,
         "matrix": needs.matrix,
+        "wgmma": needs.wgmma._asdict(),
+        "tma": needs.tma._asdict(),
+        "cp_async": needs.cp_async,
         "occupancy": occupancy(needs, architecture),
         "shapes": shapes,
-        "failures": failures(needs, architecture, dots),
+        "failures": failures(needs, architecture, kept),
     }
 
 

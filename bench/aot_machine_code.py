@@ -5,6 +5,11 @@ shared      bytes of shared memory a block, without the KiB that the system take
 spills      instructions that load from or store to local memory (LDL, STL)
 stack       bytes of local memory a thread
 matrix      the instructions of the tensor cores, and how many of each the code has
+wgmma       on sm_90, the wide matrix instructions (HGMMA), those that begin a group of them (ARRIVE) and those that
+            wait for one (DEPBAR). Where the three are equal in number, ptxas has serialized them: it waits after each
+            one, and its note of that does not come through Triton
+tma         tiles loaded and stored by the tensor memory accelerator of sm_90 (UTMALDG, UTMASTG)
+cp_async    loads that go to shared memory past the registers, while others are computed with (LDGSTS)
 occupancy   the share of a multiprocessor's 64 warps that can be resident: the blocks for which registers (65,536, given
             to each warp in units of 256), shared memory (164 KiB on sm_80, else 228, less 1 KiB a block) and the limit
             of 32 blocks suffice, times the warps of one
@@ -16,6 +21,7 @@ import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +32,40 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_RESERVED = 1024
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
 HGMMA_ROWS = 64
+COUNTED = re.compile(
+    r"\b(WARPGROUP\.(?:ARRIVE|DEPBAR)|UTMALDG|UTMASTG|LDGSTS|LDL|STL|HGMMA|HMMA|IMMA|DMMA|UTC\w*MMA)\b"
+)
+
+
+class Wgmma(NamedTuple):
+    """How many of each of these instructions of sm_90 the code has."""
+
+    arrive: int = 0
+    depbar: int = 0
+    hgmma: int = 0
+
+    def serialized(self, products: int) -> bool:
+        """Whether the code waits after each HGMMA. A product of one HGMMA has to be waited for: it tells nothing."""
+        return self.arrive == self.depbar == self.hgmma > products
+
+
+class Tma(NamedTuple):
+    """How many loads and stores of tiles the code has."""
+
+    load: int = 0
+    store: int = 0
+
+
+class Promises(NamedTuple):
+    """What a kernel's source makes one expect of its machine code.
+
+    dots: the rows of each of its matrix products in half precision. tma: it is given tensor descriptors. cp_async: it
+    has such products, in a loop of several stages over aligned rows.
+    """
+
+    dots: Sequence[int] = ()
+    tma: bool = False
+    cp_async: bool = False
 
 
 class Needs(NamedTuple):
@@ -40,6 +80,9 @@ class Needs(NamedTuple):
     spills: int
     matrix: str
     warps: int | None
+    wgmma: Wgmma = Wgmma()
+    tma: Tma = Tma()
+    cp_async: int = 0
 
 
 def inspect(cubin: Path, architecture: int) -> dict[str, Needs]:
@@ -57,16 +100,18 @@ def parse(usage: str, assembly: str, architecture: int) -> dict[str, Needs]:
             section(assembly, f".nv.info.{name}"),
         )
         threads = math.prod(int(size, 16) for size in block.groups()) if block else None
-        opcodes = re.findall(r"\b(HGMMA|HMMA|IMMA|DMMA|UTC\w*MMA|LDL|STL)\b", code)
-        matrix = {opcode: opcodes.count(opcode) for opcode in dict.fromkeys(opcodes) if opcode.endswith("MMA")}
+        counts = Counter(COUNTED.findall(code))
         needs[name] = Needs(
             registers=int(registers),
             # From sm_90 on the tool counts the system's part, where a kernel has shared memory of its own.
             shared=max(0, int(shared) - SHARED_RESERVED) if architecture >= 90 else int(shared),
             stack=int(stack),
-            spills=opcodes.count("LDL") + opcodes.count("STL"),
-            matrix=" ".join(f"{opcode} x{count}" for opcode, count in matrix.items()),
+            spills=counts["LDL"] + counts["STL"],
+            matrix=" ".join(f"{opcode} x{count}" for opcode, count in counts.items() if opcode.endswith("MMA")),
             warps=threads and threads // 32,
+            wgmma=Wgmma(counts["WARPGROUP.ARRIVE"], counts["WARPGROUP.DEPBAR"], counts["HGMMA"]),
+            tma=Tma(counts["UTMALDG"], counts["UTMASTG"]),
+            cp_async=counts["LDGSTS"],
         )
     return needs
 
@@ -77,16 +122,25 @@ def section(assembly: str, name: str) -> str:
     return match[0] if match else ""
 
 
-def failures(needs: Needs, architecture: int, dots: Sequence[int]) -> list[str]:
-    """Why a kernel does not pass, in sentences. dots: the rows of its matrix products in half precision."""
+def failures(needs: Needs, architecture: int, promises: Promises) -> list[str]:
+    """Why a kernel does not pass, in sentences."""
     found = []
     if needs.spills or needs.stack:
         found.append(f"spills: {needs.spills} loads and stores of local memory, a stack of {needs.stack} bytes")
     if needs.shared > SHARED_LIMIT[architecture]:
         limit = SHARED_LIMIT[architecture] // 1024
         found.append(f"needs {needs.shared / 1024:.0f} KiB of shared memory, a block has {limit} on sm_{architecture}")
-    if architecture >= 90 and max(dots, default=0) >= HGMMA_ROWS and "HGMMA" not in needs.matrix:
-        found.append(f"multiplies half-precision tiles of {max(dots)} rows without HGMMA ({needs.matrix or 'none'})")
+    if promises.dots:
+        rows = max(promises.dots)
+        wanted = "HGMMA" if architecture >= 90 and rows >= HGMMA_ROWS else "MMA"
+        if wanted not in needs.matrix:
+            found.append(f"multiplies half-precision tiles of {rows} rows without {wanted} ({needs.matrix or 'none'})")
+    if needs.wgmma.serialized(len(promises.dots)):
+        found.append(f"serialized: waits after each of its {needs.wgmma.hgmma} HGMMA")
+    if promises.tma and architecture >= 90 and not needs.tma.load:
+        found.append("is given tensor descriptors, but loads no tile by TMA (UTMALDG)")
+    if promises.cp_async and not (needs.cp_async or needs.tma.load):
+        found.append("has several stages in flight, but no load that goes past the registers (LDGSTS)")
     return found
 
 

@@ -25,7 +25,10 @@ import aot_cases  # noqa: E402
 import aot_machine_code  # noqa: E402
 
 needs_tools = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-FIELDS = {"kernel", "arch", "config", "dtype", "registers", "shared", "spills", "stack", "matrix", "occupancy"}
+FIELDS = {
+    *("kernel", "arch", "config", "dtype", "registers", "shared", "spills", "stack", "matrix", "occupancy"),
+    *("wgmma", "tma", "cp_async"),
+}
 
 
 def kernels_in_files() -> set[str]:
@@ -38,7 +41,12 @@ def kernels_in_files() -> set[str]:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT / "bench"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        str(ROOT / "bench"),
+        str(ROOT),
+        str(ROOT / "tests" / "bench"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
 
@@ -57,7 +65,9 @@ def test_sample_passes(tmp_path):
     assert {row["kernel"].split(".")[0] for row in triton_rows} == files
     by_arch = {row["arch"]: row for row in rows if row["kernel"] == "geglu._linear_geglu_kernel"}
     assert "HGMMA" in by_arch[90]["matrix"]
+    assert by_arch[90]["wgmma"]["hgmma"] > by_arch[90]["wgmma"]["arrive"] > 0
     assert "HMMA" in by_arch[80]["matrix"]
+    assert by_arch[80]["cp_async"] > 0
 
 
 # Each entry replaces the tile of linear_geglu by one that must fail for the reason that is its key.
@@ -94,6 +104,45 @@ def test_broken_configurations_fail_with_their_reasons():
         assert reason in failures[0]
         assert f"{failures[0]}\n" in done.stdout
     assert len(result) == 5
+
+
+# Each kernel of faulty_kernels.py, sound and at fault: its name, constants, architecture, and the reason it fails for.
+FAULTS = [
+    ("chained_kernel", {"ASSUME": True}, 90, None),
+    ("chained_kernel", {"ASSUME": False}, 90, "serialized: waits after each of its "),
+    ("described_kernel", {"LOAD": True}, 90, None),
+    ("described_kernel", {"LOAD": False}, 90, "loads no tile by TMA"),
+    ("described_kernel", {"LOAD": True}, 80, "no load that goes past the registers"),
+]
+FAULTY = """
+import json, sys, aot, faulty_kernels
+result = []
+for name, constants, architecture in json.loads(sys.argv[1]):
+    aot.triton.runtime.driver.set_active(aot.Target(architecture))
+    with aot.launches() as kernels:
+        faulty_kernels.launch(name, **constants)
+    (row,) = aot.triton_rows(aot.Job(kernels[0], name, "float16", []), kernels[0])
+    result.append(row)
+print("RESULT" + json.dumps(result))
+"""
+
+
+@needs_tools
+def test_slow_machine_code_fails(tmp_path, monkeypatch):
+    """What serializes HGMMA, ignores its descriptors, or waits for its loads is found, and what does not is not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = python("-c", FAULTY, json.dumps([fault[:3] for fault in FAULTS]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout.rpartition("RESULT")[2])
+    for (name, constants, architecture, reason), row in zip(FAULTS, rows, strict=True):
+        seen = name, constants, architecture, row
+        if reason is None:
+            assert row["failures"] == [], seen
+        else:
+            assert any(reason in failure for failure in row["failures"]), seen
+    sound, serialized, described, *_ = (row["wgmma"] for row in rows)
+    assert serialized["arrive"] == serialized["depbar"] == serialized["hgmma"] == sound["hgmma"] > sound["arrive"]
+    assert rows[2]["tma"]["load"] >= 2 and rows[0]["cp_async"] > 0
 
 
 @pytest.mark.skipif(aot.triton is None, reason="triton is not installed")
@@ -135,7 +184,12 @@ ASSEMBLY = """
         /*0020*/              @!P0 STL [R1], R4 ;
         /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;
         /*0040*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0050*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0060*/                   WARPGROUP.ARRIVE ;
+        /*0070*/                   UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+        /*0080*/                   UTMASTG.2D [UR8], [UR4] ;
+        /*0090*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
 \t.section\t.text._second,"ax",@progbits
 .text._second:
         /*0000*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
@@ -146,12 +200,46 @@ def test_reading_the_tools():
     needs = aot_machine_code.parse(USAGE, ASSEMBLY, 90)
     # 1 KiB of the shared memory is the system's.
     assert needs["_first"] == aot_machine_code.Needs(
-        registers=42, shared=2048, stack=40, spills=3, matrix="HGMMA x2", warps=8
+        **{"registers": 42, "shared": 2048, "stack": 40, "spills": 3, "matrix": "HGMMA x2", "warps": 8},
+        **{"wgmma": aot_machine_code.Wgmma(arrive=1, depbar=1, hgmma=2), "cp_async": 1},
+        tma=aot_machine_code.Tma(load=1, store=1),
     )
     assert needs["_second"] == aot_machine_code.Needs(
         registers=10, shared=0, stack=0, spills=0, matrix="HMMA x1", warps=None
     )
     assert aot_machine_code.parse(USAGE, ASSEMBLY, 80)["_first"].shared == 3072
+
+
+@pytest.mark.parametrize(
+    ("options", "strides", "dots", "expected"),
+    [
+        ({"num_stages": 3}, ["i32", "divisible"], [128], True),
+        ({"num_stages": 3}, ["i32", "constexpr"], [128], True),  # a row that is broadcast
+        ({"num_stages": 3}, ["i32", ""], [128], False),  # unaligned rows
+        ({"num_stages": 1}, ["i32", "divisible"], [128], False),
+        ({"num_stages": 3}, ["i32", "divisible"], [], False),  # no product in half precision
+    ],
+)
+def test_what_a_launch_promises(options, strides, dots, expected):
+    kind, stride = strides
+    signature = {"x_ptr": "*fp16", "rows": "i32", "x_stride_row": stride if stride == "constexpr" else kind}
+    divisible = [["tt.divisibility", 16]] if stride == "divisible" else []
+    specialization = {"signature": signature, "options": options, "attrs_keys": [[2]], "attrs_vals": [divisible]}
+    assert aot.promises(specialization, dots) == aot_machine_code.Promises(dots, tma=False, cp_async=expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "products", "expected"),
+    [((4, 4, 4), 2, True), ((1, 2, 4), 1, False), ((2, 2, 2), 2, False), ((0, 0, 0), 0, False)],
+)
+def test_serialized(counts, products, expected):
+    assert aot_machine_code.Wgmma(*counts).serialized(products) == expected
+
+
+def test_products_outside_the_tensor_cores_fail():
+    needs, promises = aot_machine_code.Needs(32, 0, 0, 0, "", 4), aot_machine_code.Promises(dots=[32])
+    assert "without MMA (none)" in aot_machine_code.failures(needs, 80, promises)[0]
+    assert aot_machine_code.failures(needs._replace(matrix="HMMA x4"), 80, promises) == []
 
 
 def test_reading_tritons_products():
