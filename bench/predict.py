@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,18 +37,47 @@ UPSAMPLING = 410e12  # FLOP a second of an H200 for 512@56, 512@112 and 256@224 
 LEAST = 2e-6  # seconds of a launch within a graph
 EVALUATIONS, DECODES = 6, 7  # each of inversion, which predicts one frame, and of denoising; chunks of 32 frames
 GUIDANCE, HOST = 0.25e-3, 8e-3  # seconds: measured; of the host before the first kernel and between stages, aimed at
-KINDS = {
-    "_scaled_dot_product_flash_attention": "attention over pixels and text (cuDNN)",
-    "folded_linear": "products with a norm",
-    "folded_linear_geglu": "products with a norm and GEGLU",
-    "folded_temporal_attention": "attention over frames",
-    "linear_moments": "products with a residual",
-    "linear_residual": "products with a residual",
-    "temporal_conv": "convolutions over frames",
-    "group_norm_silu": "GroupNorm",
-    "add_group_norm_silu": "GroupNorm",
-    "residual_add": "residual additions",
-}
+
+
+class Kind(NamedTuple):
+    """A line of the table. kernels: parts of the names that its kernels have in the profile. operations: those today."""
+
+    name: str
+    kernels: tuple[str, ...]
+    operations: tuple[str, ...]
+
+
+# The first that fits a kernel or an operation counts.
+KINDS = (
+    Kind(
+        "attention over pixels and text",
+        ("sdpa", "fmha"),
+        ("_scaled_dot_product_flash_attention",),
+    ),
+    Kind("convolutions and upsampling", ("fprop", "upsample_nearest"), ("convolution", "upsample_nearest2d")),
+    Kind("biases of convolutions", ("gpu_kernel_impl_nocast<at::native::CUDAFunctor_add",), ()),
+    Kind(
+        "GroupNorm, residual additions",
+        ("_statistics_kernel", "_apply_kernel", "_one_pass_kernel", "CUDAFunctor_add<c10::Half>, std::array<char*, 3"),
+        ("group_norm_silu", "add_group_norm_silu", "residual_add"),
+    ),
+    Kind("LayerNorm", ("layer_norm",), ()),
+    Kind("feed-forward, first product and GEGLU", ("_linear_geglu_kernel", "_geglu_kernel"), ("folded_linear_geglu",)),
+    Kind("attention over frames", ("temporal_attention",), ("folded_temporal_attention",)),
+    Kind("convolutions over frames", ("_temporal_conv_kernel",), ("temporal_conv",)),
+    Kind(
+        "other products",
+        ("_linear_residual_kernel", "nvjet", "gemm"),
+        ("linear_residual", "linear_moments", "folded_linear", "addmm", "mm", "bmm"),
+    ),
+    Kind("copies and the rest", ("",), ()),
+)
+
+
+def profiled(stage: str) -> list[tuple[str, int, float]]:
+    """The kernels of a stage in the profile: name, launches, microseconds together."""
+    kernels: list[tuple[str, int, float]] = json.loads(PROFILE.read_text())["stages"][stage]["kernels"]
+    return kernels
 
 
 class Rates(NamedTuple):
@@ -61,12 +89,11 @@ class Rates(NamedTuple):
     @classmethod
     def measured(cls, stage: str, operations: list[Operation]) -> Rates:
         """The profile was made with nearest neighbors and convolutions of 9 products where there are 4 now."""
-        kernels = json.loads(PROFILE.read_text())["stages"][stage]["kernels"]
         flops, seconds = {"sdpa": 0.0, "fprop": 0.0}, {"sdpa": 0.0, "fprop": 0.0}
         for operation in operations:
             if kind := _kind_of_cudnn(operation):
                 flops[kind] += operation.flops * (9 / 4 if _upsamples(operation) else 1)
-        for name, _, microseconds in kernels:
+        for name, _, microseconds in profiled(stage):
             kind = "sdpa" if "sdpa" in name or "fmha" in name else "fprop" if "fprop" in name else None
             if kind:
                 seconds[kind] += microseconds / 1e6
@@ -102,36 +129,31 @@ def seconds_of(operation: Operation, rates: Rates) -> float:
 
 
 def predict() -> dict[str, Any]:
-    """Seconds and launches of each stage of a purification, by kind of operation."""
+    """Seconds of each stage of a purification by kind: in the profile, and as they are predicted, with launches."""
     models = FullSize()
     first = operations_of(lambda: models.evaluate(first_frame=True))
     stages = {
-        "encode": (operations_of(models.encode), 1, "encode"),
-        "chain": (EVALUATIONS * (first + operations_of(models.evaluate)), 1, "chain_graph"),
-        "decode": (operations_of(models.decode), DECODES, "decode"),
+        "encode": (operations_of(models.encode), "encode"),
+        "chain": (EVALUATIONS * (first + operations_of(models.evaluate)), "chain_graph"),
+        "decode": (DECODES * operations_of(models.decode), "decode"),
     }
     result: dict[str, Any] = {"gpu": "NVIDIA H200", "stages": {}}
-    for stage, (operations, times, name) in stages.items():
-        rates = Rates.measured(name, times * operations)
-        kinds: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "launches": 0, "flops": 0})
+    for stage, (operations, name) in stages.items():
+        rates, kernels = Rates.measured(name, operations), profiled(name)
+        kinds = {kind.name: {"profile": 0.0, "predicted": 0.0, "launches": 0, "flops": 0} for kind in KINDS}
+        for kernel, _, microseconds in kernels:
+            kind = next(kind for kind in KINDS if any(part in kernel for part in kind.kernels))
+            kinds[kind.name]["profile"] += microseconds / 1e6
         for operation in operations:
-            kind = kinds[kind_of(operation)]
-            kind["seconds"] += times * seconds_of(operation, rates)
-            kind["launches"] += times * len(operation.launches)
-            kind["flops"] += times * operation.flops
-        result["stages"][stage] = {"seconds": sum(kind["seconds"] for kind in kinds.values()), "kinds": dict(kinds)}
+            row = kinds[next((kind for kind in KINDS if operation.name in kind.operations), KINDS[-1]).name]
+            row["predicted"] += seconds_of(operation, rates)
+            row["launches"] += len(operation.launches)
+            row["flops"] += operation.flops
+        totals = {key: sum(row[key] for row in kinds.values()) for key in ("profile", "predicted", "launches")}
+        result["stages"][stage] = {**totals, "kinds": kinds}
     result["guidance"], result["host"] = GUIDANCE, HOST
-    result["seconds"] = GUIDANCE + HOST + sum(stage["seconds"] for stage in result["stages"].values())
+    result["seconds"] = GUIDANCE + HOST + sum(stage["predicted"] for stage in result["stages"].values())
     return result
-
-
-def kind_of(operation: Operation) -> str:
-    """The line of the table that an operation counts for."""
-    if operation.name == "convolution":
-        return "upsampling" if _upsamples(operation) else "convolutions (cuDNN)"
-    if operation.name in KINDS:
-        return KINDS[operation.name]
-    return "products (cuBLAS)" if operation.flops else "the rest, by torch"
 
 
 def main() -> None:
@@ -139,12 +161,12 @@ def main() -> None:
     with atomic_write(RESULTS) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
     for name, stage in result["stages"].items():
-        print(f"{name:10} {1e3 * stage['seconds']:7.1f} ms")
-        for kind, row in sorted(stage["kinds"].items(), key=lambda item: -item[1]["seconds"]):
-            took, launches, flops = 1e3 * row["seconds"], row["launches"], row["flops"] / 1e12
-            print(f"  {kind:40} {took:7.1f} ms {launches:6} launches {flops:6.1f} TFLOP")
+        print(f"{name:40} {1e3 * stage['profile']:7.1f} -> {1e3 * stage['predicted']:6.1f} ms")
+        for kind, row in stage["kinds"].items():
+            before, after = 1e3 * row["profile"], 1e3 * row["predicted"]
+            print(f"  {kind:38} {before:7.1f} -> {after:6.1f} ms {row['launches']:6} launches")
     beside = 1e3 * (GUIDANCE + HOST)
-    print(f"{'together':10} {1e3 * result['seconds']:7.1f} ms, of which guidance and host {beside:.1f}")
+    print(f"{'together':40}            {1e3 * result['seconds']:6.1f} ms, of which guidance and host {beside:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and bench/STUDY.md from bench/results/: `python bench/report.py`.
+"""Write the tables of README.md, bench/STUDY.md and bench/NOTES.md from bench/results/: `python bench/report.py`.
 
 `--check` only compares, and fails where a table differs. Accuracy comes from robustness-tiny.json (`make study`), speed
 from cpu.json (`make bench`) and from the file of each GPU (`make gpu`).
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README, STUDY, RESULTS = ROOT / "README.md", ROOT / "bench" / "STUDY.md", ROOT / "bench" / "results"
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+STUDY, NOTES = ROOT / "bench" / "STUDY.md", ROOT / "bench" / "NOTES.md"
 SUMMARY = ("none", "mean of 5 frames", "ddim", "videopure")  # the defenses in the README's table
 PARTS = ("gray-box", "adaptive")  # the parts of the study in the README's table
 
@@ -316,6 +317,26 @@ def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list
     return table + ([f"Goals {UNMEASURED}: {'; '.join(unmeasured)}.", ""] if unmeasured else [])
 
 
+def prediction(result: dict[str, Any]) -> str:
+    """Markdown of what bench/predict.py expects of an H200, by stage and kind of operation, beside the profile."""
+    lines = []
+    for stage, found in result["stages"].items():
+        for kind, row in found["kinds"].items():
+            if row["profile"] >= 0.5e-3 or row["predicted"] >= 0.5e-3:
+                lines.append([f"{stage}: {kind}", *_milliseconds(row), f"{row['launches']:,}", "not measured"])
+        lines.append([f"**{stage}**", *_milliseconds(found), f"{found['launches']:,}", "not measured"])
+    beside = [["guidance", result["guidance"]], ["host, before the first kernel and between stages", result["host"]]]
+    lines += [[name, "", f"{1e3 * seconds:.1f}", "", "", "not measured"] for name, seconds in beside]
+    lines.append(["**one clip**", "", f"**{1e3 * result['seconds']:.0f}**", "", "", "not measured"])
+    header = ["stage: kind of operation", "profile, ms", "predicted, ms", "saving, ms", "launches", "outcome"]
+    return "\n".join(markdown(header, lines))
+
+
+def _milliseconds(row: dict[str, float]) -> list[str]:
+    before, after = 1e3 * row["profile"], 1e3 * row["predicted"]
+    return [f"{before:.1f}", f"{after:.1f}", f"{before - after:.1f}"]
+
+
 def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
     """A table whose first column is text and whose others are numbers."""
     rule = ["---", *["--:"] * (len(header) - 1)]
@@ -330,9 +351,11 @@ def size_of(shape: list[int]) -> str:
 def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     """The generated parts of each file, by name."""
     study = json.loads((results / "robustness-tiny.json").read_text())
+    predicted = json.loads((results / "nvidia-h200-prediction.json").read_text())
     return {
         README: {"accuracy": robustness_summary(study), "speed": speed(results)},
         STUDY: {"study": robustness(study)},
+        NOTES: {"prediction": prediction(predicted)},
     }
 
 

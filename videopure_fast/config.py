@@ -31,7 +31,7 @@ class PurifyConfig:
         cfg_inversion, cfg_denoise: classifier-free guidance scales; used only where the negative prompt differs.
         window_overlap: frames that neighboring windows of a long clip share; fewer than the windows' length.
         decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result. 0 leaves the
-            choice to the purifier: on a CUDA GPU as many as fit into its free memory, elsewhere into caches.
+            choice to the purifier: on a CUDA GPU as much as 32 frames of 224x224, elsewhere what fits into caches.
         num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the
             first timestep visited. A scheduler configuration given to the Purifier is read into them.
     """

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.backend import in_use
 from ..ops.folded_linear import FoldedNorm, fold_norm
 
 Made = TypeVar("Made")
@@ -26,14 +27,15 @@ class Weights:
     Convolutions over images are channels last, those over frames (3, N, C); an upsampler's are those of its transposed
     convolution, (C, N, 4, 4).
 
-    for_gpu: evaluate as a GPU is fastest, by default where the model is not on a CPU. Biases of convolutions are left
-    to the operation that reads their result, LayerNorms are folded into the products after them, skip connections are
+    for_gpu: evaluate as a GPU is fastest, by default where the model is not on a CPU, or Triton's interpreter stands
+    for a GPU. Biases of convolutions are left to the operation that reads their result, LayerNorms are folded into the products after them, skip connections are
     not concatenated, and a feed-forward's last layer is one product with the projection after it. On a CPU these gain
     nothing: its convolutions add their biases for nothing, and its norms lie within the products' caches.
     """
 
     def __init__(self, model: nn.Module, *, for_gpu: bool | None = None) -> None:
-        self.for_gpu = next(model.parameters()).device.type != "cpu" if for_gpu is None else for_gpu
+        on_gpu = next(model.parameters()).device.type != "cpu" or "triton" in in_use()
+        self.for_gpu = on_gpu if for_gpu is None else for_gpu
         laid_out = ((module, _laid_out_weight(module)) for module in model.modules())
         self._weights = {module: weight for module, weight in laid_out if weight is not None}
         self._made: dict[Hashable, object] = {}
@@ -124,7 +126,10 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def lay_out_in_place(model: nn.Module) -> None:
-    """Make a model's weights over images channels last, so that `Weights` need not copy them: half a UNet's memory."""
+    """Make a model's weights over images channels last, so that `Weights` need not copy them.
+
+    They are 1.1 of the 2.8 GB of text-to-video-ms-1.7b's UNet in half precision.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
