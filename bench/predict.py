@@ -33,7 +33,8 @@ RESULTS = ROOT / "bench" / "results" / "nvidia-h200-prediction.json"
 COPY = 4.3e12  # bytes a second that an H200 copies, read and written
 PRODUCT = 550e12  # FLOP a second of our products, at most
 SHARE_OF_COPY, SHARE_AT_SMALL_K, SMALL_K = 0.8, 2 / 3, 320
-UPSAMPLING = 410e12  # FLOP a second of an H200 for 512@56, 512@112 and 256@224 of 167 frames: 2.2, 9.0, 12.4 ms
+# FLOP a second of an H200 for the three upsamplers of a decoder and 167 frames: 2.2, 9.0 and 12.4 ms.
+UPSAMPLING = 410e12
 LEAST = 2e-6  # seconds of a launch within a graph
 EVALUATIONS, DECODES = 6, 7  # each of inversion, which predicts one frame, and of denoising; chunks of 32 frames
 GUIDANCE, HOST = 0.25e-3, 8e-3  # seconds: measured; of the host before the first kernel and between stages, aimed at

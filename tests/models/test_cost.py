@@ -77,8 +77,8 @@ def test_what_the_attention_over_frames_launches(evaluation):
 def test_nothing_is_wasted(stage, request):
     """No bias of a convolution in a kernel of its own, but for the last one of few channels, which nothing follows.
 
-    No concatenation, copy, sum or LayerNorm of an activation, which a megabyte tells from latents, by torch; and nearest
-    neighbors only where a side does not double, from 4 to 7.
+    No concatenation, copy, sum or LayerNorm of an activation, which a megabyte tells from latents, by torch; and
+    nearest neighbors only where a side does not double, from 4 to 7.
     """
     operations: list[Operation] = request.getfixturevalue(stage)
     biased = [operation.shapes[1] for operation in operations if operation.bias]

@@ -28,9 +28,10 @@ class Weights:
     convolution, (C, N, 4, 4).
 
     for_gpu: evaluate as a GPU is fastest, by default where the model is not on a CPU, or Triton's interpreter stands
-    for a GPU. Biases of convolutions are left to the operation that reads their result, LayerNorms are folded into the products after them, skip connections are
-    not concatenated, and a feed-forward's last layer is one product with the projection after it. On a CPU these gain
-    nothing: its convolutions add their biases for nothing, and its norms lie within the products' caches.
+    for a GPU. Biases of convolutions are left to the operation that reads their result, LayerNorms are folded into the
+    products after them, skip connections are not concatenated, and a feed-forward's last layer is one product with the
+    projection after it. On a CPU these gain nothing: its convolutions add their biases for nothing, and its norms lie
+    within the products' caches.
     """
 
     def __init__(self, model: nn.Module, *, for_gpu: bool | None = None) -> None:
