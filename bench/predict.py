@@ -41,7 +41,7 @@ GUIDANCE, HOST = 0.25e-3, 8e-3  # seconds: measured; of the host before the firs
 
 
 class Kind(NamedTuple):
-    """A line of the table. kernels: parts of the names that its kernels have in the profile. operations: those today."""
+    """A line of the table. kernels: parts of the names of its kernels in the profile. operations: those of today."""
 
     name: str
     kernels: tuple[str, ...]
