@@ -58,7 +58,11 @@ class CMakeBuild(build_ext):
 setup(
     # Named one by one: kernels/ has no __init__.py, and automatic discovery would skip it or take bench/ and tests/.
     packages=["videopure_fast", *("videopure_fast." + room for room in ROOMS)],
-    package_data={"videopure_fast": ["py.typed"], "videopure_fast.tiny": ["weights/**"]},
+    package_data={
+        "videopure_fast": ["py.typed"],
+        "videopure_fast.kernels": ["tuned.json"],
+        "videopure_fast.tiny": ["weights/**"],
+    },
     ext_modules=[Extension("videopure_fast._C", sources=[])],  # CMake finds the sources; MANIFEST.in ships them
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -27,8 +27,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +34,7 @@ from typing import Any, NamedTuple
 import aot_machine_code
 import torch
 from aot_cases import Case, cases
+from aot_launches import TritonKernel, compile_kernel, launches, triton
 from aot_machine_code import Needs, Promises, demangled, failures, half_precision_dot_rows, inspect, occupancy
 from rich.console import Console
 from rich.table import Table
@@ -44,43 +43,12 @@ from tqdm import tqdm
 from videopure_fast.files import atomic_write
 from videopure_fast.ops import backend
 
-try:
-    import triton
-    from triton.backends.compiler import GPUTarget
-except ImportError:
-    triton = None
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "aot.json"
 
 TRITON_ARCHITECTURES = (80, 90)
 CUDA_ARCHITECTURES = (80, 90, 100)
 Row = dict[str, Any]
-
-
-class Target:
-    """Stands for Triton's driver where there is no GPU. The architecture is also the number of its only device."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> Any:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class TritonKernel(NamedTuple):
-    """What one launch asked Triton to compile. specialization: Triton's own JSON of types, constants and options."""
-
-    architecture: int
-    module: str
-    function: str
-    specialization: str
 
 
 class CudaSource(NamedTuple):
@@ -97,31 +65,13 @@ class Job(NamedTuple):
     shapes: list[str]
 
 
-@contextmanager
-def launches() -> Iterator[list[TritonKernel]]:
-    """Within this block a launch neither compiles nor runs; what it would have compiled is appended to the list."""
-    found: list[TritonKernel] = []
-
-    def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        architecture = triton.runtime.driver.active.get_current_device()
-        found.append(TritonKernel(architecture, fn.module, fn.name, compile["specialization_data"]))
-        return True  # tells Triton not to compile
-
-    triton.knobs.runtime.jit_cache_hook = record
-    try:
-        yield found
-    finally:
-        triton.knobs.runtime.jit_cache_hook = None
-
-
 def triton_jobs(wanted: list[Case], architectures: list[int]) -> tuple[list[Job], list[Row]]:
     """A job for each different kernel; and a row for each case that does not launch."""
     jobs: dict[TritonKernel, Job] = {}
     broken: list[Row] = []
     for architecture in architectures:
-        triton.runtime.driver.set_active(Target(architecture))
         for case in wanted:
-            with launches() as kernels:
+            with launches(architecture) as kernels:
                 try:
                     backend.implementation(case.op, "triton")(*case.arguments)
                 except Exception as error:
@@ -160,10 +110,7 @@ def name_of(code: TritonKernel | CudaSource) -> str:
 
 
 def triton_rows(job: Job, kernel: TritonKernel) -> list[Row]:
-    triton.runtime.driver.set_active(Target(kernel.architecture))
-    function = getattr(import_module(kernel.module), kernel.function)
-    binary = function.preload(kernel.specialization)
-    function.device_caches.clear()  # hundreds of compiled kernels take a gigabyte
+    binary = compile_kernel(kernel)
     specialization = json.loads(kernel.specialization)
     config = f"{job.case} {job.dtype}; {configuration(specialization)}"
     kept = promises(specialization, half_precision_dot_rows(binary.asm["ttir"]))
