@@ -2,9 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SANITIZED := build/sanitized
-AOT_OLDEST := build/aot-3.6
+OLDEST := build/aot-3.6
 
-.PHONY: demo test test-slow lint bench aot aot-3.6 gpu gpu-build gpu-test gpu-bench gpu-compile study report wheel sanitize clean
+.PHONY: demo test test-slow lint bench aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -27,16 +27,14 @@ bench: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/pytest bench -q --benchmark-json=build/cpu.json; status=$$?; mv build/cpu.json bench/results/cpu.json; exit $$status
 
-# These need a GPU and run with the packages that PYTHON has: no venv is made and nothing is downloaded. Making a target
-# again continues a stage that was cut off. `$(PYTHON) bench/gpu.py --help` explains.
+# These need a GPU and run with the packages that PYTHON has: no venv is made and nothing is downloaded. The first takes 12
+# minutes at most, and says for what; making a target again goes on where it was cut off. `python bench/gpu.py --help`
+# explains.
 gpu:
-	$(MAKE) --keep-going gpu-test gpu-bench gpu-compile
+	$(PYTHON) bench/gpu.py
 
-# A failed build is ignored, as on a machine without a compiler: the Triton kernels need none.
-gpu-build:
-	-$(PYTHON) setup.py --quiet build_ext --inplace
-
-gpu-test gpu-bench gpu-compile: gpu-%: gpu-build
+gpu-test gpu-bench gpu-tune gpu-compile: gpu-%:
+	$(PYTHON) bench/gpu.py --stage build
 	$(PYTHON) bench/gpu.py --stage $*
 
 # Every kernel at every shape, for GPUs that need not be here: half an hour of processor time.
@@ -44,12 +42,15 @@ aot: $(INSTALLED)
 	$(BIN)/python bench/aot.py
 
 # The same by the oldest triton that is supported, in an environment that takes everything else from .venv.
-aot-3.6: $(INSTALLED)
-	test -x $(AOT_OLDEST)/bin/python || $(BIN)/python -m venv $(AOT_OLDEST)
-	$(AOT_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
+aot-3.6: $(OLDEST)/.installed
+	$(OLDEST)/bin/python bench/aot.py --out bench/results/aot-3.6.json
+
+$(OLDEST)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		> $$($(AOT_OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
-	$(AOT_OLDEST)/bin/python bench/aot.py --out bench/results/aot-3.6.json
+		> $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	touch $@
 
 # The README's table of robust accuracies: takes many hours. When interrupted, make it again: it continues.
 study: $(INSTALLED)

@@ -11,7 +11,7 @@ import gc
 import sys
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from baselines import PATHS
@@ -92,7 +92,14 @@ class BenchModels:
         torch.manual_seed(0)
         return RaftFlow(raft_large(weights=None).to(self.device))
 
-    def purifier(self, workload: Workload, dtype: torch.dtype = DTYPE, *, fast: bool = False) -> Purifier:
+    def purifier(
+        self,
+        workload: Workload,
+        dtype: torch.dtype = DTYPE,
+        *,
+        fast: bool = False,
+        decoder: nn.Module | None = None,
+    ) -> Purifier:
         """A purifier over the models; another dtype takes copies of them. fast: on our models, else on diffusers'."""
         unet, vae, prompt = self.models
         if dtype != DTYPE:
@@ -108,6 +115,7 @@ class BenchModels:
             flow=self.raft if workload.flow == "raft" else rotation_flow,
             config=config.rescaled(workload.frames, workload.height // factor, workload.width // factor),
             max_frames=workload.frames,
+            decoder=decoder,
             fast=fast,
         )
 
@@ -173,6 +181,15 @@ class BenchModels:
 def error_of(votes: Tensor, expected: Tensor) -> Error:
     error = (votes.float().cpu() - expected).abs()
     return Error(error.mean().item(), (error > LARGE_ERROR).float().mean().item())
+
+
+def describe(workload: Workload) -> dict[str, Any]:
+    """A workload's fields in a row."""
+    return {**workload._asdict(), "dtype": name_of(DTYPE)}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def redraw_zeros(module: nn.Module) -> nn.Module:

@@ -1,16 +1,21 @@
 """Runs the rows of bench/gpu.py: within a time limit, each written as soon as it is measured, resumed by the next run.
 
 The results file is JSON: {"kind": "gpu", "rows": {name: row}}. A row has what its task measured, or "error" with the
-reason, and always what `describe_run` says of the machine and the sources.
+reason, and always what `describe_run` says of the machine and the sources. While a task runs its row says that it has
+not ended, which remains where the process is lost.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
+import math
 import platform
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +33,7 @@ from videopure_fast.machine import installed, nvidia_smi
 ROOT = Path(__file__).resolve().parents[1]
 # A row is measured again when one of these files has changed.
 SOURCES = ("videopure_fast", "kernels", "csrc", "bench/*.py")
+WRITTEN = ROOT / "kernels" / "tuned.json"  # by one of the stages: no source
 SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".h", ".safetensors", ".json")
 SMI_FIELDS = {
     "driver": "driver_version",
@@ -35,21 +41,30 @@ SMI_FIELDS = {
     "most_sm_mhz": "clocks.max.sm",
     "most_memory_mhz": "clocks.max.mem",
 }
-ALWAYS_MEASURED = "ceiling"  # rows so named are cheap, and belong to the same run as the rows compared with them
+# Rows so named are cheap. A ceiling belongs to the same run as the rows compared with it.
+ALWAYS_MEASURED = ("ceiling", "build", "compilation")
+# Seconds after a task's limit at which the process is ended: a kernel that never ends cannot be interrupted.
+GRACE = 15
+_LOST = re.compile(r"CUDA error|illegal memory access|misaligned address|unspecified launch failure|device-side assert")
 
 Row = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """One row: its name, its stage, and the function that measures it."""
+    """One row: its name, its stage, the function that measures it, and the most seconds that it may take."""
 
     name: str
     stage: str
     run: Callable[[], Row]
+    seconds: float = math.inf
 
 
 class GateFailed(Exception):
     """The result that was to be timed is not correct."""
+
+
+class LostContext(Exception):
+    """An error after which this process can no longer use the GPU."""
 
 
 class OutOfTime(BaseException):
@@ -63,51 +78,59 @@ def run_tasks(
     *,
     seconds: float,
     again: bool = False,
+    skip_failed: bool = False,
+    kind: str = "gpu",
     shared: Mapping[str, Any] | None = None,
-    cleanup: Callable[[], None] = lambda: None,
+    after: Callable[[], Row] = dict,
 ) -> dict[str, Row]:
     """Measure the tasks that the results file lacks; returns all rows of the file.
 
-    seconds: no task runs longer, all together. again: measure also what the file has. shared: fields of every row.
-    cleanup: called after every task.
+    seconds: no task runs longer, all together. again: measure also what the file has. skip_failed: leave out tasks
+    whose row is an error. kind: of the results file. shared: fields of every row. after: called after every task, it
+    returns more fields of the row. LostContext if the process can measure no more.
     """
-    results = load_results(file)
+    results = load_results(file, kind)
     rows, run = results["rows"], describe_run(device)
     deadline = time.monotonic() + seconds
-    todo = pending(tasks, rows, run["commit"], again)
+    todo = pending(tasks, rows, run["commit"], again=again, skip_failed=skip_failed)
     with tqdm(todo, unit="row", disable=None) as bar:
         for task in bar:
-            left = deadline - time.monotonic()
+            left = min(deadline - time.monotonic(), task.seconds)
             if left <= 0:
-                bar.write(f"{len(todo) - bar.n} rows are left; run the same command again to measure them")
                 break
             bar.set_description(task.name)
-            row = attempt(task, left)
-            cleanup()
-            row = {"stage": task.stage, **(shared or {}), **row, **run}
-            row |= nvidia_smi(device, sm_mhz_just_after="clocks.sm")
-            rows[task.name] = row
+            fields = {"stage": task.stage, **(shared or {}), **run}
+            rows[task.name] = {**fields, "error": "began and did not end"}
             save_results(file, results)
-            error = row.get("error", "")
-            if "CUDA error" in error and "out of memory" not in error:
-                bar.write(f"{task.name}: {error}\nthe CUDA context is lost; run the same command again to go on")
-                break
+            row = attempt(task, left)
+            rows[task.name] = {**fields, **row, **after()}
+            save_results(file, results)
+            if lost_context(row.get("error", "")):
+                raise LostContext(f"{task.name}: {row['error']}")
     return rows
 
 
-def pending(tasks: list[Task], rows: Mapping[str, Row], commit: str, again: bool) -> list[Task]:
+def lost_context(error: str) -> bool:
+    """Whether an error's message means that this process can no longer use the GPU."""
+    return bool(_LOST.search(error)) and "out of memory" not in error
+
+
+def pending(
+    tasks: list[Task], rows: Mapping[str, Row], commit: str, *, again: bool = False, skip_failed: bool = False
+) -> list[Task]:
     """The tasks without a row of these sources, then those whose row is an error.
 
-    A task that failed may fail again and end the CUDA context, so it runs last.
+    A task that failed may fail again and end the process, so it runs last.
     """
     new, failed = [], []
     for task in tasks:
         row = rows.get(task.name)
-        if again or row is None or row["commit"] != commit or task.name.startswith(ALWAYS_MEASURED):
-            new.append(task)
-        elif "error" in row:
+        current = row is not None and row["commit"] == commit
+        if current and "error" in row:
             failed.append(task)
-    return new + failed
+        elif again or not current or task.name.startswith(ALWAYS_MEASURED):
+            new.append(task)
+    return new + ([] if skip_failed else failed)
 
 
 def attempt(task: Task, seconds: float) -> Row:
@@ -126,26 +149,28 @@ def attempt(task: Task, seconds: float) -> Row:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block after so many seconds; in the main thread only."""
+    """Raises OutOfTime in the block after so many seconds, and a little later ends the process; in the main thread."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    faulthandler.dump_traceback_later(max(seconds, 0) + GRACE, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def load_results(file: Path) -> dict[str, Any]:
+def load_results(file: Path, kind: str = "gpu") -> dict[str, Any]:
     """The results in a file, or empty ones if there is none. ValueError for a file of another kind."""
     if not file.exists():
-        return {"kind": "gpu", "rows": {}}
+        return {"kind": kind, "rows": {}}
     found = json.loads(file.read_text())
-    if found.get("kind") != "gpu":
+    if found.get("kind") != kind:
         raise ValueError(f"{file} holds other results; accepted: a new file, or one that this script wrote")
     return found
 
@@ -177,11 +202,13 @@ def source_version() -> str:
     digest = hashlib.sha256()
     for path in source_files():
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    tree = digest.hexdigest()[:8]
+    tree, others = digest.hexdigest()[:8], f":(exclude){WRITTEN.relative_to(ROOT)}"
     try:
         log, changed = (
-            subprocess.run(["git", *arguments, "--", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True)
-            for arguments in (("log", "-1", "--format=%h", "--abbrev=12"), ("status", "--porcelain"))
+            subprocess.run(
+                ["git", *given, "--", *SOURCES, others], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            for given in (("log", "-1", "--format=%h", "--abbrev=12"), ("status", "--porcelain"))
         )
     except (OSError, subprocess.SubprocessError):
         return f"tree-{tree}"
@@ -192,4 +219,4 @@ def source_files() -> list[Path]:
     """Sorted; the files of folders at any depth. Links are not followed: kernels/ is read once."""
     found = [path for pattern in SOURCES for path in ROOT.glob(pattern)]
     inside = [file for path in found for file in (path.rglob("*") if path.is_dir() else (path,))]
-    return sorted(file for file in inside if file.suffix in SOURCE_SUFFIXES)
+    return sorted(file for file in inside if file.suffix in SOURCE_SUFFIXES and file != WRITTEN)

@@ -42,7 +42,8 @@ def _cells(name: str, rows: dict[str, Row]) -> tuple[str, ...]:
     error = f"{row['mean_error']:.2g} / {row['mean_error_of_authors']:.2g}" if "mean_error" in row else ""
     if "median" not in row:
         return ("", "", "", "", "", error, _note(row))
-    authors = rows.get(name.replace(row["path"], "authors", 1), {}) if "path" in row else {}
+    usual = name.removeprefix("tuned ")
+    authors = rows.get(usual.replace(row["path"], "authors", 1), {}) if "path" in row else {}
     peak, launches = row.get("peak_memory"), row.get("launches")
     return (
         f"{row['median'] * 1e3:.4g}",
@@ -56,11 +57,13 @@ def _cells(name: str, rows: dict[str, Row]) -> tuple[str, ...]:
 
 
 def _note(row: Row) -> str:
-    """What a row without a time of its own says: its stages' milliseconds, a ceiling, or the tests that passed."""
+    """What a row without a time of its own says: its stages' milliseconds, a ceiling, or tests that passed."""
     if "stages" in row:
         return ", ".join(f"{stage} {timing['median'] * 1e3:.3g}" for stage, timing in row["stages"].items())
     if "bytes_per_second" in row:
         return f"{row['bytes_per_second'] / 1e9:.4g} GB/s"
     if "flops_per_second" in row:
         return f"{row['flops_per_second'] / 1e12:.4g} TFLOP/s"
-    return f"{row['tests'] - row['skipped']} passed"
+    if "passed" in row:
+        return f"{row['passed']} passed, {row['skipped']} skipped"
+    return "built" if row["built"] else "was built before"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -13,7 +14,7 @@ import torch
 
 from videopure_fast.machine import synchronize
 
-LEAST_ROUNDS, MOST_ROUNDS, QUICK_ROUNDS = 5, 30, 3
+LEAST_ROUNDS, MOST_ROUNDS, FEW_ROUNDS = 5, 30, 3
 # The calls by which the host enqueues work: videopure_fast.measure counts kernels and graphs alone.
 _ENQUEUES = re.compile(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
 
@@ -27,10 +28,14 @@ class Timing(NamedTuple):
 
 
 def timed(call: Callable[[], Any], device: torch.device, *, seconds: float, quick: bool = False) -> Timing:
-    """Times a warm call: 5 to 30 rounds, as many as fit into `seconds`; 3 if quick. CUDA events time a GPU."""
+    """Times a warm call: 5 to 30 rounds, as many as fit into `seconds`. CUDA events time a GPU.
+
+    Of calls longer than a second 3 rounds are enough; a quick run has no more.
+    """
     synchronize(device)
     first = seconds_of(lambda: (call(), synchronize(device)))
-    rounds = QUICK_ROUNDS if quick else max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / first)))
+    least = FEW_ROUNDS if first > 1 else LEAST_ROUNDS
+    rounds = FEW_ROUNDS if quick else max(least, min(MOST_ROUNDS, int(seconds / first)))
     if device.type != "cuda":
         return _summary([seconds_of(call) for _ in range(rounds)])
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
@@ -70,6 +75,17 @@ def count_launches(call: Callable[[], Any], device: torch.device) -> dict[str, i
         counts["kernels"] += on_gpu and not event.name.startswith(("Memcpy", "Memset"))
         counts["launches"] += not on_gpu and bool(_ENQUEUES.match(event.name))
     return {name: counts[name] for name in ("launches", "kernels")}
+
+
+def copies_beyond_cache(device: torch.device, size: int, *, least: int) -> int:
+    """The number of inputs of `size` bytes that fill the GPU's L2 cache four times: `least` to 64, or 2 on a CPU.
+
+    One input over and over would be read from the cache.
+    """
+    if device.type != "cuda":
+        return 2
+    cache_size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 * 2**20)
+    return max(least, min(64, math.ceil(4 * cache_size / max(size, 1))))
 
 
 def graph_of(call: Callable[[], Any]) -> Callable[[], None] | None:

@@ -46,34 +46,55 @@ def test_ways_share_the_weights():
 
 
 def run(gpu, monkeypatch, file, *arguments):
-    """gpu.py's rows after a run on the CPU, and its exit status."""
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick", "--out", str(file), *arguments])
+    """gpu.py's rows after a run on the CPU in this process, and its exit status."""
+    command = ["gpu.py", "--worker", "--device", "cpu", "--quick", "--out", str(file), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         gpu.main()
     return json.loads(file.read_text())["rows"], ended.value.code
 
 
 def test_rows_are_measured_once_and_only_if_right(gpu, monkeypatch, tmp_path):
+    import gpu_rows
+    from gpu_stages import GATE_FAILED
+
     file, name = tmp_path / "rows.json", "purification: ours, 1x4x16x16"
-    rows, status = run(gpu, monkeypatch, file, "--only", name)
+    bench = ("--stage", "bench", "--only")
+    rows, status = run(gpu, monkeypatch, file, *bench, name)
     (row,) = rows.values()
     assert not status and row["median"] > 0 and row["rounds"] == 3 and row["dtype"] == "float16"
     assert row["mean_error"] <= 1.25 * row["mean_error_of_authors"]
     assert {"gpu", "driver", "torch", "triton", "diffusers", "commit", "peak_memory", "launches"} <= row.keys()
 
     def off(purifier):
-        return lambda video: 0.99 * gpu.PATHS["authors"](purifier)(video)
+        return lambda video: 0.99 * gpu_rows.PATHS["authors"](purifier)(video)
 
-    monkeypatch.setitem(gpu.PATHS, "ours", off)
-    assert run(gpu, monkeypatch, file, "--only", name) == (rows, False)  # in the file: not measured again
-    rows, status = run(gpu, monkeypatch, file, "--only", name, "--again")
-    assert status and "median" not in rows[name] and "mean error against float32" in rows[name]["error"]
-    # A failed row is tried again, and keeps no other from being measured.
-    monkeypatch.setitem(gpu.PATHS, "ours", lambda purifier: 1 / 0)
-    rows, status = run(gpu, monkeypatch, file, "--only", "s, 1x4x16x16", "--stage", "bench")
+    monkeypatch.setitem(gpu_rows.PATHS, "ours", off)
+    assert run(gpu, monkeypatch, file, *bench, name) == (rows, 0)  # in the file: not measured again
+    rows, status = run(gpu, monkeypatch, file, *bench, name, "--again")
+    assert status == GATE_FAILED
+    assert "median" not in rows[name] and "mean error against float32" in rows[name]["error"]
+    # A failed row is tried again, unless it is to be skipped, and keeps no other from being measured.
+    monkeypatch.setitem(gpu_rows.PATHS, "ours", lambda purifier: 1 / 0)
+    before = rows[name]["error"]
+    assert run(gpu, monkeypatch, file, *bench, name, "--skip-failed")[0][name]["error"] == before
+    rows, status = run(gpu, monkeypatch, file, *bench, "s, 1x4x16x16")
     assert not status and rows[name]["error"] == "ZeroDivisionError: division by zero"
     assert rows["purification: authors, 1x4x16x16"]["median"] > 0
     assert "not installed" in rows["purification: authors-xformers, 1x4x16x16"]["error"]
+    stages = rows["stages: ours, 1x4x16x16"]["stages"]
+    assert list(stages) == ["encode", "chain", "flow", "guidance", "decode"]
+    assert all(stage["median"] > 0 for stage in stages.values())
+
+
+def test_stages_are_those_of_a_call():
+    """The stages that are timed alone make the votes of a whole call."""
+    from gpu_rows import stage_calls
+
+    purifier, video = build_purifier(dtype=torch.float64), clips(2, 3, 4, 16, 16, dtype=torch.float64)
+    with purifier._inference(video):
+        votes = stage_calls(purifier, video)["decode"]()
+    assert torch.equal(votes.transpose(0, 1), purifier(video, return_votes=True))
 
 
 def test_a_run_ends_in_time(gpu, monkeypatch, tmp_path):
@@ -89,14 +110,15 @@ def test_a_run_ends_in_time(gpu, monkeypatch, tmp_path):
         (["--device", "cpu"], "add --quick"),
         (["--device", "nothing"], "no such device"),
         (["--device", "cpu", "--quick", "--clips", "0"], "1 or more"),
-        (["--device", "cpu", "--quick", "--only", "magic"], "no row is named"),
+        (["--device", "cpu", "--quick", "--minutes", "nan"], "more than 0"),
+        (["--device", "cpu", "--quick", "--stage", "lossy", "--only", "magic"], "no row is named"),
     ],
 )
 def test_bad_arguments(gpu, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--worker", *arguments])
+    with pytest.raises(SystemExit) as ended:
         gpu.main()
-    assert message in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_file_of_others_is_left_alone(gpu, monkeypatch, tmp_path):
@@ -109,7 +131,7 @@ def test_a_file_of_others_is_left_alone(gpu, monkeypatch, tmp_path):
 
 def test_a_change_of_any_source_measures_anew():
     """The digest of the sources reads every code file of the package, the kernels, the C++ and the benchmarks."""
-    from gpu_runner import source_files
+    from gpu_runner import WRITTEN, source_files
 
     found = source_files()
     assert len(set(found)) == len(found)
@@ -118,6 +140,10 @@ def test_a_change_of_any_source_measures_anew():
         assert code and code <= set(found)
     rooms = {path.parent.name for path in found}
     assert {"videopure_fast", "ops", "models", "runtime", "attacks", "weights", "kernels", "csrc", "bench"} <= rooms
+    from videopure_fast.kernels import tuned
+
+    # What tuning writes would otherwise be a change by which its own rows are old.
+    assert WRITTEN == tuned.TABLE.resolve() and WRITTEN not in found
 
 
 def test_what_failed_before_runs_last():
@@ -125,9 +151,98 @@ def test_what_failed_before_runs_last():
 
     tasks = [Task(name, "bench", dict) for name in ("done", "failed", "old", "new", "ceiling: copies")]
     rows = {name: {"commit": "now"} for name in ("done", "ceiling: copies")}
-    rows |= {"failed": {"commit": "now", "error": "no"}, "old": {"commit": "before"}}
-    assert [task.name for task in pending(tasks, rows, "now", False)] == ["old", "new", "ceiling: copies", "failed"]
-    assert pending(tasks, rows, "now", True) == tasks
+    rows |= {"failed": {"commit": "now", "error": "no"}, "old": {"commit": "before", "error": "no"}}
+    found = [task.name for task in pending(tasks, rows, "now")]
+    assert found == ["old", "new", "ceiling: copies", "failed"]
+    assert [task.name for task in pending(tasks, rows, "now", skip_failed=True)] == found[:-1]
+    assert {task.name for task in pending(tasks, rows, "now", again=True)} == {task.name for task in tasks}
+
+
+def test_a_lost_gpu_ends_the_process_and_its_row_says_why(tmp_path):
+    from gpu_runner import LostContext, Task, load_results, run_tasks
+
+    def illegal():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def full():
+        raise RuntimeError("CUDA out of memory. CUDA error: out of memory")
+
+    file, ran = tmp_path / "rows.json", []
+    tasks = [Task("full", "bench", full), Task("illegal", "bench", illegal)]
+    tasks.append(Task("next", "bench", lambda: ran.append(1) or {}))
+    with pytest.raises(LostContext, match="illegal"):
+        run_tasks(tasks, file, torch.device("cpu"), seconds=60)
+    assert "illegal memory access" in load_results(file)["rows"]["illegal"]["error"] and not ran
+    rows = run_tasks(tasks, file, torch.device("cpu"), seconds=60, skip_failed=True)
+    assert ran == [1] and "error" not in rows["next"] and "error" in rows["full"]
+
+
+HANGING = """
+import itertools, pathlib, sys, torch, gpu_runner
+gpu_runner.GRACE = 0.2
+# A loop in C, which no signal interrupts: as the wait for a kernel that never ends.
+tasks = [gpu_runner.Task("hangs", "bench", lambda: sum(itertools.repeat(0, 10**12)))]
+gpu_runner.run_tasks(tasks, pathlib.Path(sys.argv[1]), torch.device("cpu"), seconds=0.5)
+"""
+
+
+def test_a_hanging_row_is_left_behind(tmp_path):
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT / 'bench')!r}, {str(ROOT)!r}]\n{HANGING}"]
+    done = subprocess.run([*command, file], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and "Timeout" in done.stderr
+    assert json.loads(file.read_text())["rows"]["hangs"]["error"] == "began and did not end"
+
+
+def test_another_process_goes_on_behind_a_lost_one(gpu, monkeypatch):
+    statuses, commands = [4, -11, 0], []
+
+    def call(command):
+        commands.append(command[2:])
+        return statuses.pop(0)
+
+    monkeypatch.setattr(gpu.subprocess, "call", call)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--stage", "bench"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    first, *others = commands
+    assert not ended.value.code and first == ["--stage", "bench", "--worker"]
+    assert [command[:-1] for command in others] == [[*first, "--skip-failed", "--began"]] * 2
+
+
+SUITE = """
+import pytest
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_elsewhere(): pytest.skip("not here")
+@pytest.fixture
+def broken(): raise OSError("no")
+def test_with(broken): pass
+"""
+
+
+def test_failures_of_the_suite_are_rows(tmp_path):
+    from gpu_suite import run_suite
+
+    suite, file = tmp_path / "test_suite.py", tmp_path / "rows.json"
+    suite.write_text(SUITE)
+    row = run_suite(file, ("-p", "no:cacheprovider", str(suite)))
+    assert (row["passed"], row["failed"], row["skipped"]) == (1, 2, 1) and row["gate_failed"]
+    wrong, broken = json.loads(file.read_text())["rows"]["gpu tests"]["failures"]  # written by pytest's process
+    assert "test_wrong" in wrong["test"] and "assert 1 == 2" in wrong["error"]
+    assert "test_with" in broken["test"] and "OSError: no" in broken["error"]
+    suite.write_text("def test_right(): pass\n")
+    assert "error" not in run_suite(tmp_path / "others.json", ("-p", "no:cacheprovider", str(suite)))
+    suite.write_text("import nothing_at_all\n")
+    assert "pytest ended early" in run_suite(tmp_path / "none.json", ("-p", "no:cacheprovider", str(suite)))["error"]
+
+
+def test_every_stage_has_its_rows():
+    from gpu_plan import STAGES, USUAL_STAGES
+    from gpu_stages import TASKS
+
+    assert list(TASKS) == list(STAGES)
+    assert sum(STAGES[name].minutes for name in USUAL_STAGES) <= 12
 
 
 @pytest.mark.slow
@@ -137,11 +252,14 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
-    assert {row["stage"] for row in rows.values()} == {"bench", "compile"}
+    assert {row["stage"] for row in rows.values()} == {"build", "bench", "tuned", "batch", "compile", "lossy"}
     missing = {name: row["error"] for name, row in rows.items() if "error" in row}
     assert all("xformers" in name or "raft" in name for name in missing), missing
     for name in rows:
         assert name in done.stdout
+    calls = json.loads((tmp_path / "tune-rows.json").read_text())["rows"]
+    assert calls and not any("error" in row for row in calls.values())
+    assert "build: 1 rows" in done.stdout and "min left for tune, tuned, batch" in done.stdout
 
 
 TIME = "2026-01-02T03:04:05+00:00"

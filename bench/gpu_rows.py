@@ -1,0 +1,125 @@
+"""The rows of whole purifications and of their stages, and the ceilings of the machine.
+
+A row is made only if what was timed is correct: its votes are as near to float32's as the gate of gpu_models.py asks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from baselines import PATHS
+from diffusers import AutoencoderTiny
+from gpu_models import DTYPE, BenchModels, Workload, describe, name_of
+from gpu_runner import GateFailed, Row
+from gpu_timing import count_launches, graph_of, seconds_of, timed
+from torch import Tensor
+
+from videopure_fast import Purifier
+from videopure_fast.machine import PeakMemory
+from videopure_fast.measure.profile import measure_roofline
+from videopure_fast.sampling import vote
+from videopure_fast.schedule import Schedule
+
+COMPILED_PATHS = ("algebra-compiled", "authors-compiled")
+
+
+def copy_ceiling(models: BenchModels) -> Row:
+    return {"bytes_per_second": measure_roofline(models.device, DTYPE).copy}
+
+
+def matrix_ceiling(models: BenchModels) -> Row:
+    return {"flops_per_second": measure_roofline(models.device, DTYPE).matrix, "dtype": name_of(DTYPE)}
+
+
+def purification(models: BenchModels, path: str, workload: Workload) -> Row:
+    """One way to purify, from clips to all votes. peak_memory: bytes, weights included."""
+    device = models.device
+    models.expected(workload)  # cached: must not be made while memory is measured
+    models.free_memory()
+    memory = PeakMemory(device)
+    purifier = models.purifier(workload)
+    compiler = {"compiler": "eager"} if models.quick and path in COMPILED_PATHS else {}
+    purify = PATHS[path](purifier, **compiler)
+    clips = models.clips(workload)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first_call = seconds_of(lambda: purify(clips).cpu())
+        votes = purify(clips)
+    errors = models.check_votes(workload, votes)
+    del votes
+    timing = timed(lambda: purify(clips), device, seconds=4, quick=models.quick)
+    row = {
+        "path": path,
+        **describe(workload),
+        "steps": purifier.config.inversion_steps,
+        **timing._asdict(),
+        "clips_per_second": workload.clips / timing.median,
+        "first_call": first_call,
+        "peak_memory": memory.read(),
+        **errors,
+        "warnings": sorted({str(warning.message).splitlines()[0] for warning in caught})[:3],
+    }
+    return row | (count_launches(lambda: purify(clips), device) if workload.clips == 1 else {})
+
+
+def stages(models: BenchModels, path: str, workload: Workload) -> Row:
+    """The stages of a call, each timed alone on what the stages before it made: on a GPU as a CUDA graph.
+
+    Without a graph, a stage's time has that of its launches in it. What a call adds to its stages, such as checks of
+    its input, is in none of them.
+    """
+    device, purifier = models.device, models.purifier(workload, fast=path == "ours")
+    clips = models.clips(workload)
+    errors = models.check_votes(workload, purifier(clips, return_votes=True))
+    row: Row = {"path": path, **describe(workload), **errors, "stages": {}}
+    with purifier._inference(clips):
+        for stage, call in stage_calls(purifier, clips).items():
+            call()
+            replay = graph_of(call) if device.type == "cuda" else None
+            timing = timed(replay or call, device, seconds=1, quick=models.quick)
+            row["stages"][stage] = {**timing._asdict(), "captured": replay is not None}
+    return row
+
+
+def stage_calls(purifier: Purifier, clips: Tensor) -> dict[str, Callable[[], Any]]:
+    """Stage -> a call that runs it, without the checks of the public method. "chain": inversion and denoising."""
+    target, flow = purifier._encode(clips), purifier._latent_flow(clips)
+    states, noise_preds = purifier._run_chain(target, [], None, False)
+    coefficients, config = Schedule(purifier.config).vote_coefficients(), purifier.config
+    votes = vote(states, noise_preds, target, flow, coefficients, config)
+    return {
+        "encode": lambda: purifier._encode(clips),
+        "chain": lambda: purifier._run_chain(target, [], None, False),
+        "flow": lambda: purifier._latent_flow(clips),
+        "guidance": lambda: vote(states, noise_preds, target, flow, coefficients, config),
+        "decode": lambda: purifier._decode(votes),
+    }
+
+
+def lossy(models: BenchModels, workload: Workload) -> Row:
+    """`ours` with a decoder that is lossy by design: only its shape and finite values are checked.
+
+    The decoder has the shape of TAESD, with as many levels as the VAE.
+    """
+    device, exact = models.device, models.purifier(workload, fast=True)
+    torch.manual_seed(0)
+    levels = len(exact.vae.config.block_out_channels)
+    widths, blocks = (64,) * levels, (3,) * (levels - 1)
+    decoder = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, *blocks),
+        num_decoder_blocks=(*blocks, 1),
+    )
+    decoder = decoder.to(device, DTYPE).eval().requires_grad_(False)
+    purifier = models.purifier(workload, fast=True, decoder=decoder)
+    clips = models.clips(workload)
+    memory = PeakMemory(device)
+    votes = purifier(clips, return_votes=True)
+    if votes.shape[3:] != clips.shape[2:] or not votes.isfinite().all():
+        raise GateFailed(f"votes are {tuple(votes.shape)}, or not finite")
+    timing = timed(lambda: purifier(clips, return_votes=True), device, seconds=2, quick=models.quick)
+    return {"path": "ours, taesd", **describe(workload), **timing._asdict(), "peak_memory": memory.read()}
