@@ -43,7 +43,8 @@ def main() -> None:
         if status in ENDED:
             break
         print(f"the process was lost (status {status}); another one goes on", file=sys.stderr)
-        status = subprocess.call([*command, "--skip-failed", "--began", str(began)])
+        rest = [argument for argument in command if argument != "--again"]
+        status = subprocess.call([*rest, "--skip-failed", "--began", str(began)])
     sys.exit(status)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import re
 import subprocess
@@ -20,7 +21,18 @@ from gpu_models import DTYPE, BenchModels, Workload
 from gpu_ops import op_row
 from gpu_plan import STAGES, USUAL_STAGES, plan
 from gpu_rows import COMPILED_PATHS, copy_ceiling, lossy, matrix_ceiling, purification, stages
-from gpu_runner import ROOT, LostContext, OutOfTime, Row, Task, load_results, run_tasks, source_version, time_limit
+from gpu_runner import (
+    ROOT,
+    WRITTEN,
+    LostContext,
+    OutOfTime,
+    Row,
+    Task,
+    load_results,
+    run_tasks,
+    source_version,
+    time_limit,
+)
 from gpu_suite import NAME as SUITE
 from gpu_suite import run_suite
 from gpu_table import print_table
@@ -199,8 +211,9 @@ def work(given: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     if not rows and given.only:
         fail(f"no row is named like {given.only!r}; a run without --only names them all")
     shown = [name for name, row in rows.items() if row["stage"] != "tune"]
-    print_table({**load_results(run.file)["rows"], **rows}, shown)
-    print(f"\n{run.file}")
+    if shown:
+        print_table({**load_results(run.file)["rows"], **rows}, shown)
+    print("\n".join(["", *(str(file) for file in (run.file, run.tune_file) if file.exists())]))
     return GATE_FAILED if any(row.get("gate_failed") for row in rows.values()) else 0
 
 
@@ -220,15 +233,17 @@ def measure(run: Run, name: str, seconds: float) -> dict[str, Row]:
         run.models.free_memory()
         return nvidia_smi(run.device, sm_mhz_just_after="clocks.sm")
 
+    table, before = table_digest(), load_results(run.file)["rows"]
+    other_table = name == "tuned" and any(before.get(task.name, {}).get("table") != table for task in tasks)
     rows = run_tasks(
         tasks,
         run.tune_file if tuning else run.file,
         run.device,
         seconds=seconds,
-        again=given.again,
+        again=given.again or other_table,
         skip_failed=given.skip_failed,
         kind="tune" if tuning else "gpu",
-        shared={"model": "small" if given.quick else "full"},
+        shared={"model": "small" if given.quick else "full", "table": table},
         after=dict if tuning else after,
     )
     # Rows of other sources may be left in the file, where there was no time to measure them again.
@@ -241,6 +256,11 @@ def measure(run: Run, name: str, seconds: float) -> dict[str, Row]:
         tune.write_table(found, 10 * major + minor, torch.cuda.get_device_name(run.device))
     run.models.free_memory()
     return found
+
+
+def table_digest() -> str | None:
+    """Tells the kernels' table from other ones; None where there is none."""
+    return hashlib.sha256(WRITTEN.read_bytes()).hexdigest()[:8] if WRITTEN.exists() else None
 
 
 def progress(name: str, rows: dict[str, Row], seconds: float, left: float, later: tuple[str, ...]) -> str:

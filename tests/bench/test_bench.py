@@ -177,6 +177,21 @@ def test_a_lost_gpu_ends_the_process_and_its_row_says_why(tmp_path):
     assert ran == [1] and "error" not in rows["next"] and "error" in rows["full"]
 
 
+def test_tuned_rows_are_those_of_the_table(gpu, monkeypatch, tmp_path):
+    import gpu_stages
+
+    table, name = tmp_path / "tuned.json", "tuned purification: ours, 1x4x16x16"
+    monkeypatch.setattr(gpu_stages, "WRITTEN", table)
+    times = []
+    for text in (None, None, "{}", "{}"):
+        if text is not None:
+            table.write_text(text)
+        rows, _ = run(gpu, monkeypatch, tmp_path / "rows.json", "--stage", "tuned", "--only", name)
+        times.append((rows[name]["table"], rows[name]["median"]))
+    assert times[0] == times[1] and times[2] == times[3]
+    assert times[0][0] is None and times[2][0] is not None and times[0][1] != times[2][1]
+
+
 HANGING = """
 import itertools, pathlib, sys, torch, gpu_runner
 gpu_runner.GRACE = 0.2
