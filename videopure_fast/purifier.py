@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import PurifyConfig
 from .inputs import check_callback, check_flag, check_video, replace_config, resolve_device
-from .models.flow import Flow, flow_name, load_flow
+from .models.flow import Flow, flow_name, load_flow, no_flow
 from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .models.weights import lay_out_in_place
+from .ops import backend
+from .runtime import compile_ahead
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
-from .runtime.spans import EvaluationCounter, listening
+from .runtime.spans import EvaluationCounter, listening, unheard
 from .sampling import Callback, Generators, vote
 from .stages import PurifierStages
 from .windows import cross_fade, window_starts
 
 if TYPE_CHECKING:
     from .measure.profile import Profile
+
+_logger = logging.getLogger("videopure_fast")
+# The kinds of calls of each UNet whose kernels are known to be in Triton's cache, or were left to their launches.
+_rehearsed: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 class LatentVotes(NamedTuple):
@@ -39,6 +50,14 @@ class LatentVotes(NamedTuple):
     @property
     def num_votes(self) -> int:
         return len(self.windows[0][1])
+
+
+class WarmUp(NamedTuple):
+    """What a warm-up did: GPU kernels compiled beforehand, calls run, and the seconds that all of it took."""
+
+    kernels: int
+    calls: int
+    seconds: float
 
 
 class Purifier(PurifierStages):
@@ -167,6 +186,7 @@ class Purifier(PurifierStages):
         self._refresh()
         with self._inference(video):
             clips = self._preprocess(video if video.ndim == 5 else video[None])
+            self._compile_ahead(clips.shape, last=last, progress=progress)
             frames = clips.shape[2]
             starts = window_starts(frames, self.max_frames, self.config.window_overlap)
             with self._progress_bar(clips, len(starts), enabled=progress):
@@ -191,6 +211,33 @@ class Purifier(PurifierStages):
             clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]].to(video.device)
             clips = (clips * 255).round().to(torch.uint8) if video.dtype == torch.uint8 else clips.to(video.dtype)
             return (clips if video.ndim == 5 else clips[0]).contiguous()
+
+    def warmup(
+        self, shape: Sequence[int], *, return_votes: bool = True, progress: bool = False, capture: bool | None = None
+    ) -> WarmUp:
+        """Make everything that a call makes once, so that the next one on a video of this shape is a fast one.
+
+        On a GPU the kernels that its cache on disk lacks are compiled, side by side in processes, and the call is run
+        and captured. On a CPU it is run, and once more where it can be recorded.
+
+        Args:
+            shape: the video's, (B, 3, F, H, W) or (3, F, H, W): what a service batches, another shape is as cold.
+            return_votes, progress, capture: as in the calls to come. DefendedClassifier decodes all votes.
+        """
+        began = time.perf_counter()
+        video = torch.full(tuple(shape), 0.5, device="cpu")
+        check_video(video)
+        calls = 0
+        with torch.no_grad():
+            with self._inference(video):
+                clips = self._preprocess(video if video.ndim == 5 else video[None])
+                kernels = self._compile_ahead(clips.shape, last=not return_votes, progress=progress)
+            while not calls or (calls == 1 and self._captures.records_next):
+                self(video, return_votes=return_votes, progress=progress, capture=capture)
+                calls += 1
+        if self.unet.device.type == "cuda":
+            torch.cuda.synchronize(self.unet.device)
+        return WarmUp(kernels, calls, time.perf_counter() - began)
 
     def profile(
         self, video: Tensor, *, return_votes: bool = True, trace: str | os.PathLike[str] | None = None
@@ -232,6 +279,46 @@ class Purifier(PurifierStages):
         if not bottom and not right:
             return clips
         return F.pad(clips.flatten(0, 1), (0, right, 0, bottom), mode="replicate").unflatten(0, clips.shape[:2])
+
+    def _compile_ahead(self, shape: Sequence[int], *, last: bool, progress: bool) -> int:
+        """Before the first call of a kind on a GPU, compile together the kernels that its cache lacks, if many.
+
+        shape: of the preprocessed clips. Returns how many were compiled.
+        """
+        device = self.unet.device
+        clips, channels, frames, *sides = shape
+        window = (clips, channels, min(frames, self.max_frames), *sides)
+        kind = (window, last, self.config, self.unet.dtype, device, backend.in_use())
+        known = _rehearsed.setdefault(self.unet, set())
+        if kind in known or not compile_ahead.serves(device):
+            return 0
+        known.add(kind)
+        try:
+            with compile_ahead.recorded(device) as kernels, unheard(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the call itself says it again
+                self._rehearse(window, last)
+        except Exception as error:  # of a model or a Triton unlike those known: the launches compile, one by one
+            _logger.debug("which kernels a call needs is not known: %s", error)
+            return 0
+        missing = [kernel for kernel in kernels if not kernel.cached]
+        if len(missing) < compile_ahead.LEAST_KERNELS:
+            return 0
+        _logger.warning("compiling %d GPU kernels, once; Triton keeps them on disk", len(missing))
+        with tqdm(total=len(missing), desc="compiling", unit="kernel", disable=not progress) as bar:
+            return compile_ahead.compile_kernels(missing, bar.update)
+
+    def _rehearse(self, shape: tuple[int, ...], last: bool) -> None:
+        """Do what a call does with a window of preprocessed clips, on a copy on the meta device, in as few steps."""
+        memo: dict[int, Any] = {id(self.flow): no_flow}
+        memo |= {id(tensor): tensor.detach().to("meta") for tensor in (*self.parameters(), *self.buffers())}
+        twin = copy.deepcopy(self, memo)
+        chunk = self._frames_at_once(*shape[-2:])
+        twin.config = replace(self.config, inversion_steps=0, decode_chunk=chunk)
+        generators = [torch.Generator()] * shape[0] if self.properties["randomized"] else []
+        clips = torch.empty(shape, dtype=self._state_dtype, device="meta")
+        latents = twin._window_votes(clips, last, generators, None, capture=False)
+        votes = 1 if last or self.config.method != "videopure" else len(self._schedule.vote_coefficients())
+        twin._decode(latents[:1].expand(votes, *latents.shape[1:]))
 
     def _window_votes(
         self,

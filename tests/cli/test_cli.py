@@ -58,13 +58,17 @@ def short_clip(tmp_path):
 @pytest.mark.parametrize(
     "command, words",
     [
-        ((), ["demo", "evaluate", "purify", "bench", "info"]),
+        ((), ["demo", "evaluate", "purify", "warmup", "bench", "info"]),
         (("demo",), ["--clips", "--eps", "--json", "videopure-fast demo"]),
         (("evaluate",), ["--classifier", "--dataset", "--threat", "--defense", "--checks", "videopure-fast evaluate"]),
         (("purify",), ["--output", "--size", "--method", "--steps", "--flow", "videopure-fast purify clip.mp4 -o"]),
         (
             ("bench",),
             ["--batch", "--frames", "--size", "--backend", "--compare", "--plot", "videopure-fast bench --batch"],
+        ),
+        (
+            ("warmup",),
+            ["--model", "--batch", "--frames", "--height", "--width", "videopure-fast warmup --model"],
         ),
         (("info",), ["videopure-fast info"]),
     ],
@@ -124,6 +128,26 @@ def test_default_size(tmp_path, small_model, short_clip, monkeypatch):
     run("purify", short_clip, "-o", tmp_path / "out.mp4")
     run("purify", short_clip, "-o", tmp_path / "out.mp4", "--model", "some/model")
     assert sizes == [64, 224]
+
+
+def test_warmup_says_what_it_did(small_model, monkeypatch):
+    warmed = []
+
+    def warmup(self, shape, **options):
+        warmed.append((shape, options))
+        return purifier.WarmUp(40, 1, 5.25)
+
+    monkeypatch.setattr(purifier.Purifier, "warmup", warmup)
+    result = run("warmup", "--batch", 2, "--frames", 5, "--height", 16, "--votes", "last", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert "Compiled 40 GPU kernels and ran 1 call on clips of 2x3x5x16x32 on cpu, in 5.2 s." in result.output
+    assert small_model["dtype"] is torch.bfloat16 and small_model["method"] == "videopure"
+    run("warmup", "--model", "some/model", "--steps", 2)
+    assert small_model["name"] == "some/model" and small_model["inversion_steps"] == 2
+    assert warmed == [
+        ((2, 3, 5, 16, 32), {"return_votes": False, "progress": True}),
+        ((1, 3, 32, 224, 224), {"return_votes": True, "progress": True}),
+    ]
 
 
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])

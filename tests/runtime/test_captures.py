@@ -46,6 +46,32 @@ def test_a_stream_replays_from_the_second_window_on(purifier):
     assert len(recordings(purifier)) == 1 and not recordings(eager)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 16, 18), (3, 5, 16, 18), (3, 20, 16, 16)])
+def test_after_a_warmup_the_first_call_replays(purifier, shape, capfd):
+    done = purifier.warmup(shape)
+    assert done.kernels == 0 and done.seconds > 0
+    assert done.calls == (1 if shape[1] == 20 else 2)  # windows of one call are of one shape: the second is recorded
+    assert len(recordings(purifier)) == 1
+    (recording,) = recordings(purifier)
+    runs, replay = [], recording._calls[0]
+    recording._calls[0] = lambda: runs.append(1) or replay()
+    video = clips(*shape)
+    assert torch.equal(purifier(video), build_purifier()(video)) and runs
+    assert not capfd.readouterr().err
+
+
+def test_a_warmup_without_captures_is_one_call(purifier):
+    assert purifier.warmup((3, 5, 16, 16), capture=False).calls == 1
+    assert build_purifier(method="ddim").warmup((3, 5, 16, 16), return_votes=False).calls == 1
+    assert not recordings(purifier)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16, 16), (3, 1, 16, 16), (4, 3, 5, 8, 16)])
+def test_a_warmup_wants_the_shape_of_a_video(purifier, shape):
+    with pytest.raises(ValueError, match=r"video has shape .*; accepted: \(B, 3, F, H, W\)"):
+        purifier.warmup(shape)
+
+
 @pytest.mark.parametrize("method", ["videopure", "ddim_inversion"])
 def test_deterministic_methods_are_captured(method):
     purifier, video = build_purifier(method=method), clips(3, 4, 16, 16)

@@ -1,4 +1,4 @@
-"""The command line `videopure-fast`: demo, evaluate, purify, bench, info.
+"""The command line `videopure-fast`: demo, evaluate, purify, warmup, bench, info.
 
 A command parses its options, calls, and prints. It imports what it needs when it runs, so that --help is quick.
 """
@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from . import bench, evaluate, info, purify
+from . import bench, evaluate, info, purify, warmup
 
 app = typer.Typer(
     help="Removes adversarial perturbations from videos with a text-to-video diffusion model (arXiv 2501.14999).",
@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (evaluate.demo, evaluate.evaluate, purify.purify, bench.bench, info.info):
+for _command in (evaluate.demo, evaluate.evaluate, purify.purify, warmup.warmup, bench.bench, info.info):
     app.command()(_command)
 
 

@@ -59,6 +59,7 @@ SUPPORTED_DTYPES: dict[str, DtypesByBackend] = {}
 _AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 _override: ContextVar[tuple[str, ...] | None] = ContextVar("videopure_fast_backend", default=None)
+_meta_device: ContextVar[torch.device | None] = ContextVar("videopure_fast_meta_device", default=None)
 
 
 @contextmanager
@@ -72,6 +73,21 @@ def use_backend(names: str) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
+
+
+@contextmanager
+def meta_stands_for(device: torch.device) -> Iterator[None]:
+    """Within this block of this thread, tensors of the meta device are served as those of `device` would be."""
+    token = _meta_device.set(device)
+    try:
+        yield
+    finally:
+        _meta_device.reset(token)
+
+
+def _served_device(device: torch.device) -> torch.device:
+    """The device whose forms serve tensors on this one."""
+    return _meta_device.get() or device if device.type == "meta" else device
 
 
 def in_use() -> tuple[str, ...]:
@@ -90,7 +106,7 @@ def backends() -> dict[str, str]:
 def choose(op: str, x: Tensor) -> Callable[..., Any]:
     """The form of an op for a call whose first tensor is x. RuntimeError if no backend in use can serve it."""
     reasons = {}
-    for name in in_use() or _AUTO.get(x.device.type, ("reference",)):
+    for name in in_use() or _AUTO.get(_served_device(x.device).type, ("reference",)):
         reason = _unsupported_reason(op, name, x)
         if reason is None:
             return implementation(op, name)
@@ -101,7 +117,8 @@ def choose(op: str, x: Tensor) -> Callable[..., Any]:
 
 def is_available(name: str, op: str, x: Tensor) -> bool:
     """Whether this backend is in use and can serve a call of the op whose first tensor is x."""
-    return name in (in_use() or _AUTO.get(x.device.type, ())) and _unsupported_reason(op, name, x) is None
+    names = in_use() or _AUTO.get(_served_device(x.device).type, ())
+    return name in names and _unsupported_reason(op, name, x) is None
 
 
 @cache
@@ -130,12 +147,13 @@ def _unsupported_reason(op: str, name: str, x: Tensor) -> str | None:
     if x.dtype not in forms[name]:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in forms[name])
         return f"it takes {dtypes}, this is {x.dtype}; 'reference' takes every dtype"
+    device = _served_device(x.device)
     served = "cpu" if name == "cpu" or (name == "triton" and _interpreted()) else "cuda"
-    if x.device.type != served:
-        return f"it takes {served} tensors, these are on {x.device}"
+    if device.type != served:
+        return f"it takes {served} tensors, these are on {device}"
     if name == "triton" and (most := OPS[op].max_triton_frames) is not None and x.shape[1] > most:
         return f"it takes {most} frames at most, these are {x.shape[1]}"
-    return _unsupported_device_reason(x.get_device()) if name == "cuda" else None
+    return _unsupported_device_reason(device.index) if name == "cuda" else None
 
 
 def _missing_reason(name: str) -> str | None:
@@ -167,6 +185,11 @@ def _unsupported_device_reason(device: int) -> str | None:
     if error := extension.cuda_error(device):
         return f"GPU {device} cannot run the extension's kernels ({error}); install videopure-fast anew on this machine"
     return None
+
+
+def compiles() -> bool:
+    """Whether Triton is here and compiles kernels, rather than interpreting them."""
+    return _triton_installed() and not _interpreted()
 
 
 @cache
@@ -213,7 +236,7 @@ def full_float32(device: torch.device) -> Iterator[None]:
                     switch.fp32_precision = "ieee"
         _full_float32_depth += 1
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(_served_device(device).type, enabled=False):
             yield
     finally:
         with _full_float32_lock:

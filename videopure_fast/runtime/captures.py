@@ -97,6 +97,11 @@ class Captures:
             self.made.clear()
             self._waiting.clear()
 
+    @property
+    def records_next(self) -> bool:
+        """Whether a call that has run once is recorded on the CPU when it comes again."""
+        return 0 in self._waiting.values()
+
     def __call__(self, function: Function, x: Tensor, *, first_activation: int | None) -> tuple[Tensor, ...]:
         """function(x) for an x that needs no gradient; a graph on a CUDA GPU, a replay on the CPU where that pays.
 

@@ -56,6 +56,16 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
+def unheard() -> Iterator[None]:
+    """Tell nobody of spans within this block of this thread."""
+    token = _listeners.set(())
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+@contextmanager
 def span(name: str, *tensors: Tensor, evaluations: int = 0) -> Iterator[Span]:
     """A span around this block; `tensors` enter it. It also ends when the block raises."""
     work = Span(name, tensors, evaluations)
