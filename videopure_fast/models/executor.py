@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from .layers import Unsupported
 from .transformers import AttentionFn
 from .unet import FastMotionUNet, FastUNet, PlainUNet
 from .vae import FastVAE, PlainVAE
+
+_VERSION, _DTYPE = attrgetter("_version"), attrgetter("dtype")
 
 
 class ModelExecutor:
@@ -35,23 +39,38 @@ class ModelExecutor:
         self._modules = unet, vae
         self._fast = fast
         self._attention_fn = attention_fn
-        self._seen: tuple[Any, ...] = ()
+        # Of each module in the trees of both, its children and weights by name; and the children one after another.
+        self._children_of: list[dict[str, nn.Module | None]] = []
+        self._weights_of: list[dict[str, nn.Parameter | None]] = []
+        self._children: list[nn.Module | None] = []
+        self._seen: list[list[Any]] = []
         self._forms: tuple[Any, Any] | None = None
         self.lock = threading.RLock()  # held while forms, or what was made of them, are dropped or made
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own forms when it needs them."""
-        return {**self.__dict__, "_seen": (), "_forms": None, "lock": None}
+        """A copy looks at its own modules, and makes its own forms, when it needs them."""
+        lists: dict[str, Any] = {"_children_of": [], "_weights_of": [], "_children": [], "_seen": []}
+        return {**self.__dict__, **lists, "_forms": None, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
 
     def refresh(self, constants: Iterable[Tensor] = ()) -> bool:
-        """Whether weights, or `constants` beside them, have changed since the last call: the forms are made anew."""
-        tensors = [*constants, *(parameter for module in self._modules for parameter in module.parameters())]
-        seen = tuple((id(t), t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+        """Whether modules, weights, or `constants` beside them, have changed since the last call.
+
+        If so, the forms are made anew. Every call asks, so thousands of modules and weights are read by iterators in C.
+        """
         with self.lock:
-            if seen == self._seen:
+            same = list(chain.from_iterable(map(dict.values, self._children_of))) == self._children
+            if not same or not self._children:
+                tree = [child for module in self._modules for child in module.modules()]
+                self._children_of, self._weights_of = [m._modules for m in tree], [m._parameters for m in tree]
+                self._children = list(chain.from_iterable(map(dict.values, self._children_of)))
+            weights = chain.from_iterable(map(dict.values, self._weights_of))
+            tensors = [*constants, *(weight for weight in weights if weight is not None)]
+            # An address tells the device, too.
+            seen = [list(map(look, tensors)) for look in (id, Tensor.data_ptr, _VERSION, _DTYPE)]
+            if same and seen == self._seen:
                 return False
             self._seen, self._forms = seen, None
             return True
