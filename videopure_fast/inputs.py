@@ -39,7 +39,7 @@ def check_video(video: Tensor) -> None:
     if video.shape[-3] < 2 or min(shape[-2:]) < LEAST_SIDE:
         raise ValueError(f"video has shape {shape}; {accepted}")
     if video.is_floating_point():
-        low, high = (bound.item() for bound in torch.aminmax(video.detach()))
+        low, high = torch.stack(torch.aminmax(video.detach())).tolist()
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
         if low < 0 or high > 1:
@@ -56,7 +56,7 @@ def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
         raise TypeError(f"clips are {clips.dtype}, {clips.layout} on {clips.device}; {accepted}")
     if clips.ndim != 5 or clips.shape[1] != 3 or not clips.numel():
         raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}")
-    low, high = (bound.item() for bound in torch.aminmax(clips.detach()))
+    low, high = torch.stack(torch.aminmax(clips.detach())).tolist()
     if not (low >= 0 and high <= 1):  # NaN fails both
         raise ValueError(f"clips have values from {low} to {high}; {accepted}")
 

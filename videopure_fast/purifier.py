@@ -208,8 +208,12 @@ class Purifier(PurifierStages):
                 clips = next(windows)
             else:
                 clips = torch.cat(list(cross_fade(windows, starts, self.config.window_overlap)), -3).clamp(0, 1)
-            clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]].to(video.device)
-            clips = (clips * 255).round().to(torch.uint8) if video.dtype == torch.uint8 else clips.to(video.dtype)
+            clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]]
+            if video.dtype == torch.uint8:
+                clips = (clips * 255).round().to(torch.uint8)
+            elif video.itemsize < clips.itemsize:  # narrowed before it is copied to another device
+                clips = clips.to(video.dtype)
+            clips = clips.to(video.device, video.dtype)
             return (clips if video.ndim == 5 else clips[0]).contiguous()
 
     def warmup(
@@ -235,8 +239,8 @@ class Purifier(PurifierStages):
             while not calls or (calls == 1 and self._captures.records_next):
                 self(video, return_votes=return_votes, progress=progress, capture=capture)
                 calls += 1
-        if self.unet.device.type == "cuda":
-            torch.cuda.synchronize(self.unet.device)
+        if self._executor.device.type == "cuda":
+            torch.cuda.synchronize(self._executor.device)
         return WarmUp(kernels, calls, time.perf_counter() - began)
 
     def profile(
@@ -272,9 +276,12 @@ class Purifier(PurifierStages):
         least = 2 * self.vae_factor
         if min(clips.shape[-2:]) < least:
             raise ValueError(f"video has shape {tuple(clips.shape)}; this model accepts sides of {least} or more")
-        if self.unet.device.type == "cpu":
+        if self._executor.device.type == "cpu":
             tune_allocator()
-        clips = clips.to(self.unet.device, self._state_dtype) / (255 if clips.dtype == torch.uint8 else 1)
+        device, dtype, most = self._executor.device, self._state_dtype, 255 if clips.dtype == torch.uint8 else 1
+        if clips.itemsize < dtype.itemsize:  # torch widens before it copies to another device: more bytes to copy
+            clips = clips.to(device)
+        clips = clips.to(device, dtype) / most
         bottom, right = (-side % self.vae_factor for side in clips.shape[-2:])
         if not bottom and not right:
             return clips
@@ -285,10 +292,10 @@ class Purifier(PurifierStages):
 
         shape: of the preprocessed clips. Returns how many were compiled.
         """
-        device = self.unet.device
+        device = self._executor.device
         clips, channels, frames, *sides = shape
         window = (clips, channels, min(frames, self.max_frames), *sides)
-        kind = (window, last, self.config, self.unet.dtype, device, backend.in_use())
+        kind = (window, last, self.config, self._executor.dtype, device, backend.in_use())
         known = _rehearsed.setdefault(self.unet, set())
         if kind in known or not compile_ahead.serves(device):
             return 0

@@ -6,6 +6,7 @@ nothing on the host, so that it can be captured, unless it is given functions th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -170,12 +171,19 @@ def guide(
     config: PurifyConfig,
 ) -> Tensor:
     """The guided update of each state (V, B, 4, F, h, w) with its own noise prediction; else as `vote`."""
-    table = target.new_tensor(coefficients)[:, None].expand(-1, len(target), -1)
+    table = _table(tuple(coefficients), target.dtype, target.device)[:, None].expand(-1, len(target), -1)
     weights = {"spatial_weight": config.spatial_weight, "temporal_weight": config.temporal_weight}
     if config.sign_temperature:
         weights["sign_temperature"] = config.sign_temperature
         return soft_guided_update(states, noise_preds, target, flow, table, **weights)
     return ops.guided_update(states, noise_preds, target, flow, table, **weights)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(coefficients: tuple[VoteCoefficients, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(votes, 4). Made once: a copy to a GPU waits for all work before it."""
+    with torch.inference_mode(False):
+        return torch.tensor(coefficients, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -217,11 +217,11 @@ class PurifierStages(nn.Module):
                 f"clips have shape {tuple(clips.shape)}; accepted: sides of multiples of {self.vae_factor}"
             )
         self._refresh()
-        return self._encode(clips.to(self.unet.device))
+        return self._encode(clips.to(self._executor.device))
 
     def _encode(self, clips: Tensor) -> Tensor:
         with self._inference(clips), span("encode", clips) as work:
-            frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
+            frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self._executor.vae_dtype)
             chunks = frames.split(self._frames_at_once(*clips.shape[-2:]))
             means = [checkpointed(self._executor.vae.encode, chunk) for chunk in chunks]
             latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
@@ -248,7 +248,7 @@ class PurifierStages(nn.Module):
         capture = self.capture if capture is None else check_flag("capture", capture)
         generators = self._generators(generator, len(latents))
         self._refresh()
-        latents = latents.to(self.unet.device, self._state_dtype)
+        latents = latents.to(self._executor.device, self._state_dtype)
         with self._inference(latents):
             return self._run_chain(latents, generators, callback, capture)
 
@@ -274,7 +274,7 @@ class PurifierStages(nn.Module):
         """Latents (B, 4, F, h, w), or votes (V, B, 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
         check_latents("latents", latents, self.vae.config.latent_channels, most_dims=6)
         self._refresh()
-        return self._decode(latents.to(self.unet.device))
+        return self._decode(latents.to(self._executor.device))
 
     def _decode(self, latents: Tensor) -> Tensor:
         decode: Callable[[Tensor], Tensor] = self._executor.vae.decode
@@ -283,7 +283,7 @@ class PurifierStages(nn.Module):
             decode, scale = functools.partial(_decode_lossily, self.decoder), self.decoder.config.scaling_factor
         with self._inference(latents), span("decode", latents) as work:
             frames = (latents / scale).transpose(-4, -3)
-            flat = frames.flatten(0, -4).to(self.vae.dtype)
+            flat = frames.flatten(0, -4).to(self._executor.vae_dtype)
             sides = (side * self.vae_factor for side in latents.shape[-2:])
             chunks = flat.split(self._frames_at_once(*sides))
             decoded = torch.cat([checkpointed(decode, chunk) for chunk in chunks])
@@ -317,7 +317,7 @@ class PurifierStages(nn.Module):
         """A graph only if grad mode is on and one of the tensors needs it; float32 is float32."""
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self.unet.device):
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self._executor.device):
             yield
 
     def _run_chain(
@@ -385,7 +385,7 @@ class PurifierStages(nn.Module):
 
     @property
     def _state_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.unet.dtype, torch.float32)
+        return torch.promote_types(self._executor.dtype, torch.float32)
 
 
 def _check_overlap(config: PurifyConfig, max_frames: int) -> None:

@@ -46,6 +46,16 @@ def test_a_stream_replays_from_the_second_window_on(purifier):
     assert len(recordings(purifier)) == 1 and not recordings(eager)
 
 
+def test_a_call_that_comes_again_makes_no_tensor_of_host_values(purifier, monkeypatch):
+    """On a GPU that is a copy which waits for all work before it."""
+    video = clips(3, 5, 16, 16)
+    expected = purifier(video, return_votes=True)
+    made = []
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: made.append("tensor"))
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *_, **__: made.append("new_tensor"))
+    assert torch.equal(purifier(video, return_votes=True), expected) and not made
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 16, 18), (3, 5, 16, 18), (3, 20, 16, 16)])
 def test_after_a_warmup_the_first_call_replays(purifier, shape, capfd):
     done = purifier.warmup(shape)

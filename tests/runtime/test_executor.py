@@ -127,6 +127,32 @@ def test_every_change_is_seen_once(purifier, change):
     assert [look(), look(), look()] == [True, False, False]
 
 
+def test_a_call_never_lets_diffusers_search_its_modules(purifier, monkeypatch):
+    """diffusers finds the device and the dtype of a model in milliseconds, where the model is large."""
+    video = clips(2, 3, 20, 16, 18)  # windows of two lengths
+    purifier(video, return_votes=True)
+    searched = []
+    for model in (purifier.unet, purifier.vae):
+        for name in ("device", "dtype"):
+            found = getattr(model, name)
+            monkeypatch.setattr(type(model), name, property(lambda _, n=name, f=found: searched.append(n) or f))
+    for options in ({}, {"return_votes": True}, {"capture": False}):
+        purifier(video, **options)
+    purifier.denoise(purifier.encode(clips(1, 3, 4, 16, 16)))
+    assert not searched
+    with torch.no_grad():
+        purifier.unet.conv_in.weight.add_(1)
+    purifier(video)
+    assert {"device", "dtype"} <= set(searched)  # after a change
+
+
+def test_the_forms_follow_a_cast(purifier):
+    assert purifier.double().encode(clips(1, 3, 4, 16, 16)).dtype == torch.float64
+    assert purifier._executor.dtype == purifier._executor.vae_dtype == torch.float64
+    assert purifier.half().encode(clips(1, 3, 4, 16, 16)).dtype == torch.float32
+    assert purifier._executor.unet.dtype == torch.float16 and purifier._executor.device == torch.device("cpu")
+
+
 def test_a_look_at_a_full_size_model_is_quicker_than_one_walk_over_its_weights():
     with torch.device("meta"):
         unet = UNet3DConditionModel()

@@ -45,12 +45,13 @@ class ModelExecutor:
         self._children: list[nn.Module | None] = []
         self._seen: list[list[Any]] = []
         self._forms: tuple[Any, Any] | None = None
+        self._place: tuple[torch.device, torch.dtype, torch.dtype] | None = None
         self.lock = threading.RLock()  # held while forms, or what was made of them, are dropped or made
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own modules, and makes its own forms, when it needs them."""
         lists: dict[str, Any] = {"_children_of": [], "_weights_of": [], "_children": [], "_seen": []}
-        return {**self.__dict__, **lists, "_forms": None, "lock": None}
+        return {**self.__dict__, **lists, "_forms": None, "_place": None, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -72,8 +73,28 @@ class ModelExecutor:
             seen = [list(map(look, tensors)) for look in (id, Tensor.data_ptr, _VERSION, _DTYPE)]
             if same and seen == self._seen:
                 return False
-            self._seen, self._forms = seen, None
+            self._seen, self._forms, self._place = seen, None, None
             return True
+
+    @property
+    def device(self) -> torch.device:
+        """The UNet's, as it was at the last `refresh`; diffusers' own `device` and `dtype` walk through all modules."""
+        return self._placed()[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._placed()[1]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return self._placed()[2]
+
+    def _placed(self) -> tuple[torch.device, torch.dtype, torch.dtype]:
+        place = self._place
+        if place is None:
+            unet, vae = self._modules
+            self._place = place = unet.device, unet.dtype, vae.dtype
+        return place
 
     @property
     def unet(self) -> FastUNet | PlainUNet:

@@ -45,10 +45,7 @@ class PlainUNet:
 
     def __init__(self, unet: nn.Module) -> None:
         self._unet = unet
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._unet.dtype
+        self.dtype: torch.dtype = unet.dtype
 
     def constants(self, prompt_embeds: Tensor, timesteps: Tensor) -> Constants:
         return Constants((prompt_embeds,), timesteps[:, None])
@@ -113,14 +110,11 @@ class FastUNet:
         _check(unet)
         self._weights = Weights(unet, for_gpu=for_gpu)
         self._unet = unet
+        self.dtype: torch.dtype = unet.dtype
         self._attention_fn = attention_fn
         self._resnets = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
         spatial = [module for module in unet.modules() if type(module).__name__ == "Transformer2DModel"]
         self._blocks = [block for model in spatial for block in model.transformer_blocks]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._unet.dtype
 
     @property
     def width(self) -> int:
@@ -130,7 +124,7 @@ class FastUNet:
     @torch.no_grad()
     def constants(self, prompt_embeds: Tensor, timesteps: Tensor) -> Constants:
         """prompt_embeds: (1, tokens, dim). timesteps: (T,)."""
-        unet, dtype = self._unet, self._unet.dtype
+        unet, dtype = self._unet, self.dtype
         time = F.silu(unet.time_embedding(unet.time_proj(timesteps).to(dtype)))
         embeddings = [r.time_emb_proj(time) + r.conv1.bias for r in self._resnets]
         texts = []

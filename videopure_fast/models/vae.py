@@ -112,4 +112,5 @@ def frames_at_once(vae: nn.Module, height: int, width: int) -> int:
     # The largest activation is that of the last upsampler.
     widths = vae.config.block_out_channels
     largest = height * width * widths[min(1, len(widths) - 1)]
-    return max(1, (_GPU_ACTIVATION if vae.device.type == "cuda" else _CPU_ACTIVATION) // largest)
+    on_gpu = next(vae.parameters()).device.type == "cuda"  # diffusers' own `vae.device` walks through all modules
+    return max(1, (_GPU_ACTIVATION if on_gpu else _CPU_ACTIVATION) // largest)
