@@ -10,6 +10,7 @@ from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import majority_vote
 from videopure_fast.defense.classifier import settled
 from videopure_fast.evaluation.tables import wilson_interval
+from videopure_fast.purifier import LatentVotes
 
 
 class Linear(nn.Module):
@@ -67,6 +68,41 @@ def test_early_stop_predicts_the_same_from_fewer_votes(depth, monkeypatch):
         decoded.clear()
         assert torch.equal(hasty.predict(video), expected)
         assert (depth + 2) // 2 + 1 <= sum(decoded) <= everything == depth + 2
+
+
+class Painted(nn.Module):
+    """Reads the label that a clip is painted with."""
+
+    def forward(self, x):
+        return nn.functional.one_hot((4 * x[:, 0, 0, 0, 0]).round().long(), 3).float()
+
+
+@pytest.mark.parametrize("votes", [1, 2, 3, 4, 5, 6, 7])
+def test_early_stop_predicts_the_same_for_every_sequence_of_labels(votes, defended, monkeypatch):
+    """Ties between two and three labels among them, one clip a call and all in one batch."""
+    labels = torch.tensor(list(itertools.product(range(3), repeat=votes)))
+    painted = (labels / 4)[:, :, None, None, None, None]
+    asked = []
+
+    def decode_votes(self, denoised, votes=slice(None)):
+        asked.append(votes)
+        return denoised.video[:, votes]
+
+    def latent_votes(self, clips, **_):
+        chosen = clips[:, 0, 0, 0, 0].mul(len(labels)).round().long()
+        return LatentVotes(painted[chosen], ((0, torch.empty(votes)),))
+
+    monkeypatch.setattr(Purifier, "latent_votes", latent_votes)
+    monkeypatch.setattr(Purifier, "decode_votes", decode_votes)
+    names = (torch.arange(len(labels)) / len(labels))[:, None, None, None, None].expand(-1, 3, 1, 1, 1)
+    patient, hasty = (DefendedClassifier(Painted(), defended.purifier, **o) for o in ({"early_stop": False}, {}))
+    expected = torch.tensor([majority(sequence.tolist()) for sequence in labels])
+    assert torch.equal(patient.predict(names), expected) and asked == [slice(0, votes)]
+    assert torch.equal(hasty.predict(names), expected)
+    asked.clear()
+    assert torch.equal(torch.cat([hasty.predict(names[i : i + 1]) for i in range(0, len(names), 5)]), expected[::5])
+    if votes > 2:
+        assert len(asked) < len(names[::5]) * (votes - votes // 2)  # some are settled before the last vote
 
 
 def test_train_wakes_the_classifier_alone(defended):

@@ -26,8 +26,8 @@ class DefendedClassifier(nn.Module):
     the logits of each vote: the labels of `predict` have no gradient. `.train()` changes the classifier's mode alone.
 
     Args:
-        early_stop: let `predict` decode and classify votes only until the majority of every clip is settled; the
-            labels are the same.
+        early_stop: let `predict` decode and classify votes only until the majority of every clip is settled, which is
+            more than half of them where they agree; the labels are the same. Off, it always takes all votes.
         gradient: the gradient of the purification in a backward pass; the logits are the same for all three. "exact":
             that of the purification itself, from encoding to decoding, in memory that does not grow with its steps.
             "bpda": the identity (backward pass differentiable approximation, Athalye et al., arXiv 1802.00420).
@@ -43,7 +43,7 @@ class DefendedClassifier(nn.Module):
         classifier: nn.Module,
         purifier: Purifier,
         *,
-        early_stop: bool = False,
+        early_stop: bool = True,
         gradient: Gradient = "exact",
         surrogate: Mapping[str, Any] | None = None,
     ) -> None:
