@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..ops import backend
 
@@ -90,7 +91,7 @@ class _LaunchesOfOps(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._results: dict[tuple[Any, ...], torch.Size | None] = {}
+        self._results: dict[tuple[Any, ...], Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != backend.NAMESPACE:
@@ -99,16 +100,14 @@ class _LaunchesOfOps(TorchDispatchMode):
         call = (op, *(_layout(value) if isinstance(value, Tensor) else value for value in args))
         if call not in self._results:
             self._results[call] = self._run(op, args)
-        shape = self._results[call]
-        return None if shape is None else args[0].new_empty(shape)
+        return tree_map_only(Tensor, torch.empty_like, self._results[call])
 
-    def _run(self, op: str, arguments: Any) -> torch.Size | None:
+    def _run(self, op: str, arguments: Any) -> Any:
         form = backend.choose(op, arguments[0])
         if form is backend.OPS[op].native:  # the extension would take addresses from the tensors
-            form = getattr(getattr(torch.ops, backend.NAMESPACE), op)
-            return getattr(form(*arguments), "shape", None)
+            return getattr(getattr(torch.ops, backend.NAMESPACE), op)(*arguments)
         with self:
-            return getattr(form(*arguments), "shape", None)
+            return form(*arguments)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
