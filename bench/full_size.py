@@ -29,7 +29,18 @@ VAE = {
 }
 # Operations of torch's that launch nothing.
 _VIEWS = {"view", "permute", "transpose", "t", "unbind", "slice", "select", "split", "split_with_sizes", "expand"}
-_NOTHING = {*_VIEWS, "alias", "detach", "_unsafe_view", "_reshape_alias", "empty", "new_empty", "empty_like"}
+_VIEWS |= {
+    "unsqueeze",
+    "squeeze",
+    "reshape",
+    "flatten",
+    "alias",
+    "detach",
+    "_unsafe_view",
+    "_reshape_alias",
+    "as_strided",
+}
+_NOTHING = {*_VIEWS, "empty", "new_empty", "empty_like", "empty_strided"}
 
 
 class Operation(NamedTuple):

@@ -28,6 +28,7 @@ from .ops import backend
 from .runtime import compile_ahead
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
+from .runtime.replay import is_observed
 from .runtime.spans import EvaluationCounter, listening, unheard
 from .sampling import Callback, Generators, vote
 from .stages import PurifierStages
@@ -297,11 +298,11 @@ class Purifier(PurifierStages):
         window = (clips, channels, min(frames, self.max_frames), *sides)
         kind = (window, last, self.config, self._executor.dtype, device, backend.in_use())
         known = _rehearsed.setdefault(self.unet, set())
-        if kind in known or not compile_ahead.serves(device):
+        if kind in known or not compile_ahead.serves(device) or is_observed():
             return 0
         known.add(kind)
         try:
-            with compile_ahead.recorded(device) as kernels, unheard(), warnings.catch_warnings():
+            with compile_ahead.recorded(device) as kernels, unheard(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the call itself says it again
                 self._rehearse(window, last)
         except Exception as error:  # of a model or a Triton unlike those known: the launches compile, one by one

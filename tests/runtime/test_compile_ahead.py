@@ -13,6 +13,7 @@ from conftest import build_purifier, clips
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast import Purifier, use_backend
 from videopure_fast.ops import backend
@@ -212,6 +213,15 @@ def test_a_first_call_compiles_what_is_missing_and_says_so_once(on_gpu, caplog):
     purifier(video, return_votes=True)
     purifier(clips(3, 20, 16, 16))  # windows of another length
     assert len(on_gpu) == 3
+
+
+def test_a_call_that_is_counted_or_differentiated(on_gpu):
+    purifier, video = build_purifier(), clips(1, 3, 4, 16, 16)
+    with FlopCounterMode(display=False):
+        purifier(video)
+    assert not on_gpu  # or its operators would be counted twice
+    purifier(video.requires_grad_()).sum().backward()
+    assert len(on_gpu) == 1 and video.grad.abs().sum() > 0
 
 
 def test_few_kernels_are_left_to_their_launches(on_gpu, caplog, monkeypatch):

@@ -40,14 +40,14 @@ class Kernel(NamedTuple):
     """What one launch asks Triton to compile.
 
     target: the GPU's backend, architecture and threads of a warp. specialization: Triton's own JSON of types, constants
-    and options. cached: whether Triton's cache on disk has it; None where that is not known.
+    and options. cached: whether Triton's cache on disk has it.
     """
 
     target: tuple[str, int, int]
     module: str
     function: str
     specialization: str
-    cached: bool | None = None
+    cached: bool = False
 
 
 def serves(device: torch.device) -> bool:
