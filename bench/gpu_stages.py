@@ -210,6 +210,11 @@ def work(given: argparse.Namespace, fail: Callable[[str], Any]) -> int:
         print(progress(name, found, time.time() - started, max(0, end - time.time()), later), flush=True)
     if not rows and given.only:
         fail(f"no row is named like {given.only!r}; a run without --only names them all")
+    return conclude(run, rows)
+
+
+def conclude(run: Run, rows: dict[str, Row]) -> int:
+    """Prints the rows and where they are; returns the exit status."""
     shown = [name for name, row in rows.items() if row["stage"] != "tune"]
     if shown:
         print_table({**load_results(run.file)["rows"], **rows}, shown)
