@@ -46,11 +46,11 @@ _recorded: ContextVar[list[Choice] | None] = ContextVar("videopure_fast_recorded
 
 def choose(op: str, key: Key, candidates: Sequence[Candidate], reasoned: Candidate) -> Candidate:
     """The candidate that this launch takes."""
-    if (recorded := _recorded.get()) is not None:
-        recorded.append(Choice(op, key, tuple(candidates), reasoned))
-    if (forced := _forced.get()) is not None and forced[:2] == (op, key):
-        candidate: Candidate = forced[2]
-        return candidate
+    if (found := _recorded.get()) is not None:
+        found.append(Choice(op, key, tuple(candidates), reasoned))
+    if (override := _forced.get()) is not None and override[:2] == (op, key):
+        chosen: Candidate = override[2]
+        return chosen
     fastest = _measured(architecture()).get((op, *key))
     return next((candidate for candidate in candidates if as_json(candidate) == fastest), reasoned)
 
