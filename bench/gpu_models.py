@@ -100,10 +100,18 @@ class BenchModels:
         fast: bool = False,
         decoder: nn.Module | None = None,
     ) -> Purifier:
-        """A purifier over the models; another dtype takes copies of them. fast: on our models, else on diffusers'."""
+        """A purifier over the models; another dtype takes copies of them. fast: on our models, else on diffusers'.
+
+        Weights over images are laid out in place as each wants them: channels last, as `from_pretrained` leaves them,
+        or else as diffusers loads them.
+        """
         unet, vae, prompt = self.models
         if dtype != DTYPE:
             unet, vae = (copy.deepcopy(module).to(dtype) for module in (unet, vae))
+        for module in (*unet.modules(), *vae.modules()):
+            if isinstance(module, nn.Conv2d):
+                layout = torch.channels_last if fast else torch.contiguous_format
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         config = PurifyConfig(inversion_steps=1 if self.quick else 5, window_overlap=0)
         if self.quick:  # one flipped sign among so few latents would fail the gate

@@ -40,7 +40,7 @@ def purification(models: BenchModels, path: str, workload: Workload) -> Row:
     models.expected(workload)  # cached: must not be made while memory is measured
     models.free_memory()
     memory = PeakMemory(device)
-    purifier = models.purifier(workload)
+    purifier = models.purifier(workload, fast=path.startswith("ours"))
     compiler = {"compiler": "eager"} if models.quick and path in COMPILED_PATHS else {}
     purify = PATHS[path](purifier, **compiler)
     clips = models.clips(workload)
