@@ -1,309 +1,248 @@
 """GroupNorm, SiLU and the embedding before them in Triton, channels last.
 
-x: (B, F, H, W, C). weight, bias: (C,). embedding: (B, C), added to x, or None. Returns GroupNorm of each frame, or over
-all frames of a clip, with SiLU or without, in the shape and dtype of x.
+x: (B, F, H, W, C), or the first of C channels beside skip: (B, F, H, W, D), the last. weight, bias: (C,). embedding:
+(B, C), added first, or None. Returns GroupNorm of each frame, or over all frames of a clip, with SiLU or without, in
+the dtype of x.
 
-A sample is what a group's mean is taken over: a frame or a clip; its rows are its pixels. A small sample takes one
-kernel, whose programs hold a few groups of it in registers. A larger one takes two: mean and sum of squared deviations
-of each chunk of its rows, which the second kernel combines (Chan, Golub and LeVeque, 1979) and applies. Both measure
-values from the first of their group, so that a large mean costs no precision.
+A small sample takes one kernel, whose programs own whole groups and go over the rows twice. A larger one takes two:
+sums over chunks of its rows, which the second kernel adds up and applies. Both measure values from the first of their
+group, so that a large mean costs no precision, and the sums of chunks need only be added.
 
-The file is long because its three kernels share their tiles and the rule that chooses between them.
+With ADD the second tensor is added to x instead, and the sum is rounded and written as its statistics are taken: that
+is `add_group_norm_silu` of residual_add.py.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .group_norm_rows import Sample, normalize_rows, offset_from_first, scale_and_shift, sums_of_rows
 from .launch import dense_rows, options
 
-# Chosen by reasoning and compiled for sm_80 and sm_90, not measured: 16 to 64 values a thread, and rows of whole
-# 128-byte lines. BLOCK_C is in channels, a TILE in values (rows x channels).
-REDUCE_BLOCK_C = 128  # where groups are reduced; more if a group is larger
-STATISTICS_TILE = 8192
-STATISTICS_WARPS = 8
-APPLY_BLOCK_C = 64
-APPLY_TILE = 4096
-APPLY_WARPS = 8
-ONE_PASS_TILE = 8192  # as far as MIN_ONE_PASS_BLOCK_C allows
-MIN_ONE_PASS_BLOCK_C = 64  # unless there are fewer channels
-MAX_ONE_PASS_BYTES, MAX_ONE_PASS_ROWS = 65536, 512  # more values or rows spill registers
-MAX_CHUNKS = 128  # each program of the second kernel combines them all
-PROGRAMS = 2048  # of the statistics kernel, as far as there are chunks: several for each multiprocessor of a GPU
+# Chosen by reasoning and compiled for sm_80 and sm_90, not measured.
+BLOCK_C = 64  # divides the models' widths, and is a line of 128 bytes in half precision
+WARP_BYTES = 512  # that one load of 16 bytes a thread brings
+# Warps of a program, and the loads of a source that each thread has in flight. A second kernel's programs have fewer
+# warps: each warp repeats the work on the sums.
+STATISTICS, ADDITION, APPLY = (8, 8), (8, 4), (4, 4)
+SMALL, LARGE = (4, 2), (8, 4)  # in one kernel, samples of up to SMALL_ROWS, and larger ones
+# One kernel, with the first of these widths of which whole groups fill MIN_SHARE: samples of up to SMALL_ROWS, or of up
+# to LARGE_ROWS where the programs are MANY_PROGRAMS.
+WIDTHS, MIN_SHARE = (64, 128, 256), 7 / 8
+SMALL_ROWS, LARGE_ROWS, MANY_PROGRAMS = 256, 1024, 256
+# Two kernels: parts of PART_ROWS while there are no more than MOST_PROGRAMS, or fewer rows for FEWEST_PROGRAMS, two for
+# each multiprocessor of an H100. Each program of the second kernel reads the sums of all chunks.
+PART_ROWS, MOST_PROGRAMS, FEWEST_PROGRAMS, MAX_CHUNKS = 512, 2112, 264, 64
+MIN_BLOCK_G, MIN_SUMS = 16, 64  # enough for the models, which then share their kernels
+SUMS_TILE = 2048  # that the second kernel reads at a time
 
 
-@triton.jit
-def _offset_from_first(
+@triton.jit(do_not_specialize=["rows", "blocks", "group_size", "samples_per_clip"])
+def _whole_sample_kernel(
     x_ptr: tl.tensor,
-    embedding_ptr: tl.tensor | None,
-    channel: tl.tensor,
-    channels_inside: tl.tensor,
-    GROUP_SIZE: tl.constexpr,
-) -> tl.tensor:
-    """What to add to each channel of a sample's x: its embedding, less the first value of the channel's group."""
-    first = channel // GROUP_SIZE * GROUP_SIZE
-    x = tl.load(x_ptr + first, mask=channels_inside, other=0.0).to(tl.float32)
-    if embedding_ptr is None:
-        return -x
-    else:
-        x += tl.load(embedding_ptr + first, mask=channels_inside, other=0.0).to(tl.float32)
-        return tl.load(embedding_ptr + channel, mask=channels_inside, other=0.0).to(tl.float32) - x
-
-
-@triton.jit
-def _group_sums(values: tl.tensor, group_of_channel: tl.tensor, BLOCK_G: tl.constexpr) -> tl.tensor:
-    """Sums [BLOCK_G] over the channels of each group of the values [BLOCK_C]."""
-    in_group = group_of_channel[:, None] == tl.arange(0, BLOCK_G)[None, :]
-    return tl.sum(tl.where(in_group, values[:, None], 0.0), 0)
-
-
-@triton.jit
-def _scale_and_activate(deviation: tl.tensor, scale: tl.tensor, bias: tl.tensor, SILU: tl.constexpr) -> tl.tensor:
-    y = deviation * scale + bias
-    return y / (1.0 + tl.exp(-y)) if SILU else y
-
-
-@triton.jit(do_not_specialize=["rows", "blocks", "samples_per_clip"])
-def _one_pass_kernel(
-    x_ptr: tl.tensor,
+    second_ptr: tl.tensor | None,
+    vector_ptr: tl.tensor | None,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
-    embedding_ptr: tl.tensor | None,
-    output_ptr: tl.tensor,  # contiguous
+    total_ptr: tl.tensor | None,  # contiguous, as is the output
+    output_ptr: tl.tensor,
     rows: tl.tensor,
     channels: tl.tensor,
     blocks: tl.tensor,
+    group_size: tl.tensor,
     samples_per_clip: tl.tensor,
+    x_channels: tl.tensor,
     x_stride_sample: tl.tensor,
     x_stride_row: tl.tensor,
+    second_stride_sample: tl.tensor,
+    second_stride_row: tl.tensor,
+    vector_stride_clip: tl.tensor,
     eps: tl.tensor,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,  # channels of a program: the whole groups of its BLOCK_C
-    BLOCK_M: tl.constexpr,
+    ADD: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,  # of a program: the whole groups of its BLOCK_C
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    SILU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOADS: tl.constexpr,
 ) -> None:
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    index = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     channel = tl.program_id(0) % blocks * GROUP_CHANNELS + column
-    channels_inside = (column < GROUP_CHANNELS) & (channel < channels)
-    row = tl.arange(0, BLOCK_M).to(tl.int64)
-    inside = (row < rows)[:, None] & channels_inside[None, :]
-    x_ptr += sample * x_stride_sample
-    if embedding_ptr is not None:
-        embedding_ptr += sample // samples_per_clip * channels
+    inside = (column < GROUP_CHANNELS) & (channel < channels)
+    x_ptr += index * x_stride_sample
+    output_ptr += index * rows * channels
+    if second_ptr is not None:
+        second_ptr += index * second_stride_sample
+    if vector_ptr is not None:
+        vector_ptr += index // samples_per_clip * vector_stride_clip
+    x_stride_row, second_stride_row = tl.cast(x_stride_row, tl.int64), tl.cast(second_stride_row, tl.int64)
+    stride_row = tl.cast(channels, tl.int64)  # of contiguous rows
+    sample = Sample(
+        *(x_ptr, x_stride_row, x_channels, second_ptr, second_stride_row, vector_ptr, stride_row, channel, inside)
+    )
+    if ADD:
+        total_ptr += index * rows * channels
+    offset = offset_from_first(sample, group_size, ADD)
+    sums, squares = sums_of_rows(sample, total_ptr, offset, 0, rows, ADD, BLOCK_M, LOADS)
+    group, count = column // group_size, 1.0 * rows * group_size
+    scale, shift = scale_and_shift(
+        *(sample, weight_ptr, bias_ptr, sums, squares, group, group % BLOCK_G, count, eps, BLOCK_G)
+    )
+    if ADD:
+        tl.debug_barrier()  # other threads may have written what is read now
+        sample = Sample(total_ptr, stride_row, channels, None, 0, None, stride_row, channel, inside)
+    normalize_rows(sample, output_ptr, offset, scale, shift, 0, rows, BLOCK_M, SILU)
 
-    x = tl.load(x_ptr + row[:, None] * x_stride_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    offset = _offset_from_first(x_ptr, embedding_ptr, channel, channels_inside, GROUP_SIZE)
-    x = tl.where(inside, x + offset[None, :], 0.0)
-    group_of_channel = column // GROUP_SIZE
-    count = 1.0 * GROUP_SIZE * rows
-    mean = tl.gather(_group_sums(tl.sum(x, 0), group_of_channel, BLOCK_G) / count, group_of_channel, 0)
-    x = tl.where(inside, x - mean[None, :], 0.0)
-    variance = _group_sums(tl.sum(x * x, 0), group_of_channel, BLOCK_G) / count
-    scale = tl.gather(tl.rsqrt(variance + eps), group_of_channel, 0)
-    scale *= tl.load(weight_ptr + channel, mask=channels_inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=channels_inside, other=0.0).to(tl.float32)
-    y = _scale_and_activate(x, scale[None, :], bias[None, :], SILU)
-    tl.store(output_ptr + (sample * rows + row)[:, None] * channels + channel[None, :], y, mask=inside)
 
-
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "groups", "blocks", "samples_per_clip"])
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "group_size", "samples_per_clip"])
 def _statistics_kernel(
     x_ptr: tl.tensor,
-    embedding_ptr: tl.tensor | None,
-    mean_ptr: tl.tensor,  # (samples, chunks, groups), as is m2
-    m2_ptr: tl.tensor,
+    second_ptr: tl.tensor | None,
+    vector_ptr: tl.tensor | None,
+    total_ptr: tl.tensor | None,  # contiguous
+    sums_ptr: tl.tensor,  # (samples, chunks, 2, channels / GRAIN): of values, and of squares
     rows: tl.tensor,
     chunk_rows: tl.tensor,
     chunks: tl.tensor,
     channels: tl.tensor,
-    groups: tl.tensor,
-    blocks: tl.tensor,
+    group_size: tl.tensor,
     samples_per_clip: tl.tensor,
+    x_channels: tl.tensor,
     x_stride_sample: tl.tensor,
     x_stride_row: tl.tensor,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    second_stride_sample: tl.tensor,
+    second_stride_row: tl.tensor,
+    vector_stride_clip: tl.tensor,
+    ADD: tl.constexpr,
+    GRAIN: tl.constexpr,  # as many neighboring channels, all of one group, are summed up
     BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOADS: tl.constexpr,
 ) -> None:
+    blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks  # counted over all samples
-    sample = (chunk // chunks).to(tl.int64)
-    column = tl.arange(0, BLOCK_C)
-    channel = block * GROUP_CHANNELS + column
-    channels_inside = (column < GROUP_CHANNELS) & (channel < channels)
-    x_ptr += sample * x_stride_sample
-    if embedding_ptr is not None:
-        embedding_ptr += sample // samples_per_clip * channels
-    offset = _offset_from_first(x_ptr, embedding_ptr, channel, channels_inside, GROUP_SIZE)[None, :]
-
-    # Each element of the tile keeps its own mean, over the tiles so far (Welford, 1962): threads exchange values at the
-    # end only.
-    mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    index = (chunk // chunks).to(tl.int64)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_ptr += index * x_stride_sample
+    if second_ptr is not None:
+        second_ptr += index * second_stride_sample
+    if vector_ptr is not None:
+        vector_ptr += index // samples_per_clip * vector_stride_clip
+    x_stride_row, second_stride_row = tl.cast(x_stride_row, tl.int64), tl.cast(second_stride_row, tl.int64)
+    stride_row = tl.cast(channels, tl.int64)  # of contiguous rows
+    if ADD:
+        total_ptr += index * rows * channels
+    sample = Sample(
+        *(x_ptr, x_stride_row, x_channels, second_ptr, second_stride_row, vector_ptr, stride_row),
+        *(channel, channel < channels),
+    )
+    offset = offset_from_first(sample, group_size, ADD)
     start = chunk % chunks * chunk_rows
     stop = tl.minimum(start + chunk_rows, rows)
-    tile_row = tl.arange(0, BLOCK_M)
-    tiles = 0.0
-    for first in range(start, stop, BLOCK_M):
-        tiles += 1.0
-        row = (first + tile_row).to(tl.int64)
-        inside = (row < stop)[:, None] & channels_inside[None, :]
-        x = tl.load(x_ptr + row[:, None] * x_stride_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        x += offset
-        delta = tl.where(inside, x - mean, 0.0)
-        mean += delta * (1.0 / tiles)
-        m2 += delta * (x - mean)
-
-    group_of_channel = column // GROUP_SIZE
-    rows_seen = (tl.maximum(stop - start - tile_row + BLOCK_M - 1, 0) // BLOCK_M).to(tl.float32)[:, None]
-    count = (stop - start).to(tl.float32) * GROUP_SIZE
-    group_mean = _group_sums(tl.sum(rows_seen * mean, 0), group_of_channel, BLOCK_G) / count
-    deviation = mean - tl.gather(group_mean, group_of_channel, 0)[None, :]
-    group_m2 = _group_sums(tl.sum(m2 + rows_seen * deviation * deviation, 0), group_of_channel, BLOCK_G)
-    group = tl.arange(0, BLOCK_G)
-    block_groups = GROUP_CHANNELS // GROUP_SIZE
-    groups_inside = (group < block_groups) & (block * block_groups + group < groups)
-    result_offset = chunk.to(tl.int64) * groups + block * block_groups + group
-    tl.store(mean_ptr + result_offset, group_mean, mask=groups_inside)
-    tl.store(m2_ptr + result_offset, group_m2, mask=groups_inside)
+    sums, squares = sums_of_rows(sample, total_ptr, offset, start, stop, ADD, BLOCK_M, LOADS)
+    grains = channels // GRAIN
+    grain = block * (BLOCK_C // GRAIN) + tl.arange(0, BLOCK_C // GRAIN)
+    sums_ptr += chunk.to(tl.int64) * 2 * grains + grain
+    tl.store(sums_ptr, tl.sum(tl.reshape(sums, [BLOCK_C // GRAIN, GRAIN]), 1), mask=grain < grains)
+    tl.store(sums_ptr + grains, tl.sum(tl.reshape(squares, [BLOCK_C // GRAIN, GRAIN]), 1), mask=grain < grains)
 
 
-@triton.jit
-def _combine_chunks(
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    m2_ptr: tl.tensor,
-    sample: tl.tensor,
-    channel: tl.tensor,
-    channels_inside: tl.tensor,
-    first_group: tl.tensor,
-    rows: tl.tensor,
-    chunk_rows: tl.tensor,
-    chunks: tl.tensor,
-    groups: tl.tensor,
-    eps: tl.tensor,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """For each channel of a sample: its group's mean over all chunks, what to multiply by, and the bias. [BLOCK_C]"""
-    group = first_group + tl.arange(0, BLOCK_G)[None, :]
-    chunk = tl.arange(0, BLOCK_CHUNKS)[:, None]
-    offset = (sample * chunks + chunk) * groups + group
-    inside = (chunk < chunks) & (group < groups)
-    means = tl.load(mean_ptr + offset, mask=inside, other=0.0)
-    m2 = tl.load(m2_ptr + offset, mask=inside, other=0.0)
-    shares = tl.minimum(tl.maximum(rows - chunk * chunk_rows, 0), chunk_rows).to(tl.float32) / (1.0 * rows)
-    mean = tl.sum(shares * means, 0)
-    deviation = means - mean[None, :]
-    variance = tl.sum(m2, 0) / (1.0 * GROUP_SIZE * rows) + tl.sum(shares * deviation * deviation, 0)
-    group_of_channel = channel // GROUP_SIZE - first_group
-    mean = tl.gather(mean, group_of_channel, 0)
-    scale = tl.gather(tl.rsqrt(variance + eps), group_of_channel, 0)
-    scale *= tl.load(weight_ptr + channel, mask=channels_inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=channels_inside, other=0.0).to(tl.float32)
-    return mean, scale, bias
-
-
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "groups", "samples_per_clip"])
+@triton.jit(do_not_specialize=["rows", "part_rows", "parts", "chunks", "group_size", "grain", "samples_per_clip"])
 def _apply_kernel(
     x_ptr: tl.tensor,
+    second_ptr: tl.tensor | None,
+    vector_ptr: tl.tensor | None,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
-    embedding_ptr: tl.tensor | None,
-    mean_ptr: tl.tensor,
-    m2_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
     output_ptr: tl.tensor,  # contiguous
     rows: tl.tensor,
-    chunk_rows: tl.tensor,
+    part_rows: tl.tensor,
+    parts: tl.tensor,
     chunks: tl.tensor,
     channels: tl.tensor,
-    groups: tl.tensor,
+    group_size: tl.tensor,
+    grain: tl.tensor,
     samples_per_clip: tl.tensor,
+    x_channels: tl.tensor,
     x_stride_sample: tl.tensor,
     x_stride_row: tl.tensor,
+    second_stride_sample: tl.tensor,
+    second_stride_row: tl.tensor,
+    vector_stride_clip: tl.tensor,
     eps: tl.tensor,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    SILU: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,  # no fewer than the groups that a block of channels has a part in
-    BLOCK_CHUNKS: tl.constexpr,  # no fewer than the chunks
-    SILU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SUMS: tl.constexpr,  # no fewer than the sums of these groups in a chunk
+    CHUNKS: tl.constexpr,  # so many are read at a time
 ) -> None:
     blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
-    chunk = tl.program_id(0) // blocks  # counted over all samples
-    sample = (chunk // chunks).to(tl.int64)
+    part = tl.program_id(0) // blocks  # counted over all samples
+    index = (part // parts).to(tl.int64)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels_inside = channel < channels
-    x_ptr += sample * x_stride_sample
-    if embedding_ptr is not None:
-        embedding_ptr += sample // samples_per_clip * channels
-    offset = _offset_from_first(x_ptr, embedding_ptr, channel, channels_inside, GROUP_SIZE)
-
-    first_group = block * BLOCK_C // GROUP_SIZE
-    mean, scale, bias = _combine_chunks(
-        *(weight_ptr, bias_ptr, mean_ptr, m2_ptr, sample, channel, channels_inside, first_group),
-        *(rows, chunk_rows, chunks, groups, eps, GROUP_SIZE, BLOCK_G, BLOCK_CHUNKS),
+    x_ptr += index * x_stride_sample
+    if second_ptr is not None:
+        second_ptr += index * second_stride_sample
+    if vector_ptr is not None:
+        vector_ptr += index // samples_per_clip * vector_stride_clip
+    x_stride_row, second_stride_row = tl.cast(x_stride_row, tl.int64), tl.cast(second_stride_row, tl.int64)
+    stride_row = tl.cast(channels, tl.int64)  # of contiguous rows
+    sample = Sample(
+        *(x_ptr, x_stride_row, x_channels, second_ptr, second_stride_row, vector_ptr, stride_row),
+        *(channel, channel < channels),
     )
+    offset = offset_from_first(sample, group_size, False)
 
-    output_ptr += sample * rows * channels
-    start = chunk % chunks * chunk_rows
-    stop = tl.minimum(start + chunk_rows, rows)
-    for first in range(start, stop, BLOCK_M):
-        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-        inside = (row < stop)[:, None] & channels_inside[None, :]
-        x = tl.load(x_ptr + row[:, None] * x_stride_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        y = _scale_and_activate(x + offset[None, :] - mean[None, :], scale[None, :], bias[None, :], SILU)
-        tl.store(output_ptr + row[:, None] * channels + channel[None, :], y, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "groups"])
-def _coefficients_kernel(
-    x_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    m2_ptr: tl.tensor,
-    center_ptr: tl.tensor,  # (samples, channels), as are scale and shift
-    scale_ptr: tl.tensor,
-    shift_ptr: tl.tensor,
-    rows: tl.tensor,
-    chunk_rows: tl.tensor,
-    chunks: tl.tensor,
-    channels: tl.tensor,
-    groups: tl.tensor,
-    x_stride_sample: tl.tensor,
-    eps: tl.tensor,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-) -> None:
-    blocks = tl.cdiv(channels, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels_inside = channel < channels
-    center = -_offset_from_first(x_ptr + sample * x_stride_sample, None, channel, channels_inside, GROUP_SIZE)
-    first_group = block * BLOCK_C // GROUP_SIZE
-    mean, scale, bias = _combine_chunks(
-        *(weight_ptr, bias_ptr, mean_ptr, m2_ptr, sample, channel, channels_inside, first_group),
-        *(rows, chunk_rows, chunks, groups, eps, GROUP_SIZE, BLOCK_G, BLOCK_CHUNKS),
+    first_group = block * BLOCK_C // group_size
+    last_group = (tl.minimum(block * BLOCK_C + BLOCK_C, channels) - 1) // group_size
+    group_grains, grains = group_size // grain, channels // grain
+    position = tl.arange(0, SUMS)
+    inside = position < (last_group + 1 - first_group) * group_grains
+    sums_ptr += index * chunks * 2 * grains + first_group * group_grains
+    sums = tl.zeros([CHUNKS, SUMS], tl.float32)
+    squares = tl.zeros([CHUNKS, SUMS], tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)[:, None]
+        pointers, loaded = sums_ptr + (chunk * 2 * grains + position[None, :]), (chunk < chunks) & inside[None, :]
+        sums += tl.load(pointers, mask=loaded, other=0.0)
+        squares += tl.load(pointers + grains, mask=loaded, other=0.0)
+    scale, shift = scale_and_shift(
+        *(sample, weight_ptr, bias_ptr, tl.sum(sums, 0), tl.sum(squares, 0), position // group_grains),
+        *(channel // group_size - first_group, 1.0 * rows * group_size, eps, BLOCK_G),
     )
-    offset = sample * channels + channel
-    tl.store(center_ptr + offset, center, mask=channels_inside)
-    tl.store(scale_ptr + offset, scale, mask=channels_inside)
-    tl.store(shift_ptr + offset, bias - mean * scale, mask=channels_inside)
+    start = part % parts * part_rows
+    stop = tl.minimum(start + part_rows, rows)
+    normalize_rows(sample, output_ptr + index * rows * channels, offset, scale, shift, start, stop, BLOCK_M, SILU)
+
+
+class _Norm(NamedTuple):
+    """A call: contiguous weight and bias, and sources whose channels are adjacent."""
+
+    sources: tuple[Tensor, Tensor | None, Tensor | None]  # (samples, rows, channels) twice, and (clips, channels)
+    weight: Tensor
+    bias: Tensor
+    total: Tensor | None
+    output: Tensor
+    group_size: int
+    samples_per_clip: int
+    eps: float
+    silu: bool
+
+    def strides(self) -> tuple[int, ...]:
+        """The channels of x, then the strides of all sources, as the kernels take them."""
+        x, second, vector = self.sources
+        of_second = (0, 0) if second is None else (second.stride(0), second.stride(1))
+        return x.shape[2], x.stride(0), x.stride(1), *of_second, 0 if vector is None else vector.stride(0)
 
 
 def group_norm_silu(
@@ -311,153 +250,129 @@ def group_norm_silu(
     weight: Tensor,
     bias: Tensor,
     embedding: Tensor | None,
+    skip: Tensor | None,
     groups: int,
     eps: float,
     over_frames: bool,
     silu: bool,
 ) -> Tensor:
     """As the op's reference, for float16, bfloat16 and float32."""
-    clips, frames, height, width, channels = x.shape
-    samples_per_clip = 1 if over_frames else frames
-    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x = dense_rows(x.reshape(clips * samples_per_clip, -1, channels))
-    samples, rows, _ = x.shape
-    weight, bias = weight.contiguous(), bias.contiguous()
-    embedding = None if embedding is None else embedding.contiguous()
-    group_size = channels // groups
-    block_m = triton.next_power_of_2(rows)
+    return normalize(x, skip, embedding, None, weight, bias, groups, eps, over_frames, silu)
 
-    block_c = max(
-        min(REDUCE_BLOCK_C, ONE_PASS_TILE // block_m), MIN_ONE_PASS_BLOCK_C, triton.next_power_of_2(group_size)
+
+def normalize(
+    x: Tensor,
+    second: Tensor | None,
+    vector: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    over_frames: bool,
+    silu: bool,
+) -> Tensor:
+    """GroupNorm and SiLU of the channels of x and of `second`, or of x + second where that is to be written to `total`.
+
+    vector: (B, C) or None, added first. total: contiguous, or None.
+    """
+    clips, frames, *_ = x.shape
+    channels, samples_per_clip = len(weight), 1 if over_frames else frames
+    output = x.new_empty(*x.shape[:-1], channels)
+
+    def as_samples(tensor: Tensor) -> Tensor:
+        return dense_rows(tensor.reshape(clips * samples_per_clip, -1, tensor.shape[-1]))
+
+    second = None if second is None else as_samples(second)
+    vector = None if vector is None else dense_rows(vector)
+    norm = _Norm(
+        *((as_samples(x), second, vector), weight.contiguous(), bias.contiguous(), total, output),
+        *(channels // groups, samples_per_clip, eps, silu),
     )
-    block_c = min(block_c, triton.next_power_of_2(channels))
+    samples, rows, _ = norm.sources[0].shape
+    group_channels, block_c = _whole_groups(norm.group_size, channels)
+    many = rows <= LARGE_ROWS and samples * triton.cdiv(channels, group_channels) >= MANY_PROGRAMS
     with torch.cuda.device_of(x):
-        if block_m <= MAX_ONE_PASS_ROWS and block_m * block_c * x.element_size() <= MAX_ONE_PASS_BYTES:
-            blocks, tile = _whole_groups(block_m, block_c, groups, group_size)
-            _one_pass_kernel[(samples * blocks,)](
-                x,
-                weight,
-                bias,
-                embedding,
-                output,
-                rows,
-                channels,
-                blocks,
-                samples_per_clip,
-                x.stride(0),
-                x.stride(1),
-                eps,
-                GROUP_SIZE=group_size,
-                **tile,
-                SILU=silu,
-                **options(min(max(block_m * block_c // 1024, 1), 16)),
-            )
-            return output
-
-        statistics, chunk_rows = _statistics(x, embedding, groups, samples_per_clip)
-        chunks = statistics.shape[2]
-        tile = _channels_of_a_program(channels, group_size, chunks)
-        block_c = tile["BLOCK_C"]
-        _apply_kernel[(samples * chunks * triton.cdiv(channels, block_c),)](
-            x,
-            weight,
-            bias,
-            embedding,
-            *statistics,
-            output,
-            rows,
-            chunk_rows,
-            chunks,
-            channels,
-            groups,
-            samples_per_clip,
-            x.stride(0),
-            x.stride(1),
-            eps,
-            GROUP_SIZE=group_size,
-            BLOCK_M=APPLY_TILE // block_c,
-            **tile,
-            SILU=silu,
-            **options(APPLY_WARPS),
-        )
+        if block_c <= WIDTHS[-1] and (rows <= SMALL_ROWS or many):
+            _normalize_whole_samples(norm, group_channels, block_c)
+        else:
+            _normalize_parts(norm)
     return output
 
 
-def coefficients(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """What normalizes values, as (x - center) * scale + shift: (3, samples, channels) in float32.
-
-    x: (samples, rows, channels), channels contiguous. The center is a value of x, so that a large mean costs no
-    precision.
-    """
-    samples, rows, channels = x.shape
-    group_size = channels // groups
-    result = torch.empty(3, samples, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        statistics, chunk_rows = _statistics(x, None, groups, 1)
-        chunks = statistics.shape[2]
-        tile = _channels_of_a_program(channels, group_size, chunks)
-        _coefficients_kernel[(samples * triton.cdiv(channels, tile["BLOCK_C"]),)](
-            x,
-            weight.contiguous(),
-            bias.contiguous(),
-            *statistics,
-            *result,
-            rows,
-            chunk_rows,
-            chunks,
-            channels,
-            groups,
-            x.stride(0),
-            eps,
-            GROUP_SIZE=group_size,
-            **tile,
-            **options(APPLY_WARPS),
-        )
-    return result
-
-
-def _statistics(x: Tensor, embedding: Tensor | None, groups: int, samples_per_clip: int) -> tuple[Tensor, int]:
-    """Mean and sum of squared deviations of each chunk of rows, (2, samples, chunks, groups); and a chunk's rows."""
-    samples, rows, channels = x.shape
-    group_size = channels // groups
-    block_c = min(max(REDUCE_BLOCK_C, triton.next_power_of_2(group_size)), triton.next_power_of_2(channels))
-    block_m = max(STATISTICS_TILE // block_c, 1)
-    blocks, tile = _whole_groups(block_m, block_c, groups, group_size)
-    chunks = min(triton.cdiv(rows, block_m), MAX_CHUNKS, max(PROGRAMS // (samples * blocks), 1))
-    chunk_rows = triton.cdiv(triton.cdiv(rows, chunks), block_m) * block_m
-    chunks = triton.cdiv(rows, chunk_rows)
-    statistics = torch.empty(2, samples, chunks, groups, dtype=torch.float32, device=x.device)
-    _statistics_kernel[(samples * chunks * blocks,)](
-        x,
-        embedding,
-        *statistics,
-        rows,
-        chunk_rows,
-        chunks,
-        channels,
-        groups,
-        blocks,
-        samples_per_clip,
-        x.stride(0),
-        x.stride(1),
-        GROUP_SIZE=group_size,
-        **tile,
-        **options(STATISTICS_WARPS),
+def _normalize_whole_samples(norm: _Norm, group_channels: int, block_c: int) -> None:
+    samples, rows, _ = norm.sources[0].shape
+    channels = len(norm.weight)
+    blocks = triton.cdiv(channels, group_channels)
+    sizes = SMALL if rows <= SMALL_ROWS else LARGE
+    _whole_sample_kernel[(samples * blocks,)](
+        *(*norm.sources, norm.weight, norm.bias, norm.total, norm.output),
+        *(rows, channels, blocks, norm.group_size, norm.samples_per_clip, *norm.strides(), norm.eps),
+        ADD=norm.total is not None,
+        SILU=norm.silu,
+        GROUP_CHANNELS=group_channels,
+        BLOCK_G=max(triton.next_power_of_2(block_c // norm.group_size), MIN_BLOCK_G),
+        LOADS=sizes[1],
+        **_tile(block_c, norm, sizes),
     )
-    return statistics, chunk_rows
 
 
-def _whole_groups(block_m: int, block_c: int, groups: int, group_size: int) -> tuple[int, dict[str, int]]:
-    """How many programs of a kernel that reduces groups cover all channels, and the constants of one."""
-    group_channels = min(block_c // group_size, groups) * group_size
-    block_g = triton.next_power_of_2(triton.cdiv(block_c, group_size))
-    tile = {"GROUP_CHANNELS": group_channels, "BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_G": block_g}
-    return triton.cdiv(groups * group_size, group_channels), tile
-
-
-def _channels_of_a_program(channels: int, group_size: int, chunks: int) -> dict[str, int]:
-    """The constants of a kernel that combines chunks: channels, the groups that these have a part in, and chunks."""
-    block_c = min(APPLY_BLOCK_C, triton.next_power_of_2(channels))
+def _normalize_parts(norm: _Norm) -> None:
+    samples, rows, _ = norm.sources[0].shape
+    channels, group_size = len(norm.weight), norm.group_size
+    block_c = min(BLOCK_C, triton.next_power_of_2(channels))
+    programs = samples * triton.cdiv(channels, block_c)  # for a part of each sample
+    adds = norm.total is not None
+    sizes = ADDITION if adds else STATISTICS
+    tile = _tile(block_c, norm, sizes)
+    chunk_rows, chunks = _parts(rows, programs, tile["BLOCK_M"], MAX_CHUNKS)
+    grain = 2 if group_size % 2 == 0 else 1
+    sums = norm.output.new_empty(samples, chunks, 2, channels // grain, dtype=torch.float32)
+    _statistics_kernel[(programs * chunks,)](
+        *(*norm.sources, norm.total, sums),
+        *(rows, chunk_rows, chunks, channels, group_size, norm.samples_per_clip, *norm.strides()),
+        ADD=adds,
+        GRAIN=grain,
+        LOADS=sizes[1],
+        **tile,
+    )
+    if norm.total is not None:
+        norm = norm._replace(sources=(norm.total.view(samples, rows, channels), None, None))
+    tile = _tile(block_c, norm, APPLY)
+    part_rows, parts = _parts(rows, programs, tile["BLOCK_M"], rows)
     touched = block_c // group_size if block_c % group_size == 0 else (block_c - 2) // group_size + 2
-    block_g, block_chunks = triton.next_power_of_2(touched), triton.next_power_of_2(chunks)
-    return {"BLOCK_C": block_c, "BLOCK_G": block_g, "BLOCK_CHUNKS": block_chunks}
+    most_sums = max(triton.next_power_of_2(touched * group_size // grain), MIN_SUMS)
+    _apply_kernel[(programs * parts,)](
+        *(*norm.sources, norm.weight, norm.bias, sums, norm.output),
+        *(rows, part_rows, parts, chunks, channels, group_size, grain, norm.samples_per_clip, *norm.strides()),
+        norm.eps,
+        SILU=norm.silu,
+        BLOCK_G=max(triton.next_power_of_2(touched), MIN_BLOCK_G),
+        SUMS=most_sums,
+        CHUNKS=max(SUMS_TILE // most_sums, 1),
+        **tile,
+    )
+
+
+def _whole_groups(group_size: int, channels: int) -> tuple[int, int]:
+    """How many channels, of whole groups, a program of the one kernel has, and the power of two that holds them."""
+    for width in WIDTHS:
+        held = min(width // group_size * group_size, channels)
+        if held == channels or held >= MIN_SHARE * width:
+            break
+    held = max(held, group_size)
+    return held, triton.next_power_of_2(held)
+
+
+def _tile(block_c: int, norm: _Norm, warps_and_loads: tuple[int, int]) -> dict[str, int | bool]:
+    """The constants of a program whose threads each load so many words of 16 bytes at a time."""
+    warps, loads = warps_and_loads
+    rows = max(warps * WARP_BYTES // (norm.output.element_size() * block_c), 1)
+    return {"BLOCK_M": rows * loads, "BLOCK_C": block_c, **options(warps)}
+
+
+def _parts(rows: int, programs: int, block_m: int, most: int) -> tuple[int, int]:
+    """How many rows, whole tiles of block_m, a part of a sample has, and how many parts; `programs` work on each."""
+    wanted = max(min(rows // PART_ROWS, MOST_PROGRAMS // programs), FEWEST_PROGRAMS // programs, 1)
+    part_rows = triton.cdiv(triton.cdiv(rows, min(wanted, most)), block_m) * block_m
+    return part_rows, triton.cdiv(rows, part_rows)

@@ -96,13 +96,13 @@ _residual_add = register(
     reference=residual_add_reference,
     native=residual_add_reference,  # torch adds as fast as we could
     dtypes=ACTIVATION_DTYPES,
-    kernel="group_norm_silu",
+    kernel="residual_add",
 )
 _add_group_norm_silu = register(
     "add_group_norm_silu",
     reference=add_group_norm_silu_reference,
     native=add_group_norm_silu_native,
     dtypes=ACTIVATION_DTYPES,
-    kernel="group_norm_silu",
+    kernel="residual_add",
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
