@@ -65,12 +65,18 @@ def _load_vector(sample: Sample, channel: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def offset_from_first(sample: Sample, group_size: tl.tensor, ADD: tl.constexpr) -> tl.tensor:
-    """What to add to each channel: the embedding, less the first value of the channel's group. [BLOCK_C]"""
+def offset_from_usual(sample: Sample, rows: tl.tensor, group_size: tl.tensor, ADD: tl.constexpr) -> tl.tensor:
+    """What to add to each channel: the embedding, less a usual value of its group's first channel. [BLOCK_C]
+
+    That is the median of three rows: a single outlier would leave a large mean.
+    """
     first = sample.channel // group_size * group_size
     vector = _load_vector(sample, first)
-    value = _load(sample, 0, 0, first, sample.inside, vector, ADD)
-    return -value if ADD else _load_vector(sample, sample.channel) - (value + vector)
+    one = _load(sample, 0, 0, first, sample.inside, vector, ADD)
+    two = _load(sample, rows // 2, 0, first, sample.inside, vector, ADD)
+    three = _load(sample, rows - 1, 0, first, sample.inside, vector, ADD)
+    usual = tl.maximum(tl.minimum(one, two), tl.minimum(tl.maximum(one, two), three))
+    return -usual if ADD else _load_vector(sample, sample.channel) - (usual + vector)
 
 
 @triton.jit

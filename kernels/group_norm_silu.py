@@ -5,7 +5,7 @@ x: (B, F, H, W, C), or the first of C channels beside skip: (B, F, H, W, D), the
 the dtype of x.
 
 A small sample takes one kernel, whose programs own whole groups and go over the rows twice. A larger one takes two:
-sums over chunks of its rows, which the second kernel adds up and applies. Both measure values from the first of their
+sums over chunks of its rows, which the second kernel adds up and applies. Both measure values from a usual one of their
 group, so that a large mean costs no precision, and the sums of chunks need only be added.
 
 With ADD the second tensor is added to x instead, and the sum is rounded and written as its statistics are taken: that
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_rows import Sample, normalize_rows, offset_from_first, scale_and_shift, sums_of_rows
+from .group_norm_rows import Sample, normalize_rows, offset_from_usual, scale_and_shift, sums_of_rows
 from .launch import dense_rows, options
 
 # Chosen by reasoning and compiled for sm_80 and sm_90, not measured.
@@ -88,7 +88,7 @@ def _whole_sample_kernel(
     )
     if ADD:
         total_ptr += index * rows * channels
-    offset = offset_from_first(sample, group_size, ADD)
+    offset = offset_from_usual(sample, rows, group_size, ADD)
     sums, squares = sums_of_rows(sample, total_ptr, offset, 0, rows, ADD, BLOCK_M, LOADS)
     group, count = column // group_size, 1.0 * rows * group_size
     scale, shift = scale_and_shift(
@@ -143,7 +143,7 @@ def _statistics_kernel(
         *(x_ptr, x_stride_row, x_channels, second_ptr, second_stride_row, vector_ptr, stride_row),
         *(channel, channel < channels),
     )
-    offset = offset_from_first(sample, group_size, ADD)
+    offset = offset_from_usual(sample, rows, group_size, ADD)
     start = chunk % chunks * chunk_rows
     stop = tl.minimum(start + chunk_rows, rows)
     sums, squares = sums_of_rows(sample, total_ptr, offset, start, stop, ADD, BLOCK_M, LOADS)
@@ -201,7 +201,7 @@ def _apply_kernel(
         *(x_ptr, x_stride_row, x_channels, second_ptr, second_stride_row, vector_ptr, stride_row),
         *(channel, channel < channels),
     )
-    offset = offset_from_first(sample, group_size, False)
+    offset = offset_from_usual(sample, rows, group_size, False)
 
     first_group = block * BLOCK_C // group_size
     last_group = (tl.minimum(block * BLOCK_C + BLOCK_C, channels) - 1) // group_size

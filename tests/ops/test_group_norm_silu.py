@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU against its reference: odd sizes, any layout, samples small and large, values far from zero."""
+"""GroupNorm with SiLU against its reference: odd sizes, any layout, two sources, small and large samples and means."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from torch import Tensor
 
 # Channels and groups: groups of 8, 5 and 6 channels, one group, groups of one channel, a group wider than a tile.
 CHANNELS = [(24, 3), (40, 8), (30, 5), (24, 1), (24, 24), (1, 1), (200, 1)]
-# Frames of 80 channels that the Triton form normalizes in one kernel, and in two.
-ONE_PASS = (1, 2, 5, 9)
-TWO_PASS = (2, 2, 19, 28)
+# Frames that the Triton form normalizes in one kernel, and in two.
+SMALL = (1, 2, 5, 9)
+LARGE = (2, 2, 19, 28)
+SETTINGS = {"groups": 8, "eps": 1e-5, "over_frames": False, "silu": True}
 
 
-def inputs(*shape: int, embedding: bool, mean: float = 0.0, seed: int = 0) -> list[Tensor | None]:
-    clips, channels = shape[0], shape[-1]
+def inputs(*shape: int, embedding: bool, skip: int = 0, mean: float = 0.0, seed: int = 0) -> list[Tensor | None]:
+    """x of a shape, weight, bias, embedding, and a skip of so many of the shape's channels."""
+    *leading, channels = shape
+    x = normal(*shape, seed=seed, mean=mean)
     return [
-        normal(*shape, seed=seed, mean=mean),
+        x[..., : channels - skip].contiguous(),
         normal(channels, seed=seed + 1, mean=1.0),
         normal(channels, seed=seed + 2),
-        normal(clips, channels, seed=seed + 3) if embedding else None,
+        normal(leading[0], channels, seed=seed + 3) if embedding else None,
+        x[..., channels - skip :].contiguous() if skip else None,
     ]
+
+
+def cast(tensors: list[Tensor | None], dtype: torch.dtype, layout: str = "contiguous") -> list[Tensor | None]:
+    return [None if t is None else laid_out(t.to(dtype), layout) for t in tensors]
 
 
 @every_backend("triton")
@@ -34,6 +42,7 @@ def inputs(*shape: int, embedding: bool, mean: float = 0.0, seed: int = 0) -> li
     size=st.sampled_from([(1, 1), (5, 9)]),
     channels=st.sampled_from(CHANNELS),
     embedding=st.booleans(),
+    share=st.sampled_from([0.0, 0.3, 0.5]),
     over_frames=st.booleans(),
     silu=st.booleans(),
     mean=st.sampled_from([0.0, 100.0]),
@@ -41,82 +50,104 @@ def inputs(*shape: int, embedding: bool, mean: float = 0.0, seed: int = 0) -> li
     seed=st.integers(0, 2**20),
 )
 def test_group_norm_silu(
-    backend, device, clips, frames, size, channels, embedding, over_frames, silu, mean, layout, seed
+    backend, device, clips, frames, size, channels, embedding, share, over_frames, silu, mean, layout, seed
 ):
+    """share: that of the channels which come from the skip; 0.3 splits a group."""
     channels, groups = channels
-    tensors = inputs(clips, frames, *size, channels, embedding=embedding, mean=mean, seed=seed)
+    skip = int(share * channels)
+    tensors = inputs(clips, frames, *size, channels, embedding=embedding, skip=skip, mean=mean, seed=seed)
     for dtype in dtypes(backend, device):
-        moved = [None if t is None else laid_out(t.to(dtype), layout) for t in tensors]
+        moved = cast(tensors, dtype, layout)
         check(backend, device, "group_norm_silu", *moved, groups=groups, eps=1e-5, over_frames=over_frames, silu=silu)
 
 
 @every_backend("triton")
-@pytest.mark.parametrize(("channels", "groups"), [(80, 8), (70, 2)])
-@pytest.mark.parametrize(("shape", "over_frames"), [(ONE_PASS, False), (TWO_PASS, False), ((2, 7, 5, 9), True)])
-def test_small_and_large_samples(backend, device, channels, groups, shape, over_frames):
+@pytest.mark.parametrize(("channels", "groups"), [(80, 8), (70, 2), (150, 5)])
+@pytest.mark.parametrize("skip", [0, 30])
+@pytest.mark.parametrize(("shape", "over_frames"), [(SMALL, False), (LARGE, False), ((2, 7, 5, 9), True)], ids=str)
+def test_small_and_large_samples(backend, device, channels, groups, skip, shape, over_frames):
+    """Groups that reach over blocks of channels, and over both sources."""
+    tensors = inputs(*shape, channels, embedding=True, skip=skip, mean=100.0, seed=7)
+    settings = {**SETTINGS, "groups": groups, "over_frames": over_frames}
     for dtype in dtypes(backend, device):
-        tensors = [t.to(dtype) for t in inputs(*shape, channels, embedding=True, mean=100.0, seed=7)]
-        check(backend, device, "group_norm_silu", *tensors, groups=groups, eps=1e-5, over_frames=over_frames, silu=True)
+        check(backend, device, "group_norm_silu", *cast(tensors, dtype), **settings)
+
+
+@every_backend("triton")
+@pytest.mark.parametrize(("shape", "unused"), [(SMALL, "_statistics_kernel"), (LARGE, "_whole_sample_kernel")], ids=str)
+def test_which_kernels_a_sample_takes(backend, device, shape, unused, monkeypatch):
+    if backend == "triton":
+        monkeypatch.setattr(f"videopure_fast.kernels.group_norm_silu.{unused}", None)
+    check(backend, device, "group_norm_silu", *inputs(*shape, 80, embedding=True), **SETTINGS)
 
 
 @every_backend("triton")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("over_frames", [False, True])
-def test_any_layout(backend, device, layout, over_frames):
-    options = {"groups": 8, "eps": 1e-5, "over_frames": over_frames, "silu": True}
+@pytest.mark.parametrize("skip", [0, 15])
+def test_any_layout(backend, device, layout, over_frames, skip):
+    tensors = inputs(2, 3, 5, 9, 40, embedding=True, skip=skip, seed=9)
     for dtype in dtypes(backend, device):
-        tensors = [laid_out(t.to(dtype), layout) for t in inputs(2, 3, 5, 9, 40, embedding=True, seed=9)]
-        check(backend, device, "group_norm_silu", *tensors, **options)
+        moved = cast(tensors, dtype, layout)
+        check(backend, device, "group_norm_silu", *moved, **{**SETTINGS, "over_frames": over_frames})
 
 
 @every_backend("triton")
-@pytest.mark.parametrize("programs", [1, 12])
-def test_chunks_of_several_tiles(backend, device, programs, monkeypatch):
-    """Few programs are asked for, so that each gets many chunks, as with many thousands of pixels."""
+@pytest.mark.parametrize("skip", [0, 16])
+@pytest.mark.parametrize("most", [2, 64])
+def test_chunks_of_several_tiles(backend, device, skip, most, monkeypatch):
+    """Small tiles and few chunks, so that each has several tiles, as with many thousands of pixels; and many chunks."""
     if backend == "triton":
-        monkeypatch.setattr("videopure_fast.kernels.group_norm_silu.PROGRAMS", programs)
-    options = {"groups": 8, "eps": 1e-5, "over_frames": False, "silu": True}
+        for name, value in (("WARP_BYTES", 64), ("FEWEST_PROGRAMS", 10**6), ("MAX_CHUNKS", most), ("SUMS_TILE", 128)):
+            monkeypatch.setattr(f"videopure_fast.kernels.group_norm_silu.{name}", value)
+    tensors = inputs(1, 1, 17, 16, 80, embedding=True, skip=skip, mean=100.0, seed=13)
     for dtype in dtypes(backend, device):
-        tensors = [t.to(dtype) for t in inputs(*TWO_PASS, 80, embedding=True, mean=100.0, seed=13)]
-        check(backend, device, "group_norm_silu", *tensors, **options)
+        check(backend, device, "group_norm_silu", *cast(tensors, dtype), **SETTINGS)
 
 
 @every_backend("triton")
-@pytest.mark.parametrize("shape", [ONE_PASS, TWO_PASS], ids=str)
-@pytest.mark.parametrize("kind", ["constant", "far first value", "groups far apart", "tiny"])
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=str)
+@pytest.mark.parametrize("kind", ["constant", "far first value", "groups far apart", "far from zero", "tiny"])
 def test_hard_values(backend, device, shape, kind):
-    """Variance 0; an outlier in the first pixel; means that differ between channels; an eps that dominates."""
+    """Variance 0; an outlier in the first pixel; means that differ between channels; a mean of 1000 standard
+    deviations; an eps that dominates."""
+    x, weight, bias, _, _ = inputs(*shape, 80, embedding=False, seed=11)
+    if kind == "constant":
+        x = torch.full_like(x, 3.0)
+    elif kind == "far first value":
+        x[:, :, 0, 0] += 1000.0
+    elif kind == "groups far apart":
+        x += 100.0 * torch.arange(8).repeat_interleave(10)
+    elif kind == "far from zero":
+        x += 1000.0
+    else:
+        x *= 1e-3
     for dtype in dtypes(backend, device):
-        x, weight, bias, _ = inputs(*shape, 80, embedding=False, seed=11)
-        if kind == "constant":
-            x = torch.full_like(x, 3.0)
-        elif kind == "far first value":
-            x[:, :, 0, 0] += 1000.0
-        elif kind == "groups far apart":
-            x += 100.0 * torch.arange(8).repeat_interleave(10)
-        else:
-            x *= 1e-3
-        tensors = [t.to(dtype) for t in (x, weight, bias)]
-        check(backend, device, "group_norm_silu", *tensors, None, groups=8, eps=1e-6, over_frames=False, silu=False)
+        tensors = cast([x, weight, bias, None, None], dtype)
+        check(backend, device, "group_norm_silu", *tensors, **{**SETTINGS, "eps": 1e-6, "silu": False})
+
+
+@every_backend("triton")
+def test_silu_of_any_size(backend, device):
+    """With zero weight the op is SiLU of the bias, one channel a value: no NaN where exp overflows."""
+    for dtype in dtypes(backend, device):
+        largest = min(torch.finfo(dtype).max, 1e30)
+        values = torch.cat([torch.linspace(-1e4, 1e4, 1001), torch.linspace(-120, 120, 1001)])
+        values = torch.cat([values, torch.tensor([-largest, largest, 0.0])]).to(dtype)
+        zeros = torch.zeros_like(values)
+        tensors = zeros.view(1, 1, 1, 1, -1), zeros, values, None, None
+        check(backend, device, "group_norm_silu", *tensors, **{**SETTINGS, "groups": 1})
 
 
 @every_backend("triton")
 @pytest.mark.parametrize("size", [(2, 3), (30, 41)], ids=str)
-def test_offsets_beyond_32_bits(backend, device, size, tmp_path):
+@pytest.mark.parametrize("far", [0, 4], ids=["x", "skip"])
+def test_offsets_beyond_32_bits(backend, device, size, far, tmp_path):
     """The third clip begins 2^31 values after the first, in a sparse file."""
     dtype = dtypes(backend, device)[-1] if backend == "triton" else torch.float32
-    small, weight, bias, embedding = (t.to(dtype) for t in inputs(3, 1, *size, 24, embedding=True))
-    apart = 2**30
+    tensors = cast(inputs(3, 1, *size, 24, embedding=True, skip=8), dtype)
+    small, apart = tensors[far], 2**30
     memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=2 * apart + small[0].numel(), dtype=dtype)
-    x = memory.as_strided(small.shape, (apart, *small.stride()[1:]))
-    x.copy_(small)
-    check(
-        backend,
-        device,
-        "group_norm_silu",
-        *(x, weight, bias, embedding),
-        groups=3,
-        eps=1e-5,
-        over_frames=True,
-        silu=True,
-    )
+    tensors[far] = memory.as_strided(small.shape, (apart, *small.stride()[1:]))
+    tensors[far].copy_(small)
+    check(backend, device, "group_norm_silu", *tensors, **{**SETTINGS, "groups": 3, "over_frames": True})

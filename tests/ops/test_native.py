@@ -50,7 +50,7 @@ def test_threads_do_not_change_a_bit_of_geglu():
 def test_threads_do_not_change_a_bit_of_group_norm_silu(clips, over_frames):
     frames = 2 if clips == 1 else 3
     x = normal(clips, frames, 23, 29, 40, mean=3.0)
-    same_bits(group_norm_silu_native, x, normal(40), normal(40, seed=1), None, 8, 1e-5, over_frames, True)
+    same_bits(group_norm_silu_native, x, normal(40), normal(40, seed=1), None, None, 8, 1e-5, over_frames, True)
 
 
 def check_group_norm(*tensors: Tensor | None, **settings) -> None:
@@ -84,7 +84,7 @@ def test_silu_is_right_to_its_last_digits():
     """With zero weight the op is SiLU of the bias, one channel per value."""
     x = torch.linspace(-86, 86, 100_001)
     zeros = torch.zeros_like(x)
-    actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
+    actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, None, 1, 1e-5, False, True).flatten()
     expected = x.double() * torch.sigmoid(x.double())
     nonzero = x != 0
     assert relative_error(actual[nonzero], expected[nonzero]) < 4
@@ -94,7 +94,7 @@ def test_silu_is_right_to_its_last_digits():
 def test_silu_beyond_float32():
     x = torch.tensor([-88.0, -1e4, -3e38, 88.0, 1e4, 3e38, torch.inf, torch.nan])
     zeros = torch.zeros_like(x)
-    actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, 1, 1e-5, False, True).flatten()
+    actual = group_norm_silu_native(zeros.view(1, 1, 1, 1, -1), zeros, x, None, None, 1, 1e-5, False, True).flatten()
     expected = torch.tensor([0, 0, 0, 88, 1e4, 3e38, torch.inf, torch.nan])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
 

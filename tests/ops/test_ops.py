@@ -52,7 +52,12 @@ SHAPES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
         {"eps": 1e-5},
     ),
     "group_norm_silu": (
-        {"x": (2, 3, 2, 1, 8), "weight": (8,), "bias": (8,), "embedding": (2, 8)},
+        {"x": (2, 3, 2, 1, 8), "weight": (12,), "bias": (12,), "embedding": (2, 12), "skip": (2, 3, 2, 1, 4)},
+        {"groups": 2, "eps": 1e-5, "over_frames": True, "silu": True},
+    ),
+    "residual_add": ({"x": (2, 3, 2, 1, 8), "addend": (2, 3, 2, 1, 8), "addend_bias": (8,)}, {}),
+    "add_group_norm_silu": (
+        {"x": (2, 3, 2, 1, 8), "addend": (2, 3, 2, 1, 8), "addend_bias": (8,), "weight": (8,), "bias": (8,)},
         {"groups": 2, "eps": 1e-5, "over_frames": True, "silu": True},
     ),
     "temporal_conv": (
@@ -66,8 +71,13 @@ WITHOUT = [
     ("linear_residual", "bias"),
     ("linear_geglu", "bias"),
     ("group_norm_silu", "embedding"),
+    ("group_norm_silu", "skip"),
+    ("residual_add", "addend_bias"),
+    ("add_group_norm_silu", "addend_bias"),
     ("temporal_conv", "residual"),
 ]
+# The CPU form calls the extension's function of another op.
+EXTENSION = {"add_group_norm_silu": "group_norm_silu"}
 every_op = pytest.mark.parametrize("op", SHAPES)
 every_case = pytest.mark.parametrize(
     ("op", "without"),
@@ -85,6 +95,8 @@ def example(
         name: None if name == without else normal(*shape, seed=seed).to(dtype)
         for seed, (name, shape) in enumerate(shapes.items())
     }
+    if without == "skip":  # x has all channels then
+        tensors["x"] = torch.cat([tensors["x"], normal(*shapes["skip"]).to(dtype)], -1)
     if op == "guided_update":
         tensors["coefficients"] = 0.5 + tensors["coefficients"].abs()
         tensors["coefficients"][0, ..., 3] = 0
@@ -200,7 +212,7 @@ class TestChoice:
             extension, error = native.load()
             assert extension is not None, error
             if device == "cpu" or extension.has_cuda:
-                assert callable(getattr(extension, f"{op.removesuffix('_')}_{device}"))
+                assert callable(getattr(extension, f"{EXTENSION.get(op, op).removesuffix('_')}_{device}"))
         if "triton" in SUPPORTED_DTYPES[op]:
             pytest.importorskip("triton")
             file = importlib.import_module(f"videopure_fast.kernels.{OPS[op].kernel}")
@@ -320,12 +332,22 @@ MISFITS = [
     ("feed_forward", {"out_bias": FLOATS(6)}, r"out_bias must be \(8,\)"),
     ("feed_forward", {"eps": -1.0}, "eps must be finite and not negative"),
     ("group_norm_silu", {"x": FLOATS(2, 3, 8)}, r"x must be \(B, F, H, W, channels\)"),
-    ("group_norm_silu", {"weight": FLOATS(4)}, r"weight must be \(8,\)"),
-    ("group_norm_silu", {"bias": FLOATS(8).half()}, "bias must be of x's dtype"),
-    ("group_norm_silu", {"embedding": FLOATS(3, 8)}, r"embedding must be \(2, 8\)"),
-    ("group_norm_silu", {"groups": 3}, "groups must divide the 8 channels, got 3"),
+    ("group_norm_silu", {"weight": FLOATS(8)}, r"weight must be \(12,\)"),
+    ("group_norm_silu", {"bias": FLOATS(12).half()}, "bias must be of x's dtype"),
+    ("group_norm_silu", {"embedding": FLOATS(3, 12)}, r"embedding must be \(2, 12\)"),
+    ("group_norm_silu", {"skip": FLOATS(2, 3, 2, 4)}, r"skip must be \(2, 3, 2, 1, 'channels'\) beside x"),
+    ("group_norm_silu", {"skip": FLOATS(2, 1, 2, 1, 4)}, r"skip must be \(2, 3, 2, 1, 4\)"),
+    ("group_norm_silu", {"groups": 5}, "groups must divide the 12 channels, got 5"),
     ("group_norm_silu", {"groups": 0}, "groups must be 1 or more, got 0"),
     ("group_norm_silu", {"eps": float("nan")}, "eps must be finite"),
+    ("residual_add", {"x": FLOATS(2, 3, 8)}, r"x must be \(B, F, H, W, channels\)"),
+    ("residual_add", {"addend": FLOATS(2, 3, 1, 1, 8)}, r"addend must be \(2, 3, 2, 1, 8\)"),
+    ("residual_add", {"addend_bias": FLOATS(8).half()}, "addend_bias must be of x's dtype"),
+    ("add_group_norm_silu", {"addend": FLOATS(2, 3, 2, 1, 4)}, r"addend must be \(2, 3, 2, 1, 8\)"),
+    ("add_group_norm_silu", {"addend_bias": FLOATS(4)}, r"addend_bias must be \(8,\)"),
+    ("add_group_norm_silu", {"weight": FLOATS(4)}, r"weight must be \(8,\)"),
+    ("add_group_norm_silu", {"groups": 3}, "groups must divide the 8 channels, got 3"),
+    ("add_group_norm_silu", {"eps": -1.0}, "eps must be finite and not negative"),
     ("temporal_conv", {"x": FLOATS(2, 3, 8)}, r"x must be \(B, F, H, W, channels\)"),
     ("temporal_conv", {"norm_bias": FLOATS(4)}, r"norm_bias must be \(8,\)"),
     ("temporal_conv", {"weight": FLOATS(4, 8, 3)}, r"weight must be \(3, 4, 8\)"),
@@ -563,6 +585,8 @@ def test_flops_are_torchs():
         "feed_forward": flops(nn.Linear(8, 12, device="meta"), META(2, 3, 8))
         + flops(nn.Linear(6, 8, device="meta"), META(2, 3, 6)),
         "group_norm_silu": 0,
+        "residual_add": 0,
+        "add_group_norm_silu": 0,
         "temporal_conv": flops(
             nn.Conv3d(features, outputs, (3, 1, 1), padding=(1, 0, 0), device="meta"), META(2, features, 3, 2, 1)
         ),
