@@ -18,22 +18,26 @@ MANY_CLIPS = 384
 
 
 class Level(NamedTuple):
-    """One resolution of a model: pixels a side, channels, and the other widths that its resnets normalize there."""
+    """One resolution of a model: pixels a side, channels, and the other widths that its resnets normalize there.
+
+    skips: the widths of x and of a skip connection, whose norm takes both.
+    """
 
     side: int
     channels: int
     head_size: int
     groups: int
     others: tuple[int, ...] = ()
+    skips: tuple[tuple[int, int], ...] = ()
 
 
 # text-to-video-ms-1.7b on latents of 28x28. The other widths are those of the level above and of skip connections
 # concatenated.
 UNET = (
-    Level(28, 320, 64, 32, (640, 960)),
-    Level(14, 640, 64, 32, (320, 960, 1280, 1920)),
-    Level(7, 1280, 64, 32, (640, 1920, 2560)),
-    Level(4, 1280, 64, 32, (2560,)),
+    Level(28, 320, 64, 32, (640, 960), ((640, 320), (320, 320))),
+    Level(14, 640, 64, 32, (320, 960, 1280, 1920), ((1280, 640), (640, 640), (640, 320))),
+    Level(7, 1280, 64, 32, (640, 1920, 2560), ((1280, 1280), (1280, 640))),
+    Level(4, 1280, 64, 32, (2560,), ((1280, 1280),)),
 )
 TRANSFORMER_IN = Level(28, 512, 64, 32)
 # In no model: heads of 32, and channels that are no multiple of 16.
@@ -153,19 +157,24 @@ def attention_cases(
 
 
 def norm_cases(clips: int, frames: int, level: Level, dtype: torch.dtype) -> Iterator[Case]:
-    """The norms of resnets, with the time embedding and without; and those of both transformers, without SiLU."""
+    """The norms of resnets, with the time embedding, with a skip connection and without; of both transformers, without
+    SiLU; and of temporal convolutions, over all frames."""
 
-    def case(channels: int, embedding: Tensor | None, eps: float, over_frames: bool, silu: bool) -> Case:
-        x = meta(dtype, clips, frames, level.side, level.side, channels)
-        affine = meta(dtype, channels), meta(dtype, channels)
-        return Case("group_norm_silu", (x, *affine, embedding, level.groups, eps, over_frames, silu))
+    def case(channels: int, embedding: Tensor | None, eps: float, over_frames: bool, silu: bool, skip: int = 0) -> Case:
+        x, second = (meta(dtype, clips, frames, level.side, level.side, n) for n in (channels, skip))
+        affine = meta(dtype, channels + skip), meta(dtype, channels + skip)
+        sources = embedding, second if skip else None
+        return Case("group_norm_silu", (x, *affine, *sources, level.groups, eps, over_frames, silu))
 
     for channels in (level.channels, *level.others):
         yield case(channels, None, 1e-5, False, True)
+    for channels, skip in level.skips:
+        yield case(channels, None, 1e-5, False, True, skip)
     # An embedding is a slice of one matrix that holds those of all resnets.
     yield case(level.channels, meta(dtype, clips, 2 * level.channels)[:, : level.channels], 1e-5, False, True)
     yield case(level.channels, None, 1e-6, False, False)
-    yield case(level.channels, None, 1e-6, True, False)
+    for silu in (False, True):
+        yield case(level.channels, None, 1e-6, True, silu)
 
 
 def vae_cases(frames: int, sizes: tuple[tuple[int, int], ...], groups: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -175,6 +184,10 @@ def vae_cases(frames: int, sizes: tuple[tuple[int, int], ...], groups: int, dtyp
         affine = meta(dtype, channels), meta(dtype, channels)
         # The norm before the attention has no activation. The attention is at the smallest side.
         for silu in (True, False) if side == sizes[0][0] else (True,):
-            yield Case("group_norm_silu", (x, *affine, None, groups, 1e-6, False, silu))
+            yield Case("group_norm_silu", (x, *affine, None, None, groups, 1e-6, False, silu))
+            for bias in (affine[1], None):
+                yield Case("add_group_norm_silu", (x, x, bias, *affine, groups, 1e-6, False, silu))
+        for bias in (affine[1], None):
+            yield Case("residual_add", (x, x, bias))
         for outputs in {channels, channels // 2, 2 * channels} & {channels for _, channels in sizes}:
             yield linear_residual(frames * side * side, channels, outputs, dtype)

@@ -92,7 +92,7 @@ def group_norm_silu(size: str, device: str, dtype: torch.dtype) -> Call:
     shape, _, groups = ACTIVATIONS[size]
     x, norm_weight, norm_bias, _, _ = _layer(shape, 1, device, dtype)
     settings = {"groups": groups, "eps": EPS, "over_frames": False, "silu": True}
-    return "group_norm_silu", (x, norm_weight, norm_bias, None), settings
+    return "group_norm_silu", (x, norm_weight, norm_bias, None, None), settings
 
 
 def temporal_conv(size: str, device: str, dtype: torch.dtype) -> Call:

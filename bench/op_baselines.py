@@ -33,9 +33,9 @@ def norm_temporal_attention(
 
 
 def group_norm_silu(
-    images: Tensor, weight: Tensor, bias: Tensor, embedding: None, groups: int, eps: float, **_: bool
+    images: Tensor, weight: Tensor, bias: Tensor, embedding: None, skip: None, groups: int, eps: float, **_: bool
 ) -> Tensor:
-    """images: (BF, C, H, W) -> the same shape; statistics of single frames, without an embedding."""
+    """images: (BF, C, H, W) -> the same shape; statistics of single frames, without an embedding or a skip."""
     return F.silu(F.group_norm(images, groups, weight, bias, eps))
 
 

@@ -39,7 +39,7 @@ SMALL_ROWS, LARGE_ROWS, MANY_PROGRAMS = 256, 1024, 256
 # each multiprocessor of an H100. Each program of the second kernel reads the sums of all chunks.
 PART_ROWS, MOST_PROGRAMS, FEWEST_PROGRAMS, MAX_CHUNKS = 512, 2112, 264, 64
 MIN_BLOCK_G, MIN_SUMS = 16, 64  # enough for the models, which then share their kernels
-SUMS_TILE = 2048  # that the second kernel reads at a time
+SUMS_TILE = 1024  # that the second kernel reads at a time
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "group_size", "samples_per_clip"])

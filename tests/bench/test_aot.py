@@ -304,7 +304,7 @@ def test_widths_are_those_of_diffusers(forward, configuration, side):
     finally:
         hook.remove()
     norms = [case.arguments for case in aot_cases.cases() if case.op == "group_norm_silu"]
-    cases = {(x.shape[2], x.shape[-1], groups) for x, _, _, _, groups, *_ in norms}
+    cases = {(x.shape[2], x.shape[-1], groups) for x, _, _, _, _, groups, *_ in norms}
     assert seen
     assert seen <= cases, seen - cases
 

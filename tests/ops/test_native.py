@@ -54,7 +54,9 @@ def test_threads_do_not_change_a_bit_of_group_norm_silu(clips, over_frames):
 
 
 def check_group_norm(*tensors: Tensor | None, **settings) -> None:
-    check("cpu", "cpu", "group_norm_silu", *tensors, **{"eps": 1e-5, "over_frames": False, "silu": True, **settings})
+    check(
+        "cpu", "cpu", "group_norm_silu", *tensors, None, **{"eps": 1e-5, "over_frames": False, "silu": True, **settings}
+    )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
