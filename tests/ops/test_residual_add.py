@@ -1,4 +1,4 @@
-"""Sums that end a residual block, alone and with a norm, against their references: any size and layout, both results."""
+"""Sums that end a residual block, alone and with a norm, against their references: sizes, layouts, both results."""
 
 from __future__ import annotations
 
