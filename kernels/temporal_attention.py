@@ -154,6 +154,8 @@ def _norm_temporal_attention_kernel(
     inner = heads * HEAD_DIM
     x_ptr += (clip * x_stride_clip + frame * x_stride_frame + pixel * x_stride_pixel)[:, None]
     offset = tl.arange(0, BLOCK_K)
+    # Where a loop may not run at all, ptxas waits after each matrix instruction.
+    tl.assume(channels > 0)
 
     # Mean and sum of squared deviations, merged block by block (Chan et al. 1979): one pass, and exact at any mean.
     mean = tl.zeros([BLOCK_M], dtype=tl.float32)
