@@ -77,21 +77,6 @@ def test_norm_attention_equals_the_reference(backend, device, size, with_positio
 
 
 @every_backend("triton")
-@pytest.mark.parametrize("size", [(1, 7, 5, 9, 48, 1, 40), (2, 33, 1, 3, 32, 2, 64)], ids=str)
-def test_tiles_of_large_grids(backend, device, size, monkeypatch):
-    """Triton's kernel has wider tiles where there are enough of them."""
-    if backend != "triton":
-        pytest.skip("the other forms have no tiles")
-    from videopure_fast.kernels import launch
-
-    monkeypatch.setattr(launch, "TILES_TO_FILL_GPU", 0)
-    *shape, channels, heads, head = size
-    for dtype in set(dtypes(backend, device)) - {torch.float32}:
-        moved = (tensor.to(dtype) for tensor in norm_inputs(*shape, channels, heads * head))
-        check(backend, device, "norm_temporal_attention", *moved, heads=heads, eps=1e-5)
-
-
-@every_backend("triton")
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_attention_of_any_size(backend, device, data):
