@@ -45,7 +45,6 @@ _folded_temporal_attention = register(
     "folded_temporal_attention",
     reference=folded_temporal_attention_reference,
     dtypes={"triton": ACTIVATION_DTYPES["triton"]},
-    kernel="temporal_attention",
     max_triton_frames=MAX_TRITON_FRAMES,
     fake=lambda x, _m, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0] // 3),
     flops=lambda x, _m, weight, _s, _b, heads, *_: (
