@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from videopure_fast.ops.linear_moments import moments_shape
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -154,6 +155,10 @@ def attention_cases(
     )
     position = meta(dtype, frames, channels) if with_position else None
     yield Case("norm_temporal_attention", (x, vector, vector, weight, position, heads, 1e-5))
+    if not with_position:
+        single = torch.float32
+        sums, bias, moments = meta(single, 3 * channels), meta(dtype, 3 * channels), moments_shape(x, channels)
+        yield Case("folded_temporal_attention", (x, meta(single, *moments), weight, sums, bias, heads, 1e-5))
 
 
 def norm_cases(clips: int, frames: int, level: Level, dtype: torch.dtype) -> Iterator[Case]:
