@@ -21,21 +21,24 @@ from .temporal_attention import (
     softmax_within_pixels,
     temporal_attention,
 )
+from .tuned import choose, nearby
 
-# Chosen by reasoning, not measured; both compile without spills by triton 3.6 and 3.9. On sm_90, whose tiles are loaded
-# by tensor descriptors, 171 to 198 registers and 88 KiB of shared memory let two programs share a multiprocessor, so
-# that one computes a softmax while the other multiplies. Twice the rows would halve what is read of the weight, but
-# leave room for one program alone.
-FUSED = AttentionTile(64, 64, 4, 3)
-FUSED_BY_POINTERS = AttentionTile(64, 32, 4, 4)
+# Chosen by reasoning, not measured; the first is taken where nothing is. All compile without spills by triton 3.6 and
+# 3.9. On sm_90, whose tiles are loaded by tensor descriptors, 171 to 198 registers and 88 KiB of shared memory let two
+# programs share a multiprocessor, so that one computes a softmax while the other multiplies. Twice the rows halve what
+# is read of the weight, but leave room for one program alone.
+DESCRIBED_TILES = (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 2), AttentionTile(128, 64, 8, 3))
+POINTER_TILES = (AttentionTile(64, 32, 4, 4),)
+# In place of a tile: the projection is a kernel of its own.
+UNFUSED = "unfused"
 # The fewest columns of a head that are multiplied at a time on sm_90: for 16, ptxas waits after each instruction.
 MIN_DESCRIBED_COLUMNS = 32
 # Heads of more channels have too few registers in one kernel.
 MAX_FUSED_HEAD_DIM = 64
-# The width from which on the projection is a kernel of its own. The fused kernel reads 8 C bytes of x and the weight
-# for each token and head from the L2 cache: C^2 / 8 bytes a token for heads of 64, which at 8 TB/s takes as long as
-# 512 TFLOP/s of products. Two kernels multiply at 550 TFLOP/s, but write and read 6 C bytes a token, and 2 C of the
-# result, at 3.4 TB/s: 6 C^2 / 550e12 + 8 C / 3.4e12 seconds. The two are equal at C = 498. Not measured.
+# The width from which on the projection is a kernel of its own, where nothing was measured. The fused kernel reads 8 C
+# bytes of x and the weight for each token and head from the L2 cache: C^2 / 8 bytes a token for heads of 64, which at
+# 8 TB/s takes as long as their products at 384 TFLOP/s. Two kernels multiply at 550 TFLOP/s, but write and read 6 C
+# bytes a token and write 2 C, at 3.4 TB/s: C^2 / 64e12 seconds against 6 C^2 / 550e12 + 8 C / 3.4e12, equal at C = 500.
 UNFUSED_CHANNELS = 512
 
 
@@ -162,18 +165,17 @@ def folded_temporal_attention(
 ) -> Tensor:
     """As the op's reference, for float16, bfloat16 and float32 and 64 frames at most."""
     tokens = merge_pixels(x)
-    if not fuses(tokens, weight, heads):
-        from .folded_linear import folded_linear
-
-        return temporal_attention(folded_linear(x, moments, weight, weight_sums, bias, eps), heads)
-    head_dim = len(weight) // 3 // heads
-    output = x.new_empty(*x.shape[:-1], heads * head_dim)
     clips, frames, pixels, channels = tokens.shape
     with torch.cuda.device_of(x):
         tma = architecture() >= 90
-        tile, block_d = FUSED_BY_POINTERS, padded(head_dim)
-        if tma:
-            tile, block_d = FUSED, max(block_d, MIN_DESCRIBED_COLUMNS)
+        tile = _choose(tokens, weight, heads, DESCRIBED_TILES if tma else POINTER_TILES)
+        if isinstance(tile, str):
+            from .folded_linear import folded_linear
+
+            return temporal_attention(folded_linear(x, moments, weight, weight_sums, bias, eps), heads)
+        head_dim = len(weight) // 3 // heads
+        block_d = max(padded(head_dim), MIN_DESCRIBED_COLUMNS if tma else 0)
+        output = x.new_empty(*x.shape[:-1], heads * head_dim)
         tiles = tile.programs(pixels, frames)
         _folded_temporal_attention_kernel[(clips * tiles * heads,)](
             TensorDescriptor.from_tensor(tokens, [1, *tile.block(frames), tile.block_k]) if tma else tokens,
@@ -208,10 +210,20 @@ def part_columns(channels: int) -> int:
     return 160 if channels % 160 == 0 else 128
 
 
-def fuses(x: Tensor, weight: Tensor, heads: int) -> bool:
-    """Whether one kernel can do all of it, and sooner than two. Descriptors need aligned rows that do not overlap."""
+def _choose(x: Tensor, weight: Tensor, heads: int, tiles: tuple[AttentionTile, ...]) -> AttentionTile | str:
+    """The tile for tokens (B, F, pixels, C), or UNFUSED."""
+    if not fusable(x, weight, heads):
+        return UNFUSED
+    clips, frames, pixels, channels = x.shape
+    reasoned = tiles[0] if channels < UNFUSED_CHANNELS else UNFUSED
+    key = nearby(clips * pixels), frames, channels, heads
+    return choose("folded_temporal_attention", key, (*tiles, UNFUSED), reasoned)
+
+
+def fusable(x: Tensor, weight: Tensor, heads: int) -> bool:
+    """Whether one kernel can do all of it. Descriptors need aligned rows that do not overlap."""
     if precision(x.dtype) == "float32" or len(weight) // 3 // heads > MAX_FUSED_HEAD_DIM:
         return False
-    channels, strides = x.shape[-1], (*x.stride()[:-1], weight.stride(0))
-    is_aligned = aligned(channels, *strides) and not (x.data_ptr() % 16 or weight.data_ptr() % 16)
-    return is_aligned and min(strides) > 0 and weight.stride(1) == 1 and channels < UNFUSED_CHANNELS
+    strides = *x.stride()[:-1], weight.stride(0)
+    is_aligned = aligned(x.shape[-1], *strides) and not (x.data_ptr() % 16 or weight.data_ptr() % 16)
+    return is_aligned and min(strides) > 0 and weight.stride(1) == 1

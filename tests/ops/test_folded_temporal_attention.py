@@ -170,40 +170,61 @@ def test_offsets_beyond_32_bits(backend, device, axis):
 
 
 @every_backend("triton")
-def test_wide_tokens_take_two_kernels(backend, device, architecture, monkeypatch):
-    """From a width on, the projection is a kernel of its own; here from 0 on."""
+def test_every_candidate_equals_the_reference(backend, device, architecture):
+    """One kernel with any of its tiles, or two."""
     if backend == "cpu":
         pytest.skip("the reference has no kernels")
-    monkeypatch.setattr("videopure_fast.kernels.folded_temporal_attention.UNFUSED_CHANNELS", 0)
-    for dtype in dtypes(backend, device, architecture):
+    from videopure_fast.kernels.folded_temporal_attention import UNFUSED
+    from videopure_fast.kernels.tuned import forced, recorded
+
+    for dtype in set(dtypes(backend, device, architecture)) - {torch.float32}:
         inputs = folded_inputs(1, 24, 1, 5, 160, inner=32, dtype=dtype)
-        check(backend, device, "folded_temporal_attention", *inputs, heads=2, eps=1e-5)
+        with recorded() as choices:
+            run(backend, device, "folded_temporal_attention", *inputs, heads=2)
+        ((op, key, candidates, reasoned),) = choices
+        assert reasoned != UNFUSED and candidates[-1] == UNFUSED
+        for candidate in candidates:
+            with forced(op, key, candidate):
+                check(backend, device, op, *inputs, heads=2, eps=1e-5)
+
+
+@every_backend("triton")
+def test_wide_tokens_take_two_kernels(backend, device, architecture):
+    """Where nothing was measured."""
+    if backend == "cpu":
+        pytest.skip("the reference has no kernels")
+    from videopure_fast.kernels.folded_temporal_attention import UNFUSED
+    from videopure_fast.kernels.tuned import recorded
+
+    inputs = folded_inputs(1, 1, 1, 1, 512, inner=64, dtype=torch.float16)
+    with recorded() as choices:
+        run(backend, device, "folded_temporal_attention", *inputs, heads=1)
+    assert choices[0].reasoned == UNFUSED
 
 
 @pytest.mark.parametrize(
-    ("channels", "head", "dtype", "fused"),
+    ("channels", "head", "dtype", "expected"),
     [
         (320, 64, torch.float16, True),
         (320, 64, torch.bfloat16, True),
         (32, 4, torch.float16, True),
+        (1280, 64, torch.float16, True),
         (320, 64, torch.float32, False),
         (320, 80, torch.float16, False),
-        (512, 64, torch.float16, False),
-        (1280, 64, torch.float16, False),
         (312, 8, torch.float16, False),
     ],
 )
-def test_what_is_fused(channels, head, dtype, fused):
+def test_what_can_be_fused(channels, head, dtype, expected):
     pytest.importorskip("triton")
-    from videopure_fast.kernels.folded_temporal_attention import fuses
+    from videopure_fast.kernels.folded_temporal_attention import fusable
 
     x, weight = torch.empty(1, 4, 9, channels, dtype=dtype), torch.empty(6 * head, channels, dtype=dtype)
-    assert fuses(x, weight, 2) == fused
+    assert fusable(x, weight, 2) == expected
     # What no descriptor describes: rows that overlap, and addresses that are no multiples of 16 bytes.
-    assert not fuses(x[:, :, :1].expand(x.shape), weight, 2)
+    assert not fusable(x[:, :, :1].expand(x.shape), weight, 2)
     moved = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape)
-    assert not fuses(moved, weight, 2)
-    assert not fuses(x, weight.T.contiguous().T, 2)
+    assert not fusable(moved, weight, 2)
+    assert not fusable(x, weight.T.contiguous().T, 2)
 
 
 def test_parts_of_moments_are_the_ops():
