@@ -215,9 +215,9 @@ def _choose(x: Tensor, weight: Tensor, heads: int, tiles: tuple[AttentionTile, .
     if not fusable(x, weight, heads):
         return UNFUSED
     clips, frames, pixels, channels = x.shape
-    reasoned = tiles[0] if channels < UNFUSED_CHANNELS else UNFUSED
-    key = nearby(clips * pixels), frames, channels, heads
-    return choose("folded_temporal_attention", key, (*tiles, UNFUSED), reasoned)
+    candidates: tuple[AttentionTile | str, ...] = (*tiles, UNFUSED)
+    reasoned = candidates[0] if channels < UNFUSED_CHANNELS else UNFUSED
+    return choose("folded_temporal_attention", (nearby(clips * pixels), frames, channels, heads), candidates, reasoned)
 
 
 def fusable(x: Tensor, weight: Tensor, heads: int) -> bool:
