@@ -115,10 +115,11 @@ def _temporal_attention_kernel(
     output_ptr += (((clip * FRAMES + frame) * pixels + pixel) * channels)[:, None] + head * HEAD_DIM + d[None, :]
 
     # The values are loaded before the scores are computed, which takes as long as the load.
-    v = tl.load(v_ptr, mask=rows_inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    v = tl.load(v_ptr, mask=(d < HEAD_DIM)[None, :], other=0.0)
     scores = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
-    for start in tl.static_range(0, HEAD_DIM, BLOCK_D):
-        inside = rows_inside[:, None] & (start + d < HEAD_DIM)[None, :]
+    # A loop that is not unrolled: unrolled, the loads of large heads in float32 spill.
+    for start in tl.range(0, HEAD_DIM, BLOCK_D):
+        inside = (start + d < HEAD_DIM)[None, :]
         q = tl.load(q_ptr + start, mask=inside, other=0.0)
         k = tl.load(k_ptr + start, mask=inside, other=0.0)
         scores = tl.dot(q, k.T, scores, input_precision="ieee")
@@ -126,11 +127,11 @@ def _temporal_attention_kernel(
     weights = weights.to(v.dtype)
     scale = (1.0 / total)[:, None]
     for start in tl.static_range(0, HEAD_DIM, BLOCK_D):
-        inside = rows_inside[:, None] & (start + d < HEAD_DIM)[None, :]
+        inside = (start + d < HEAD_DIM)[None, :]
         if start > 0:
             v = tl.load(v_ptr + start, mask=inside, other=0.0)
         output = tl.dot(weights, v, input_precision="ieee") * scale
-        tl.store(output_ptr + start, output.to(output_ptr.dtype.element_ty), mask=inside)
+        tl.store(output_ptr + start, output.to(output_ptr.dtype.element_ty), mask=rows_inside[:, None] & inside)
 
 
 def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
