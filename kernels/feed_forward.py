@@ -1,14 +1,11 @@
-"""A feed-forward block of two Triton kernels, with torch's LayerNorm before them.
-
-x: (..., C). weight: (2D, C) and out_weight: (C, D), each with its bias. Returns x + linear(geglu(linear(norm(x)))).
-"""
+"""A feed-forward block of two products in Triton, with torch's LayerNorm before them."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geglu import linear_geglu
+from .linear_geglu import linear_geglu
 from .linear_residual import linear_residual
 
 
@@ -24,4 +21,4 @@ def feed_forward(
 ) -> Tensor:
     """As the op's reference, for float16, bfloat16 and float32."""
     tokens = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    return linear_residual(linear_geglu(tokens, weight, bias), out_weight, out_bias, x)
+    return linear_residual(linear_geglu(tokens, weight, bias), out_weight, out_bias, x, None)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, TOLERANCE, check, dtypes, every_backend, laid_out, normal
+from product_cases import loading, loads
 
 from videopure_fast.ops import geglu, linear_geglu
 from videopure_fast.ops.backend import use_backend
@@ -72,7 +73,9 @@ def test_linear_geglu(backend, device, leading, inputs, columns, layout, bias, s
     weight[columns:] *= 4
     biases = normal(2 * columns, seed=seed + 2) if bias else None
     x, weight, biases = (t if t is None else laid_out(t.to(dtype), layout) for t in (x, weight, biases))
-    check(backend, device, "linear_geglu", x, weight, biases, scale=12 * scale)
+    for way in loads(backend, device):
+        with loading(way):
+            check(backend, device, "linear_geglu", x, weight, biases, scale=12 * scale)
 
 
 @every_backend("triton")
@@ -94,7 +97,7 @@ def test_offsets_beyond_int32(backend, device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the two forms of the Triton code")
 def test_fused_form_equals_the_chain(monkeypatch):
-    from videopure_fast.kernels import geglu as kernels
+    from videopure_fast.kernels import linear_geglu as kernels
 
     x, weight, bias = normal(70, 96), normal(2 * 40, 96, seed=1, scale=0.1), normal(2 * 40, seed=2)
     fused = kernels.linear_geglu(x, weight, bias)

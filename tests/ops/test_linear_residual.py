@@ -7,20 +7,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, dtypes, every_backend, laid_out, normal
+from product_cases import loading, loads
 from torch import Tensor
 
 from videopure_fast import ops
 from videopure_fast.ops.backend import use_backend
 
 
-def inputs(shape: tuple[int, ...], k: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias and residual for x of (*shape, k), all sums of order one."""
-    return (
+def inputs(shape: tuple[int, ...], k: int, n: int, skip: int = 0, seed: int = 0) -> list[Tensor | None]:
+    """x, weight, bias, residual and a skip connection of `skip` channels, for x of (*shape, k); sums of order one."""
+    return [
         normal(*shape, k, seed=seed),
-        normal(n, k, seed=seed + 1, scale=k**-0.5),
+        normal(n, k + skip, seed=seed + 1, scale=(k + skip) ** -0.5),
         normal(n, seed=seed + 2),
         normal(*shape, n, seed=seed + 3),
-    )
+        normal(*shape, skip, seed=seed + 4) if skip else None,
+    ]
+
+
+def cast(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 @every_backend("triton")
@@ -39,25 +45,14 @@ def inputs(shape: tuple[int, ...], k: int, n: int, seed: int = 0) -> tuple[Tenso
         pytest.param((1600,), 64, 1280, marks=pytest.mark.skipif(INTERPRETED, reason="too many programs")),
     ],
 )
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_the_reference(backend, device, shape, k, n, with_bias):
-    x, weight, bias, residual = inputs(shape, k, n)
+@pytest.mark.parametrize(("with_bias", "skip"), [(True, 0), (False, 0), (True, 56)])
+def test_equals_the_reference(backend, device, shape, k, n, with_bias, skip):
+    x, weight, bias, residual, further = inputs(shape, k, n, skip)
     for dtype in dtypes(backend, device):
-        tensors = (x.to(dtype), weight.to(dtype), bias.to(dtype) if with_bias else None, residual.to(dtype))
-        check(backend, device, "linear_residual", *tensors)
-
-
-@every_backend("triton")
-def test_tiles_of_large_grids(backend, device, monkeypatch):
-    """Triton's kernel has wider tiles where there are enough of them."""
-    if backend != "triton":
-        pytest.skip("the other forms have no tiles")
-    from videopure_fast.kernels import launch
-
-    monkeypatch.setattr(launch, "TILES_TO_FILL_GPU", 0)
-    for dtype in dtypes(backend, device):
-        for n in (64, 128):
-            check(backend, device, "linear_residual", *(tensor.to(dtype) for tensor in inputs((5, 50), 80, n)))
+        tensors = cast([x, weight, bias if with_bias else None, residual, further], dtype)
+        for way in loads(backend, device):
+            with loading(way):
+                check(backend, device, "linear_residual", *tensors)
 
 
 @every_backend("triton")
@@ -65,23 +60,49 @@ def test_tiles_of_large_grids(backend, device, monkeypatch):
 @given(data=st.data())
 def test_any_size_and_layout(backend, device, data):
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
-    k, n = (data.draw(st.integers(1, 100)) for _ in range(2))
+    k, n, skip = data.draw(st.integers(1, 100)), data.draw(st.integers(1, 100)), data.draw(st.integers(0, 70))
     dtype = data.draw(st.sampled_from(dtypes(backend, device)))
-    layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in range(4)]
-    tensors = (laid_out(tensor.to(dtype), layout) for tensor, layout in zip(inputs(shape, k, n), layouts, strict=True))
+    tensors = [
+        tensor if tensor is None else laid_out(tensor.to(dtype), data.draw(st.sampled_from(LAYOUTS)))
+        for tensor in inputs(shape, k, n, skip)
+    ]
     check(backend, device, "linear_residual", *tensors)
 
 
 @every_backend("triton")
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_aligned_size(backend, device, data):
+    """Sizes that have tensor descriptors in half precision, fewer and more than a tile has."""
+    shape = (data.draw(st.integers(1, 150)),)
+    k, n, skip = (8 * data.draw(st.integers(least, 22)) for least in (1, 1, 0))
+    dtype = data.draw(st.sampled_from(dtypes(backend, device)))
+    with loading(loads(backend, device)[-1]):
+        check(backend, device, "linear_residual", *cast(inputs(shape, k, n, skip), dtype))
+
+
+@every_backend("triton")
+def test_the_library_multiplies_many_inputs(backend, device, monkeypatch):
+    """In half precision, by the rule of Triton's form; in float32 they are summed as ever."""
+    if backend != "triton":
+        pytest.skip("the rule is that of Triton's form")
+    monkeypatch.setattr("videopure_fast.kernels.linear_residual.MIN_LIBRARY_INPUTS", 40)
+    for dtype in dtypes(backend, device):
+        for k in (32, 40):
+            check(backend, device, "linear_residual", *cast(inputs((7,), k, 24), dtype))
+
+
+@every_backend("triton")
 def test_offsets_beyond_32_bits(backend, device):
-    """Three rows of x and residual 2^30 values apart. Untouched pages take no memory on a CPU."""
+    """Three rows of x, skip and residual 2^30 values apart. Untouched pages take no memory on a CPU."""
     dtype = dtypes(backend, device)[-1]
     stride = 2**30 if dtype.itemsize == 2 else 2**29
-    tensors = [tensor.to(device, dtype) for tensor in inputs((3,), 32, 48)]
-    far = [torch.empty(2 * stride + 48, dtype=dtype, device=device) for _ in range(2)]
-    x = far[0].as_strided((3, 32), (stride, 1)).copy_(tensors[0])
-    residual = far[1].as_strided((3, 48), (stride, 1)).copy_(tensors[3])
+    x, weight, bias, residual, skip = (tensor.to(device, dtype) for tensor in inputs((3,), 32, 48, 16))
+    far = [
+        torch.empty(2 * stride + 48, dtype=dtype, device=device).as_strided(t.shape, (stride, 1)).copy_(t)
+        for t in (x, residual, skip)
+    ]
     with use_backend(backend):
-        actual = ops.linear_residual(x, *tensors[1:3], residual)
-        expected = ops.linear_residual(*tensors)
+        actual = ops.linear_residual(far[0], weight, bias, *far[1:])
+        expected = ops.linear_residual(x, weight, bias, residual, skip)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)

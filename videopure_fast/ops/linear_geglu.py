@@ -56,7 +56,6 @@ _linear_geglu = register(
     reference=linear_geglu_reference,
     native=linear_geglu_native,
     dtypes=ACTIVATION_DTYPES,
-    kernel="geglu",
     fake=lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[0] // 2),
     flops=linear_flops,
 )
