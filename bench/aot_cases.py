@@ -117,6 +117,7 @@ def temporal_cases(clips: int, frames: int, level: Level, dtype: torch.dtype) ->
     yield from attention_cases(clips, frames, level, dtype, with_position=False)
     tokens = clips * frames * side * side
     x = meta(dtype, tokens, channels)
+    yield from folded_cases(x)
     for bias in (meta(dtype, 8 * channels), None):
         yield Case("linear_geglu", (x, meta(dtype, 8 * channels, channels), bias))
     yield Case("geglu", (meta(dtype, tokens, 8 * channels),))
@@ -126,20 +127,40 @@ def temporal_cases(clips: int, frames: int, level: Level, dtype: torch.dtype) ->
     # After an attention and a feed-forward, without a bias, and in the shortcut of a resnet.
     yield linear_residual(tokens, channels, channels, dtype)
     yield linear_residual(tokens, channels, channels, dtype, bias=False)
-    for inputs in (4 * channels, *level.others):
+    yield linear_residual(tokens, 4 * channels, channels, dtype)
+    for inputs in level.others:
         yield linear_residual(tokens, inputs, channels, dtype)
+        if inputs > channels:
+            yield linear_residual(tokens, channels, channels, dtype, skip=inputs - channels)
     if level is TRANSFORMER_IN:
         yield linear_residual(tokens, channels, UNET[0].channels, dtype)
     else:
         x = meta(dtype, clips, frames, side, side, channels)
-        vector, weight = meta(dtype, channels), meta(dtype, 3, channels, channels)
         for residual in (None, x):
-            yield Case("temporal_conv", (x, vector, vector, weight, vector, residual, level.groups, 1e-5))
+            yield Case("temporal_conv", (x, meta(dtype, 3, channels, channels), meta(dtype, channels), residual))
 
 
-def linear_residual(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool = True) -> Case:
-    weight, biases = meta(dtype, outputs, inputs), meta(dtype, outputs) if bias else None
-    return Case("linear_residual", (meta(dtype, tokens, inputs), weight, biases, meta(dtype, tokens, outputs)))
+def folded_cases(x: Tensor) -> Iterator[Case]:
+    """A layer that measures its rows, with a residual and without, and the layers after the norms that follow.
+
+    Those are the projection to queries, keys and values, that to queries, and the first of a feed-forward.
+    """
+    channels, dtype = x.shape[-1], x.dtype
+    weight, bias = meta(dtype, channels, channels), meta(dtype, channels)
+    for residual in (x, None):
+        yield Case("linear_moments", (x, weight, bias, residual))
+    moments = meta(torch.float32, *moments_shape(x, channels))
+    for op, outputs in (("folded_linear", 3), ("folded_linear", 1), ("folded_linear_geglu", 8)):
+        layer = meta(dtype, outputs * channels, channels), meta(torch.float32, outputs * channels)
+        yield Case(op, (x, moments, *layer, meta(dtype, outputs * channels), 1e-5))
+
+
+def linear_residual(
+    tokens: int, inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool = True, skip: int = 0
+) -> Case:
+    weight, biases = meta(dtype, outputs, inputs + skip), meta(dtype, outputs) if bias else None
+    residual, further = meta(dtype, tokens, outputs), meta(dtype, tokens, skip) if skip else None
+    return Case("linear_residual", (meta(dtype, tokens, inputs), weight, biases, residual, further))
 
 
 def attention_cases(

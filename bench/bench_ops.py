@@ -17,7 +17,9 @@ from torch import Tensor
 
 from videopure_fast import ops, reference
 from videopure_fast.config import PurifyConfig
-from videopure_fast.ops.backend import implementation, use_backend
+from videopure_fast.ops.backend import SUPPORTED_DTYPES, implementation, use_backend
+from videopure_fast.ops.folded_linear import fold_norm
+from videopure_fast.ops.linear_moments import row_moments
 from videopure_fast.schedule import Schedule
 
 # (B, C, F, h, w) of latents, and (B, F, H, W, C) with heads and groups of activations.
@@ -67,7 +69,21 @@ def norm_temporal_attention(size: str, device: str, dtype: torch.dtype) -> Call:
 def linear_residual(size: str, device: str, dtype: torch.dtype) -> Call:
     shape, _, _ = ACTIVATIONS[size]
     x, _, _, bias, weight = _layer(shape, shape[-1], device, dtype)
-    return "linear_residual", (x, weight, bias, torch.randn_like(x)), {}
+    return "linear_residual", (x, weight, bias, torch.randn_like(x), None), {}
+
+
+def linear_moments(size: str, device: str, dtype: torch.dtype) -> Call:
+    shape, _, _ = ACTIVATIONS[size]
+    x, _, _, bias, weight = _layer(shape, shape[-1], device, dtype)
+    return "linear_moments", (x, weight, bias, torch.randn_like(x)), {}
+
+
+def folded_linear(size: str, device: str, dtype: torch.dtype) -> Call:
+    return "folded_linear", _folded(size, 3, device, dtype), {"eps": EPS}
+
+
+def folded_linear_geglu(size: str, device: str, dtype: torch.dtype) -> Call:
+    return "folded_linear_geglu", _folded(size, 8, device, dtype), {"eps": EPS}
 
 
 def geglu(size: str, device: str, dtype: torch.dtype) -> Call:
@@ -96,12 +112,17 @@ def group_norm_silu(size: str, device: str, dtype: torch.dtype) -> Call:
 
 
 def temporal_conv(size: str, device: str, dtype: torch.dtype) -> Call:
-    shape, _, groups = ACTIVATIONS[size]
-    x, norm_weight, norm_bias, bias, weight = _layer(shape, 3 * shape[-1], device, dtype)
+    shape, _, _ = ACTIVATIONS[size]
+    x, _, _, bias, weight = _layer(shape, 3 * shape[-1], device, dtype)
     taps = weight.view(3, shape[-1], shape[-1])
-    bias = bias[: shape[-1]]
-    tensors = (x, norm_weight, norm_bias, taps, bias, torch.randn_like(x))
-    return "temporal_conv", tensors, {"groups": groups, "eps": EPS}
+    return "temporal_conv", (x, taps, bias[: shape[-1]], torch.randn_like(x)), {}
+
+
+def _folded(size: str, times: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, its moments, and a folded norm and layer from its channels to so many times as many."""
+    shape, _, _ = ACTIVATIONS[size]
+    x, norm_weight, norm_bias, bias, weight = _layer(shape, times * shape[-1], device, dtype)
+    return x, row_moments(x), *fold_norm(norm_weight, norm_bias, weight, bias)
 
 
 def _layer(shape: tuple[int, ...], outputs: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -114,9 +135,14 @@ def _layer(shape: tuple[int, ...], outputs: int, device: str, dtype: torch.dtype
 
 OPS = (
     *(guided_update, ddim_step),
-    *(temporal_attention, norm_temporal_attention, linear_residual),
-    *(geglu, linear_geglu, feed_forward, group_norm_silu, temporal_conv),
+    *(temporal_attention, norm_temporal_attention, linear_residual, linear_moments),
+    *(folded_linear, folded_linear_geglu, geglu, linear_geglu, feed_forward, group_norm_silu, temporal_conv),
 )
+
+
+def first_of(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The op's result, without the moments that some ops return beside it."""
+    return results if isinstance(results, Tensor) else results[0]
 
 
 @pytest.mark.parametrize("size", LATENTS)
@@ -130,21 +156,21 @@ OPS = (
 )
 @pytest.mark.parametrize("make", OPS, ids=lambda make: make.__name__)
 def test_op(row, make: Callable[..., Call], backend: str, device: str, size: str):
-    if backend == "cuda" and make not in (guided_update, ddim_step):
-        pytest.skip("has no cuda form")
+    if backend not in (*SUPPORTED_DTYPES[make.__name__], "reference"):
+        pytest.skip(f"has no {backend} form")
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.float16
     op, tensors, settings = make(size, device, dtype)
 
     def call() -> Tensor:
-        result = getattr(ops, op)(*tensors, **settings)
+        results = getattr(ops, op)(*tensors, **settings)
         if device == "cuda":
             torch.cuda.synchronize()
-        return result
+        return first_of(results)
 
     with torch.no_grad(), use_backend(backend):
         wide = (None if t is None else t.float() for t in tensors)
-        expected = implementation(op, "reference")(*wide, **settings)
+        expected = first_of(implementation(op, "reference")(*wide, **settings))
         right = (call() - expected).abs() / (1 + expected.abs()) <= TOLERANCE[dtype]
         assert (~right).float().mean() <= (MAX_SHARE_APART if op == "guided_update" else 0)
         row.group = f"{op} {size} {tuple(tensors[0].shape)}"

@@ -39,19 +39,9 @@ def group_norm_silu(
     return F.silu(F.group_norm(images, groups, weight, bias, eps))
 
 
-def temporal_conv(
-    clips: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    groups: int,
-    eps: float,
-) -> Tensor:
+def temporal_conv(clips: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """clips and residual: (B, C, F, H, W), weight: (C, C, 3, 1, 1) -> (B, C, F, H, W)."""
-    y = F.silu(F.group_norm(clips, groups, norm_weight, norm_bias, eps))
-    return residual + F.conv3d(y, weight, bias, padding=(1, 0, 0))
+    return residual + F.conv3d(clips, weight, bias, padding=(1, 0, 0))
 
 
 def guided_update(
@@ -80,9 +70,9 @@ def in_library_layout(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[Tens
     if op == "group_norm_silu":
         return tensors[0].flatten(0, 1).movedim(-1, 1).contiguous(), *tensors[1:]
     if op == "temporal_conv":
-        x, norm_weight, norm_bias, weight, bias, residual = tensors
+        x, weight, bias, residual = tensors
         x, residual = (t.movedim(-1, 1).contiguous() for t in (x, residual))
-        return x, norm_weight, norm_bias, weight.permute(1, 2, 0)[..., None, None].contiguous(), bias, residual
+        return x, weight.permute(1, 2, 0)[..., None, None].contiguous(), bias, residual
     return tensors
 
 

@@ -63,7 +63,7 @@ def test_sample_passes(tmp_path):
     assert {row["arch"] for row in triton_rows} == {80, 90}
     files = {name.split(".")[0] for name in kernels_in_files()}
     assert {row["kernel"].split(".")[0] for row in triton_rows} == files
-    by_arch = {row["arch"]: row for row in rows if row["kernel"] == "geglu._linear_geglu_kernel"}
+    by_arch = {row["arch"]: row for row in rows if row["kernel"] == "matrix_product._matrix_product_kernel"}
     assert "HGMMA" in by_arch[90]["matrix"]
     assert by_arch[90]["wgmma"]["hgmma"] > by_arch[90]["wgmma"]["arrive"] > 0
     assert "HMMA" in by_arch[80]["matrix"]
@@ -73,18 +73,18 @@ def test_sample_passes(tmp_path):
 # Each entry replaces the tile of linear_geglu by one that must fail for the reason that is its key.
 BROKEN = """
 import json, sys, tempfile, pathlib, aot
-from videopure_fast.kernels import geglu
+from videopure_fast.kernels.matrix_product import DESCRIBED, GATED_TILES, Tile
 tiles = {
-    "fits": geglu.TILES["half"],
-    "shared memory": geglu.Tile(block_m=64, block_n=128, block_k=128, warps=8, stages=4),
-    "spills": geglu.Tile(block_m=64, block_n=256, block_k=16, warps=4, stages=2),
-    "without HGMMA": geglu.Tile(block_m=64, block_n=32, block_k=32, warps=2, stages=2),
-    "does not compile": geglu.Tile(block_m=100, block_n=32, block_k=32, warps=4, stages=2),
+    "fits": GATED_TILES[DESCRIBED][0],
+    "shared memory": Tile(block_m=64, block_n=128, block_k=128, warps=8, stages=4, second=128),
+    "spills": Tile(block_m=64, block_n=256, block_k=16, warps=4, stages=2, second=256),
+    "without HGMMA": Tile(block_m=64, block_n=32, block_k=32, warps=2, stages=2, second=32),
+    "does not compile": Tile(block_m=64, block_n=32, block_k=8, warps=4, stages=2, second=32),
     "does not launch": None,
 }
 result = {}
 for name, tile in tiles.items():
-    geglu.TILES["half"] = tile
+    GATED_TILES[DESCRIBED] = (tile,)
     out = pathlib.Path(tempfile.mkdtemp()) / "rows.json"
     status = aot.main(["--sample", "--kernel", "linear_geglu", "--arch", "90", "--jobs", "1", "--out", str(out)])
     result[name] = status, [failure for row in json.loads(out.read_text())["rows"] for failure in row["failures"]]

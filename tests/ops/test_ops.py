@@ -649,6 +649,7 @@ def test_flops_are_torchs():
         "guided_update": 0,
         "temporal_attention": attention(8),
         "norm_temporal_attention": linear(36) + attention(12),
+        "folded_temporal_attention": linear(36) + attention(12),
         "linear_residual": flops(nn.Linear(7, 4, device="meta"), META(2, 3, 7)),
         "linear_moments": flops(nn.Linear(5, 4, device="meta"), META(2, 3, 5)),
         "folded_linear": flops(nn.Linear(5, 4, device="meta"), META(2, 3, 5)),
