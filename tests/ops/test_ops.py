@@ -101,8 +101,8 @@ WITHOUT = [
     ("add_group_norm_silu", "addend_bias"),
     ("temporal_conv", "residual"),
 ]
-# The CPU form calls the extension's function of another op.
-EXTENSION = {"add_group_norm_silu": "group_norm_silu"}
+# The CPU form calls the extension's function of another op, or adds by torch.
+EXTENSION = {"add_group_norm_silu": "group_norm_silu", "residual_add": "group_norm_silu"}
 # The files of ops that share one with the op of its name.
 FILES = {"ddim_step_": "ddim_step", "folded_linear_geglu": "folded_linear", "add_group_norm_silu": "residual_add"}
 # Measured in float32 whatever the dtype of the others. They have no gradient.
