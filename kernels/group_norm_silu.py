@@ -29,7 +29,7 @@ BLOCK_C = 64  # divides the models' widths, and is a line of 128 bytes in half p
 WARP_BYTES = 512  # that one load of 16 bytes a thread brings
 # Warps of a program, and the loads of a source that each thread has in flight. A second kernel's programs have fewer
 # warps: each warp repeats the work on the sums.
-STATISTICS, ADDITION, APPLY = (8, 8), (8, 4), (4, 4)
+STATISTICS, ADDITION, APPLY = (8, 8), (8, 2), (4, 4)
 SMALL, LARGE = (4, 2), (8, 4)  # in one kernel, samples of up to SMALL_ROWS, and larger ones
 # One kernel, with the first of these widths of which whole groups fill MIN_SHARE: samples of up to SMALL_ROWS, or of up
 # to LARGE_ROWS where the programs are MANY_PROGRAMS.
