@@ -11,9 +11,11 @@ from torch import Tensor
 from videopure_fast.ops.linear_moments import moments_shape
 from videopure_fast.tiny.models import UNET_CONFIG, VAE_CONFIG
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# The default window, shorter clips, a first frame alone, and as many as an attention tile holds.
-FRAMES = (32, 24, 16, 1, 64)
+HALF, SINGLE = (torch.float16,), (torch.float16, torch.float32)
+DTYPES = (*SINGLE, torch.bfloat16)
+# The default window, shorter clips, a first frame alone, and as many as an attention tile holds; dtypes for each.
+# A kernel for bfloat16 is that for float16 but for its types.
+FRAMES = {32: DTYPES, 24: HALF, 16: HALF, 1: SINGLE, 64: SINGLE}
 # So many clips make tensors of more than 2^31 values, whose sizes are int64 arguments.
 MANY_CLIPS = 384
 
@@ -79,9 +81,9 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Every op at every width and length, the real UNet's first level in half precision first."""
-    for frames in FRAMES:
+    for frames, dtypes in FRAMES.items():
         yield from latent_cases(frames)
-        for dtype in DTYPES:
+        for dtype in dtypes:
             levels = [(1, level) for level in (*UNET, TRANSFORMER_IN, SMALL_HEADS, ODD, *TINY_UNET)]
             for clips, level in [*levels, (MANY_CLIPS, UNET[0])]:
                 yield from temporal_cases(clips, frames, level, dtype)

@@ -34,7 +34,7 @@ SMALL, LARGE = (4, 2), (8, 4)  # in one kernel, samples of up to SMALL_ROWS, and
 # One kernel, with the first of these widths of which whole groups fill MIN_SHARE: samples of up to SMALL_ROWS, or of up
 # to LARGE_ROWS where the programs are MANY_PROGRAMS.
 WIDTHS, MIN_SHARE = (64, 128, 256), 7 / 8
-SMALL_ROWS, LARGE_ROWS, MANY_PROGRAMS = 256, 1024, 256
+SMALL_ROWS, LARGE_ROWS, MANY_PROGRAMS = 512, 1024, 256
 # Two kernels: parts of PART_ROWS while there are no more than MOST_PROGRAMS, or fewer rows for FEWEST_PROGRAMS, two for
 # each multiprocessor of an H100. Each program of the second kernel reads the sums of all chunks.
 PART_ROWS, MOST_PROGRAMS, FEWEST_PROGRAMS, MAX_CHUNKS = 512, 2112, 264, 64
