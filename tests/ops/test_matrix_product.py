@@ -30,8 +30,8 @@ def tensors_of(kind: str, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.float() if kind == "float32" else t.half() for t in tensors]
 
 
-def check_gated(kind: str, inputs: int) -> None:
-    x, bias = normal(130, inputs), normal(2 * 80, seed=2)
+def check_gated(kind: str, rows: int, inputs: int) -> None:
+    x, bias = normal(rows, inputs), normal(2 * 80, seed=2)
     weight = normal(2 * 80, inputs, seed=1, scale=inputs**-0.5)
     check("triton", "cpu", "linear_geglu", *tensors_of(kind, x, weight, bias), scale=4)
     x, *layer = tensors_of(kind, x, normal(inputs), normal(inputs, seed=3), weight, bias)
@@ -39,17 +39,14 @@ def check_gated(kind: str, inputs: int) -> None:
     check("triton", "cpu", "folded_linear_geglu", *tensors, eps=1e-5, scale=8)
 
 
-def check_plain(kind: str, inputs: int, outputs: int) -> None:
-    x, bias, residual, skip = (
-        normal(130, inputs),
-        normal(outputs),
-        normal(130, outputs, seed=1),
-        normal(130, 48, seed=2),
-    )
+def check_plain(kind: str, rows: int, inputs: int, outputs: int) -> None:
+    x, skip = normal(rows, inputs), normal(rows, 48, seed=2)
+    bias, residual = normal(outputs), normal(rows, outputs, seed=1)
     weight = normal(outputs, inputs + 48, seed=3, scale=(inputs + 48) ** -0.5)
     check("triton", "cpu", "linear_residual", *tensors_of(kind, x, weight, bias, residual, skip))
-    clip, taps = normal(2, 3, 7, 10, inputs), normal(3, outputs, inputs, seed=4, scale=(3 * inputs) ** -0.5)
-    check("triton", "cpu", "temporal_conv", *tensors_of(kind, clip, taps, bias, normal(2, 3, 7, 10, outputs, seed=5)))
+    clips, residual = normal(2, 2, rows // 2, 1, inputs), normal(2, 2, rows // 2, 1, outputs, seed=5)
+    taps = normal(3, outputs, inputs, seed=4, scale=(3 * inputs) ** -0.5)
+    check("triton", "cpu", "temporal_conv", *tensors_of(kind, clips, taps, bias, residual))
     x, *layer = tensors_of(kind, x, normal(inputs), normal(inputs, seed=3), weight[:, :inputs], bias)
     check("triton", "cpu", "folded_linear", x, row_moments(x), *fold_norm(*layer), eps=1e-5, scale=4)
 
@@ -62,11 +59,11 @@ def test_every_tile(product, monkeypatch, kind, gated):
     with loading("descriptors" if kind == "half, sm_90" else "pointers"):
         for tile in getattr(product, GATED[gated])[kind]:
             monkeypatch.setattr(product, GATED[gated], {kind: (tile,)})
-            odd = kind == "half, unaligned"
+            odd, rows = kind == "half, unaligned", tile.block_m + 2
             if gated:
-                check_gated(kind, 150 if odd else 144)
+                check_gated(kind, rows, 150 if odd else 144)
             else:
-                check_plain(kind, 150 if odd else 144, 180 if odd else 176)
+                check_plain(kind, rows, 150 if odd else 144, 180 if odd else 176)
 
 
 @pytest.mark.parametrize("gated", GATED)
