@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .folded_linear import folded_linear
 from .launch import aligned, architecture, options, precision
+from .moments import part_columns, row_norm
 from .temporal_attention import (
     AttentionTile,
     exponent_of,
@@ -43,27 +45,6 @@ UNFUSED_CHANNELS = 512
 
 
 @triton.jit
-def _row_norm(
-    moments_ptr: tl.tensor,  # (rows, PARTS, 2)
-    row: tl.tensor,
-    channels: tl.tensor,
-    eps: tl.tensor,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Mean and reciprocal standard deviation of the rows, from those of their parts (Chan, Golub and LeVeque)."""
-    part = tl.arange(0, triton.next_power_of_2(PARTS))
-    count = tl.clamp((channels - part * PART).to(tl.float32), 0.0, PART)[None, :]
-    place = moments_ptr + 2 * (row[:, None] * PARTS + part[None, :])
-    means = tl.load(place, mask=(part < PARTS)[None, :], other=0.0)
-    deviations = tl.load(place + 1, mask=(part < PARTS)[None, :], other=0.0)
-    mean = tl.sum(means * count, 1) / channels
-    apart = means - mean[:, None]
-    variance = tl.sum(deviations + apart * apart * count, 1) / channels
-    return mean, tl.rsqrt(variance + eps)
-
-
-@triton.jit
 def _normalized(
     total: tl.tensor,  # [BLOCK_M, BLOCK_D], tokens times folded weight
     mean: tl.tensor,
@@ -86,7 +67,7 @@ def _normalized(
 @triton.jit(do_not_specialize=["tiles", "pixels"])
 def _folded_temporal_attention_kernel(
     x: tl.tensor,  # (B, F, pixels, C); a descriptor or a pointer, as is weight
-    moments_ptr: tl.tensor,  # (B, F, pixels, PARTS, 2), contiguous
+    moments_ptr: tl.tensor,  # (B, F, pixels, parts, 2), contiguous
     weight: tl.tensor,  # (3D, C)
     weight_sums_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -149,7 +130,7 @@ def _folded_temporal_attention_kernel(
             q_ptr += BLOCK_K
 
     token = (clip.to(tl.int64) * FRAMES + frame) * pixels + pixel
-    mean, rstd = _row_norm(moments_ptr, token, channels, eps, PART, PARTS)
+    mean, rstd = row_norm(moments_ptr, token, channels, eps, PART, PARTS)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     queries = _normalized(q, mean, rstd, weight_sums_ptr, bias_ptr, column, HEAD_DIM, dtype)
     keys = _normalized(k, mean, rstd, weight_sums_ptr, bias_ptr, column + inner, HEAD_DIM, dtype)
@@ -170,8 +151,6 @@ def folded_temporal_attention(
         tma = architecture() >= 90
         tile = _choose(tokens, weight, heads, DESCRIBED_TILES if tma else POINTER_TILES)
         if isinstance(tile, str):
-            from .folded_linear import folded_linear
-
             return temporal_attention(folded_linear(x, moments, weight, weight_sums, bias, eps), heads)
         head_dim = len(weight) // 3 // heads
         block_d = max(padded(head_dim), MIN_DESCRIBED_COLUMNS if tma else 0)
@@ -194,7 +173,7 @@ def folded_temporal_attention(
             FRAMES=frames,
             HEAD_DIM=head_dim,
             PART=part_columns(channels),
-            PARTS=moments.shape[-2],
+            PARTS=triton.next_power_of_2(moments.shape[-2]),
             TMA=tma,
             BLOCK_M=tile.block_m,
             BLOCK_D=block_d,
@@ -203,11 +182,6 @@ def folded_temporal_attention(
             **options(tile.warps, tile.stages),
         )
     return output
-
-
-def part_columns(channels: int) -> int:
-    """How many of a row's channels each of its moments describes, as ops/linear_moments.py says."""
-    return 160 if channels % 160 == 0 else 128
 
 
 def _choose(x: Tensor, weight: Tensor, heads: int, tiles: tuple[AttentionTile, ...]) -> AttentionTile | str:

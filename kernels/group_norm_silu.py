@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .group_norm_rows import Sample, normalize_rows, offset_from_usual, scale_and_shift, sums_of_rows
 from .launch import dense_rows, options
+from .tuned import choose, nearby
 
 # Chosen by reasoning and compiled for sm_80 and sm_90, not measured.
 BLOCK_C = 64  # divides the models' widths, and is a line of 128 bytes in half precision
@@ -292,8 +293,11 @@ def normalize(
     samples, rows, _ = norm.sources[0].shape
     group_channels, block_c = _whole_groups(norm.group_size, channels)
     many = rows <= LARGE_ROWS and samples * triton.cdiv(channels, group_channels) >= MANY_PROGRAMS
+    reasoned = "one kernel" if rows <= SMALL_ROWS or many else "two kernels"
+    ways = ("two kernels",) if block_c > WIDTHS[-1] else ("one kernel", "two kernels")
     with torch.cuda.device_of(x):
-        if block_c <= WIDTHS[-1] and (rows <= SMALL_ROWS or many):
+        way = choose("group_norm_silu", (nearby(samples), rows, channels, groups), ways, reasoned)
+        if block_c <= WIDTHS[-1] and way == "one kernel":
             _normalize_whole_samples(norm, group_channels, block_c)
         else:
             _normalize_parts(norm)

@@ -10,16 +10,20 @@ from torch import Tensor
 from .launch import as_matrix
 from .matrix_product import matrix_product
 from .moments import part_columns
+from .tuned import choose, nearby
 
-# From so many inputs on, cuBLAS in half precision and an addition are taken. On an H200 the product alone is 1.5 times
-# as fast as Triton's former kernel there, and an addition costs little beside it.
+# From so many inputs on, where nothing was measured, cuBLAS in half precision and an addition are taken. On an H200 the
+# product alone is 1.5 times as fast as Triton's former kernel there, and an addition costs little beside it.
 MIN_LIBRARY_INPUTS = 4096
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, skip: Tensor | None) -> Tensor:
     """As the op's reference, for float16, bfloat16 and float32."""
-    if skip is None and x.shape[-1] >= MIN_LIBRARY_INPUTS and x.dtype != torch.float32:
-        return residual + F.linear(x, weight, bias)
+    if skip is None and x.dtype != torch.float32:
+        key = nearby(x.shape[:-1].numel()), len(weight), x.shape[-1]
+        reasoned = "library" if x.shape[-1] >= MIN_LIBRARY_INPUTS else "kernel"
+        if choose("linear_residual", key, ("kernel", "library"), reasoned) == "library":
+            return residual + F.linear(x, weight, bias)
     output = residual.new_empty(residual.shape)
     matrix_product(
         as_matrix(output)[None],

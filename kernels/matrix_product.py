@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .geglu import gated
 from .launch import Tile, aligned, architecture, choose_tile, options, precision, rows_within_32_bits
 from .moments import part_columns, row_norm, write_moments
+from .tuned import choose, nearby
 
 # The kind of product whose tensors have descriptors.
 DESCRIBED = "half, sm_90"
@@ -54,6 +55,8 @@ TILES = {
         Tile(32, 32, 16, 4, 3),
     ),
 }
+# Larger ones, to be tried where they are measured: one program has a multiprocessor to itself.
+MORE_TILES = {"half, sm_90": (Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3))}
 # The second sum is that of the gates.
 GATED_TILES = {
     "half, sm_90": (Tile(128, 64, 64, 8, 3, second=64),),
@@ -271,7 +274,8 @@ def _matrix_product_kernel(
         second = _start(second_residual, *strides, sample, row, second_column, rows, columns, BLOCK_M, SECOND, TMA)
     mean, rstd = None, None
     if weight_sums_ptr is not None:
-        mean, rstd = row_norm(moments_ptr, row, rows, inputs, eps, BLOCK_M, PART, PARTS)
+        there = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
+        mean, rstd = row_norm(moments_ptr, there, inputs, eps, PART, PARTS)
     total, second = _add_products(
         total, second, a, b, c, place, 0, pixels, TAPS, BLOCK_M, BLOCK_N, SECOND, BLOCK_K, TMA, WHOLE_STEPS
     )
@@ -325,7 +329,10 @@ def matrix_product(
         tiles = (GATED_TILES if gates else TILES)[kind]
         if moments is not None:  # a program writes those of a part
             tiles = tuple(tile for tile in tiles if tile.width == part_columns(columns))
-        tile = choose_tile(tiles, rows, outputs, samples)
+        key = nearby(samples * rows), outputs, inputs, weight_inputs - inputs, taps, kind
+        what = "gated" if gates else "measured" if moments is not None else "plain"
+        more = MORE_TILES.get(kind, ()) if what == "plain" else ()
+        tile = choose("matrix_product", (*key, what), (*tiles, *more), choose_tile(tiles, rows, outputs, samples))
         m, n, second, k = tile.block_m, tile.block_n, tile.second, tile.block_k
         tma = kind == DESCRIBED
 

@@ -17,20 +17,17 @@ def part_columns(columns: int) -> int:
 @triton.jit
 def row_norm(
     moments_ptr: tl.tensor,  # (rows, parts, 2)
-    row: tl.tensor,
-    rows: tl.tensor,
+    row: tl.tensor,  # int64, rows that there are
     inputs: tl.tensor,
     eps: tl.tensor,
-    BLOCK_M: tl.constexpr,
     PART: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two, no fewer than the parts
 ) -> tuple[tl.tensor, tl.tensor]:
     """Mean and reciprocal standard deviation of the rows, from those of their parts (Chan, Golub and LeVeque)."""
-    i = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
     part = tl.arange(0, PARTS)
     parts = tl.cdiv(inputs, PART)
     count = tl.clamp((inputs - part * PART).to(tl.float32), 0.0, PART)[None, :]
-    place = moments_ptr + 2 * (i[:, None] * parts + part[None, :])
+    place = moments_ptr + 2 * (row[:, None] * parts + part[None, :])
     means = tl.load(place, mask=(part < parts)[None, :], other=0.0)
     deviations = tl.load(place + 1, mask=(part < parts)[None, :], other=0.0)
     mean = tl.sum(means * count, 1) / inputs
