@@ -7,7 +7,8 @@ the time that the first profile of an H200 (results/nvidia-h200-profile.json) su
   upsampling         as a transposed convolution, its FLOPs at the rate that the same H200 had for three of them
   attention          its FLOPs at the rate of cuDNN's attention in the profile
   product            the longer of its FLOPs at 550 TFLOP/s and its bytes at 80 % of copy speed, two thirds of copy
-                     speed where a row has 320 values or fewer
+                     speed where a row has 320 values or fewer; attention over frames in one kernel also no less than
+                     reading its tokens and weights from the L2 cache for each head, at 8 TB/s
   pass over memory   its bytes at 80 % of copy speed; a norm of two launches reads its input twice
 
 and no launch less than 2 us. Nothing here was timed with today's kernels: NOTES.md sets outcomes beside it.
@@ -35,6 +36,7 @@ PRODUCT = 550e12  # FLOP a second of our products, at most
 SHARE_OF_COPY, SHARE_AT_SMALL_K, SMALL_K = 0.8, 2 / 3, 320
 # FLOP a second of an H200 for the three upsamplers of a decoder and 167 frames: 2.2, 9.0 and 12.4 ms.
 UPSAMPLING = 410e12
+L2 = 8e12  # bytes a second from its L2 cache; an estimate, as no profile says
 LEAST = 2e-6  # seconds of a launch within a graph
 EVALUATIONS, DECODES = 6, 7  # each of inversion, which predicts one frame, and of denoising; chunks of 32 frames
 GUIDANCE, HOST = 0.25e-3, 8e-3  # seconds: measured; of the host before the first kernel and between stages, aimed at
@@ -121,9 +123,13 @@ def seconds_of(operation: Operation, rates: Rates) -> float:
         return max(least, operation.flops / rates.attention)
     if operation.flops:
         share = SHARE_AT_SMALL_K if operation.shapes[0][-1] <= SMALL_K else SHARE_OF_COPY
-        if operation.name == "folded_temporal_attention" and len(operation.launches) > 1:
-            moved += 2 * 3 * operation.written  # queries, keys and values are written and read
-        return max(least, operation.flops / PRODUCT, moved / (share * COPY))
+        cached = 0.0
+        if operation.name == "folded_temporal_attention":
+            if len(operation.launches) > 1:
+                moved += 2 * 3 * operation.written  # queries, keys and values are written and read
+            else:  # each head of 64 channels reads the tokens, and three blocks of the weight for every 64 of them
+                cached = 4 * operation.shapes[0][-1] / 64 * operation.written / L2
+        return max(least, operation.flops / PRODUCT, moved / (share * COPY), cached)
     if "norm" in operation.name and len(operation.launches) > 1:
         moved += operation.written  # x, or the sum, once more
     return max(least, moved / (SHARE_OF_COPY * COPY))
