@@ -334,7 +334,7 @@ def prediction(result: dict[str, Any]) -> str:
 
 def _milliseconds(row: dict[str, float]) -> list[str]:
     before, after = 1e3 * row["profile"], 1e3 * row["predicted"]
-    return [f"{before:.1f}", f"{after:.1f}", f"{before - after:.1f}"]
+    return [f"{value + 0.0:.1f}" for value in (before, after, round(before - after, 1))]
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
