@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backend import in_use
-from ..ops.folded_linear import FoldedNorm, fold_norm
+from ..ops.folded_linear import FoldedNorm, fold_norm, widened
 
 Made = TypeVar("Made")
 
@@ -74,8 +74,8 @@ class Weights:
             return own
 
         def make() -> Tensor:
-            through = layer.weight.detach().flatten(1).double() @ owed.double()
-            return (through if own is None else through + own.double()).to(owed.dtype)
+            through = widened(layer.weight.detach().flatten(1)) @ widened(owed)
+            return (through if own is None else through + widened(own)).to(owed.dtype)
 
         return self._once(("through", layer, *parts, *others), make)
 
@@ -107,7 +107,7 @@ class Weights:
 
         def make() -> tuple[Tensor, Tensor | None]:
             outer, inner = second.weight.detach().flatten(1), first.weight.detach()
-            weight = torch.cat([outer, (outer.double() @ inner.double()).to(outer.dtype)], 1)
+            weight = torch.cat([outer, (widened(outer) @ widened(inner)).to(outer.dtype)], 1)
             return weight, self.bias_through(second, [Owed((first,), len(inner))], owed)
 
         return self._once(("merged", first, second, *owed), make)
@@ -123,7 +123,7 @@ class Weights:
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).sum(0, dtype=torch.float64).to(tensors[0].dtype)
+    return widened(torch.stack(list(tensors))).sum(0).to(tensors[0].dtype)
 
 
 def lay_out_in_place(model: nn.Module) -> None:
@@ -152,7 +152,7 @@ def _upsampling_weight(weight: Tensor) -> Tensor:
 
     Weights that meet the same pixel are summed in float64 and rounded once.
     """
-    summed = weight.new_zeros(*weight.shape[:2], 4, 4, dtype=torch.float64)
+    summed = widened(weight.new_zeros(*weight.shape[:2], 4, 4))
     for row in range(2):
         for column in range(2):
             summed[..., row : row + 3, column : column + 3] += weight

@@ -32,14 +32,19 @@ class FoldedNorm(NamedTuple):
     bias: Tensor
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float64, for sums that are rounded once; in float32 on Apple's GPUs, which have no more."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def fold_norm(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None) -> FoldedNorm:
     """norm_weight, norm_bias: (K,). weight: (N, K). bias: (N,) or None. Computed in float64, and rounded once."""
-    wide = weight.double()
-    folded = wide * norm_weight.double()
+    wide = widened(weight)
+    folded = wide * widened(norm_weight)
     folded = (folded - folded.mean(1, keepdim=True)).to(weight.dtype)
-    offset = wide @ norm_bias.double()
-    offset = offset if bias is None else offset + bias.double()
-    return FoldedNorm(folded, folded.double().sum(1).float(), offset.to(weight.dtype))
+    offset = wide @ widened(norm_bias)
+    offset = offset if bias is None else offset + widened(bias)
+    return FoldedNorm(folded, widened(folded).sum(1).float(), offset.to(weight.dtype))
 
 
 def folded_linear(
