@@ -135,13 +135,13 @@ class FullSize:
     def unet(self) -> FastUNet:
         with torch.device("meta"):
             model = UNet3DConditionModel()
-        return FastUNet(model.half().eval().requires_grad_(False), _attention)
+        return FastUNet(model.half().eval().requires_grad_(False), _attention, for_gpu=True)
 
     @cached_property
     def vae(self) -> FastVAE:
         with torch.device("meta"):
             model = AutoencoderKL(**VAE)
-        return FastVAE(model.half().eval().requires_grad_(False), _attention)
+        return FastVAE(model.half().eval().requires_grad_(False), _attention, for_gpu=True)
 
     @cached_property
     def constants(self) -> Constants:

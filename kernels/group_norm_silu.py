@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm_rows import Sample, normalize_rows, offset_from_usual, scale_and_shift, sums_of_rows
-from .launch import dense_rows, options
+from .launch import dense_rows, options, precision
 from .tuned import choose, nearby
 
 # Chosen by reasoning and compiled for sm_80 and sm_90, not measured.
@@ -30,7 +30,7 @@ BLOCK_C = 64  # divides the models' widths, and is a line of 128 bytes in half p
 WARP_BYTES = 512  # that one load of 16 bytes a thread brings
 # Warps of a program, and the loads of a source that each thread has in flight. A second kernel's programs have fewer
 # warps: each warp repeats the work on the sums.
-STATISTICS, ADDITION, APPLY = (8, 8), (8, 2), (4, 4)
+STATISTICS, ADDITION, APPLY = (8, 8), (4, 2), (4, 4)
 SMALL, LARGE = (4, 2), (8, 4)  # in one kernel, samples of up to SMALL_ROWS, and larger ones
 # One kernel, with the first of these widths of which whole groups fill MIN_SHARE: samples of up to SMALL_ROWS, or of up
 # to LARGE_ROWS where the programs are MANY_PROGRAMS.
@@ -293,11 +293,11 @@ def normalize(
     samples, rows, _ = norm.sources[0].shape
     group_channels, block_c = _whole_groups(norm.group_size, channels)
     many = rows <= LARGE_ROWS and samples * triton.cdiv(channels, group_channels) >= MANY_PROGRAMS
-    reasoned = "one kernel" if rows <= SMALL_ROWS or many else "two kernels"
     ways = ("two kernels",) if block_c > WIDTHS[-1] else ("one kernel", "two kernels")
+    key = nearby(samples), rows, channels, groups, "sum" if total is not None else "norm", precision(x.dtype)
     with torch.cuda.device_of(x):
-        way = choose("group_norm_silu", (nearby(samples), rows, channels, groups), ways, reasoned)
-        if block_c <= WIDTHS[-1] and way == "one kernel":
+        way = choose("group_norm_silu", key, ways, ways[0] if rows <= SMALL_ROWS or many else ways[-1])
+        if way == "one kernel":
             _normalize_whole_samples(norm, group_channels, block_c)
         else:
             _normalize_parts(norm)
@@ -308,7 +308,7 @@ def _normalize_whole_samples(norm: _Norm, group_channels: int, block_c: int) -> 
     samples, rows, _ = norm.sources[0].shape
     channels = len(norm.weight)
     blocks = triton.cdiv(channels, group_channels)
-    sizes = SMALL if rows <= SMALL_ROWS else LARGE
+    sizes = SMALL if rows <= SMALL_ROWS else LARGE if norm.total is None else ADDITION
     _whole_sample_kernel[(samples * blocks,)](
         *(*norm.sources, norm.weight, norm.bias, norm.total, norm.output),
         *(rows, channels, blocks, norm.group_size, norm.samples_per_clip, *norm.strides(), norm.eps),

@@ -20,10 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The streaming multiprocessors of an A100; an H100 has 132. A grid of fewer programs leaves some of them idle.
-TILES_TO_FILL_GPU = 108
-# Those of an H100 or H200, and the cost of a load, for `choose_tile`. At peak a multiprocessor multiplies 64 times in
-# the time in which it loads one value from the L2 cache; loads and products overlap in the most part.
+# The multiprocessors of an H100 or H200; and the time to load a value from the L2 cache, in products of one value, for
+# `choose_tile`. At peak it is 64, of which an estimated third is not hidden behind products.
 MULTIPROCESSORS, LOADED = 132, 20
 # Values between two rows, so that the offsets within a tile of at most 128 rows fit in 32 bits.
 MAX_ROW_STRIDE = 2**24
@@ -55,11 +53,6 @@ class Tile(NamedTuple):
     def blocks(self) -> dict[str, int]:
         """The kernel's constants, by the names of its parameters."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-
-
-def fills_gpu(programs: int) -> bool:
-    """Whether so many programs give every multiprocessor of a large GPU something to do."""
-    return programs >= TILES_TO_FILL_GPU
 
 
 def choose_tile(tiles: Sequence[Tile], rows: int, columns: int, samples: int = 1) -> Tile:

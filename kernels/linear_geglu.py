@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +23,9 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kind = precision(x.dtype)
     key = nearby(x.shape[:-1].numel()), len(weight), x.shape[-1], kind
     reasoned = "library" if x.shape[-1] > MAX_FUSED_INPUTS[kind] else "kernel"
-    if choose("linear_geglu", key, ("kernel", "library"), reasoned) == "library":
+    with torch.cuda.device_of(x):
+        way = choose("linear_geglu", key, ("kernel", "library"), reasoned)
+    if way == "library":
         return geglu(F.linear(x, weight, bias))
     output = x.new_empty(*x.shape[:-1], len(weight) // 2)
     matrix_product(as_matrix(output)[None], as_matrix(x)[None], weight[None], bias, gates=True)

@@ -22,7 +22,9 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     if skip is None and x.dtype != torch.float32:
         key = nearby(x.shape[:-1].numel()), len(weight), x.shape[-1]
         reasoned = "library" if x.shape[-1] >= MIN_LIBRARY_INPUTS else "kernel"
-        if choose("linear_residual", key, ("kernel", "library"), reasoned) == "library":
+        with torch.cuda.device_of(x):
+            way = choose("linear_residual", key, ("kernel", "library"), reasoned)
+        if way == "library":
             return residual + F.linear(x, weight, bias)
     output = residual.new_empty(residual.shape)
     matrix_product(

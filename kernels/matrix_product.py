@@ -31,7 +31,7 @@ DESCRIBED = "half, sm_90"
 # Chosen by reasoning, not measured; all compile without spills and without waits between matrix instructions, by triton
 # 3.6 and 3.9. Two programs share a multiprocessor of sm_90, so that one writes its result while the other multiplies.
 TILES = {
-    "half, sm_90": (
+    DESCRIBED: (
         Tile(128, 128, 64, 8, 3, second=32),
         Tile(64, 128, 64, 4, 3, second=32),
         Tile(128, 128, 64, 8, 3),
@@ -41,13 +41,13 @@ TILES = {
     ),
     "half, sm_80": (
         Tile(128, 128, 32, 8, 4, second=32),
-        Tile(64, 128, 32, 4, 4, second=32),
+        Tile(64, 128, 32, 8, 4, second=32),
         Tile(128, 128, 32, 8, 4),
         Tile(64, 128, 32, 4, 4),
         Tile(64, 64, 64, 4, 3),
     ),
     # Unaligned rows load value by value, for which larger tiles have no registers left.
-    "half, unaligned": (Tile(32, 128, 32, 8, 2, second=32), Tile(32, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+    "half, unaligned": (Tile(32, 128, 16, 8, 2, second=32), Tile(32, 128, 16, 8, 2), Tile(64, 64, 32, 8, 2)),
     "float32": (
         Tile(64, 128, 16, 8, 3, second=32),
         Tile(64, 128, 16, 8, 3),
@@ -55,11 +55,9 @@ TILES = {
         Tile(32, 32, 16, 4, 3),
     ),
 }
-# Larger ones, to be tried where they are measured: one program has a multiprocessor to itself.
-MORE_TILES = {"half, sm_90": (Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3))}
 # The second sum is that of the gates.
 GATED_TILES = {
-    "half, sm_90": (Tile(128, 64, 64, 8, 3, second=64),),
+    DESCRIBED: (Tile(128, 64, 64, 8, 3, second=64),),
     "half, sm_80": (Tile(128, 64, 32, 8, 4, second=64),),
     "half, unaligned": (Tile(64, 32, 32, 8, 2, second=32),),
     "float32": (Tile(64, 32, 16, 8, 3, second=32),),
@@ -331,8 +329,7 @@ def matrix_product(
             tiles = tuple(tile for tile in tiles if tile.width == part_columns(columns))
         key = nearby(samples * rows), outputs, inputs, weight_inputs - inputs, taps, kind
         what = "gated" if gates else "measured" if moments is not None else "plain"
-        more = MORE_TILES.get(kind, ()) if what == "plain" else ()
-        tile = choose("matrix_product", (*key, what), (*tiles, *more), choose_tile(tiles, rows, outputs, samples))
+        tile = choose("matrix_product", (*key, what), tiles, choose_tile(tiles, rows, outputs, samples))
         m, n, second, k = tile.block_m, tile.block_n, tile.second, tile.block_k
         tma = kind == DESCRIBED
 

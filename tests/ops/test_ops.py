@@ -367,7 +367,8 @@ MISFITS = [
     ("linear_residual", {"weight": FLOATS(4, 7).half()}, "weight must be of x's dtype, torch.float32, got"),
     ("linear_residual", {"bias": FLOATS(5)}, r"bias must be \(4,\)"),
     ("linear_residual", {"residual": FLOATS(3, 4)}, r"residual must be \(2, 3, 4\)"),
-    ("linear_residual", {"skip": FLOATS(3, 2)}, r"skip must be \(2, 3, 'channels'\) beside x, got \(3, 2\)"),
+    ("linear_residual", {"skip": FLOATS(3, 2)}, r"skip must be \(2, 3, channels\) beside x, not empty, got \(3, 2\)"),
+    ("linear_residual", {"skip": FLOATS(2, 3, 0)}, r"skip must be \(2, 3, channels\) beside x, not empty, got"),
     ("linear_residual", {"skip": FLOATS(2, 1, 2)}, r"skip must be \(2, 3, 2\) beside x of \(2, 3, 5\)"),
     ("linear_residual", {"skip": FLOATS(2, 3, 3)}, r"weight must be \(4, 8\) beside x of \(2, 3, 5\)"),
     ("linear_moments", {"x": FLOATS(())}, r"x must be \(..., channels\)"),
@@ -401,7 +402,7 @@ MISFITS = [
     ("group_norm_silu", {"weight": FLOATS(8)}, r"weight must be \(12,\)"),
     ("group_norm_silu", {"bias": FLOATS(12).half()}, "bias must be of x's dtype"),
     ("group_norm_silu", {"embedding": FLOATS(3, 12)}, r"embedding must be \(2, 12\)"),
-    ("group_norm_silu", {"skip": FLOATS(2, 3, 2, 4)}, r"skip must be \(2, 3, 2, 1, 'channels'\) beside x"),
+    ("group_norm_silu", {"skip": FLOATS(2, 3, 2, 4)}, r"skip must be \(2, 3, 2, 1, channels\) beside x"),
     ("group_norm_silu", {"skip": FLOATS(2, 1, 2, 1, 4)}, r"skip must be \(2, 3, 2, 1, 4\)"),
     ("group_norm_silu", {"groups": 5}, "groups must divide the 12 channels, got 5"),
     ("group_norm_silu", {"groups": 0}, "groups must be 1 or more, got 0"),
@@ -548,6 +549,15 @@ def test_traces_whole_with_any_sizes(op, without):
 
 
 # Gradients
+
+
+@every_op
+def test_none_is_refused_where_a_tensor_is_needed(op):
+    tensors, settings = example(op)
+    annotations = OPS[op].reference.__annotations__
+    for name in (name for name in tensors if annotations[name] == "Tensor"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+            call(op, {**tensors, name: None}, settings)
 
 
 @every_case

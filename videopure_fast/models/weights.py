@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import in_use
+from ..ops.backend import is_available
 from ..ops.folded_linear import FoldedNorm, fold_norm, widened
 
 Made = TypeVar("Made")
@@ -27,16 +27,16 @@ class Weights:
     Convolutions over images are channels last, those over frames (3, N, C); an upsampler's are those of its transposed
     convolution, (C, N, 4, 4).
 
-    for_gpu: evaluate as a GPU is fastest, by default where the model is not on a CPU, or Triton's interpreter stands
-    for a GPU. Biases of convolutions are left to the operation that reads their result, LayerNorms are folded into the
-    products after them, skip connections are not concatenated, and a feed-forward's last layer is one product with the
-    projection after it. On a CPU these gain nothing: its convolutions add their biases for nothing, and its norms lie
-    within the products' caches.
+    for_gpu: evaluate as a GPU is fastest, by default where Triton's kernels serve the model: on a CUDA GPU, or in the
+    interpreter that stands for one. Biases of convolutions are left to the operation that reads their result,
+    LayerNorms are folded into the products after them, skip connections are not concatenated, and a feed-forward's last
+    layer is one product with the projection after it. On a CPU these gain nothing: its convolutions add their biases
+    for nothing, and its norms lie within the products' caches.
     """
 
     def __init__(self, model: nn.Module, *, for_gpu: bool | None = None) -> None:
-        on_gpu = next(model.parameters()).device.type != "cpu" or "triton" in in_use()
-        self.for_gpu = on_gpu if for_gpu is None else for_gpu
+        served = is_available("triton", "linear_moments", next(model.parameters()))
+        self.for_gpu = served if for_gpu is None else for_gpu
         laid_out = ((module, _laid_out_weight(module)) for module in model.modules())
         self._weights = {module: weight for module, weight in laid_out if weight is not None}
         self._made: dict[Hashable, object] = {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-# Arguments of any op that may be None.
-_OPTIONAL = ("addend_bias", "bias", "embedding", "position", "residual", "skip")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -21,13 +19,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise NotImplementedError(f"{name} carries a tangent; the ops have no forward-mode differentiation")
 
 
-def check_fit(x: Tensor, name: str, **others: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def check_fit(
+    x: Tensor, name: str, *, optional: Collection[str] = (), **others: tuple[Tensor | None, tuple[int, ...]]
+) -> None:
     """ValueError unless each tensor of `others` has the shape named beside it, and the dtype and device of x.
 
-    name: what to call x in the sentence. A tensor of `_OPTIONAL` may be None.
+    name: what to call x in the sentence. optional: the names of those that may be None.
     """
     for other, (tensor, shape) in others.items():
-        if tensor is None and other in _OPTIONAL:
+        if tensor is None and other in optional:
             continue
         check_tensor(other, tensor)
         assert tensor is not None
@@ -79,8 +79,9 @@ def check_skip(x: Tensor, skip: Tensor | None) -> int:
     if skip is None:
         return 0
     check_tensor("skip", skip)
-    if skip.ndim != x.ndim:
-        raise ValueError(f"skip must be {(*x.shape[:-1], 'channels')} beside x, got {tuple(skip.shape)}")
+    if skip.ndim != x.ndim or skip.shape[-1] == 0:
+        leading = ", ".join(map(str, x.shape[:-1]))
+        raise ValueError(f"skip must be ({leading}, channels) beside x, not empty, got {tuple(skip.shape)}")
     return skip.shape[-1]
 
 
@@ -89,6 +90,13 @@ def check_groups(channels: int, groups: int) -> None:
     _check_count("groups", groups)
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels, got {groups}")
+
+
+def check_flags(**flags: bool) -> None:
+    """TypeError unless each setting is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
 def check_eps(eps: float) -> None:

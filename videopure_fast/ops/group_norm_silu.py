@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from ._checks import check_activations, check_eps, check_fit, check_groups, check_skip
+from ._checks import check_activations, check_eps, check_fit, check_flags, check_groups, check_skip
 from ._register import register
 from .backend import ACTIVATION_DTYPES
 
@@ -38,6 +38,7 @@ def group_norm_silu(
     check_fit(
         x,
         "x",
+        optional=("embedding", "skip"),
         weight=(weight, (channels,)),
         bias=(bias, (channels,)),
         embedding=(embedding, (clips, channels)),
@@ -45,6 +46,7 @@ def group_norm_silu(
     )
     check_groups(channels, groups)
     check_eps(eps)
+    check_flags(over_frames=over_frames, silu=silu)
     return _group_norm_silu(x, weight, bias, embedding, skip, groups, eps, over_frames, silu)
 
 

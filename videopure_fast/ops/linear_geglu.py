@@ -23,7 +23,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs = count_outputs("weight", weight)
     if outputs % 2:
         raise ValueError(f"weight must have an even number of rows, got {tuple(weight.shape)}")
-    check_fit(x, "x", weight=(weight, (outputs, x.shape[-1])), bias=(bias, (outputs,)))
+    check_fit(x, "x", optional=("bias",), weight=(weight, (outputs, x.shape[-1])), bias=(bias, (outputs,)))
     return _linear_geglu(x, weight, bias)
 
 

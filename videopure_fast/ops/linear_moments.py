@@ -32,6 +32,7 @@ def linear_moments(
     check_fit(
         x,
         "x",
+        optional=("bias", "residual"),
         weight=(weight, (outputs, x.shape[-1])),
         bias=(bias, (outputs,)),
         residual=(residual, (*x.shape[:-1], outputs)),

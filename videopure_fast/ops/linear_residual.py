@@ -31,6 +31,7 @@ def linear_residual(
     check_fit(
         x,
         "x",
+        optional=("bias", "skip"),
         weight=(weight, (outputs, x.shape[-1] + extra)),
         bias=(bias, (outputs,)),
         residual=(residual, (*x.shape[:-1], outputs)),

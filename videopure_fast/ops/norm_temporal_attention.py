@@ -39,6 +39,7 @@ def norm_temporal_attention(
     check_fit(
         x,
         "x",
+        optional=("position",),
         norm_weight=(norm_weight, (channels,)),
         norm_bias=(norm_bias, (channels,)),
         weight=(weight, (count_outputs("weight", weight), channels)),

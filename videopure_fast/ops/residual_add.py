@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_activations, check_eps, check_fit, check_groups
+from ._checks import check_activations, check_eps, check_fit, check_flags, check_groups
 from ._register import register
 from .backend import ACTIVATION_DTYPES
 from .group_norm_silu import group_norm_silu_native, group_norm_silu_reference
@@ -18,7 +18,9 @@ def residual_add(x: Tensor, addend: Tensor, addend_bias: Tensor | None = None) -
     Returns (B, F, H, W, C). ValueError for tensors that do not fit together.
     """
     check_activations("x", x)
-    check_fit(x, "x", addend=(addend, tuple(x.shape)), addend_bias=(addend_bias, (x.shape[-1],)))
+    check_fit(
+        x, "x", optional=("addend_bias",), addend=(addend, tuple(x.shape)), addend_bias=(addend_bias, (x.shape[-1],))
+    )
     return _residual_add(x, addend, addend_bias)
 
 
@@ -50,6 +52,7 @@ def add_group_norm_silu(
     check_fit(
         x,
         "x",
+        optional=("addend_bias",),
         addend=(addend, tuple(x.shape)),
         addend_bias=(addend_bias, vector),
         weight=(weight, vector),
@@ -57,6 +60,7 @@ def add_group_norm_silu(
     )
     check_groups(x.shape[-1], groups)
     check_eps(eps)
+    check_flags(over_frames=over_frames, silu=silu)
     total, normalized = _add_group_norm_silu(x, addend, addend_bias, weight, bias, groups, eps, over_frames, silu)
     return total, normalized
 

@@ -27,6 +27,7 @@ def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | No
     check_fit(
         x,
         "x",
+        optional=("residual",),
         weight=(weight, (3, outputs, x.shape[-1])),
         bias=(bias, (outputs,)),
         residual=(residual, (*x.shape[:-1], outputs)),
