@@ -86,6 +86,10 @@ def folded_linear_geglu(size: str, device: str, dtype: torch.dtype) -> Call:
     return "folded_linear_geglu", _folded(size, 8, device, dtype), {"eps": EPS}
 
 
+def folded_temporal_attention(size: str, device: str, dtype: torch.dtype) -> Call:
+    return "folded_temporal_attention", _folded(size, 3, device, dtype), {"heads": ACTIVATIONS[size][1], "eps": EPS}
+
+
 def geglu(size: str, device: str, dtype: torch.dtype) -> Call:
     (*leading, channels), _, _ = ACTIVATIONS[size]
     return "geglu", (torch.randn(*leading, 8 * channels, device=device, dtype=dtype),), {}
@@ -111,6 +115,17 @@ def group_norm_silu(size: str, device: str, dtype: torch.dtype) -> Call:
     return "group_norm_silu", (x, norm_weight, norm_bias, None, None), settings
 
 
+def residual_add(size: str, device: str, dtype: torch.dtype) -> Call:
+    x, _, bias, _, _ = _layer(ACTIVATIONS[size][0], 1, device, dtype)
+    return "residual_add", (x, torch.randn_like(x), bias), {}
+
+
+def add_group_norm_silu(size: str, device: str, dtype: torch.dtype) -> Call:
+    _, (x, norm_weight, norm_bias, _, _), settings = group_norm_silu(size, device, dtype)
+    tensors = x, torch.randn_like(x), torch.randn_like(norm_bias), norm_weight, norm_bias
+    return "add_group_norm_silu", tensors, settings
+
+
 def temporal_conv(size: str, device: str, dtype: torch.dtype) -> Call:
     shape, _, _ = ACTIVATIONS[size]
     x, _, _, bias, weight = _layer(shape, 3 * shape[-1], device, dtype)
@@ -119,7 +134,7 @@ def temporal_conv(size: str, device: str, dtype: torch.dtype) -> Call:
 
 
 def _folded(size: str, times: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """x, its moments, and a folded norm and layer from its channels to so many times as many."""
+    """x, its moments, and a folded norm, and a layer from its channels to `times` as many."""
     shape, _, _ = ACTIVATIONS[size]
     x, norm_weight, norm_bias, bias, weight = _layer(shape, times * shape[-1], device, dtype)
     return x, row_moments(x), *fold_norm(norm_weight, norm_bias, weight, bias)
@@ -136,12 +151,13 @@ def _layer(shape: tuple[int, ...], outputs: int, device: str, dtype: torch.dtype
 OPS = (
     *(guided_update, ddim_step),
     *(temporal_attention, norm_temporal_attention, linear_residual, linear_moments),
-    *(folded_linear, folded_linear_geglu, geglu, linear_geglu, feed_forward, group_norm_silu, temporal_conv),
+    *(folded_linear, folded_linear_geglu, folded_temporal_attention, geglu, linear_geglu, feed_forward),
+    *(group_norm_silu, residual_add, add_group_norm_silu, temporal_conv),
 )
 
 
 def first_of(results: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The op's result, without the moments that some ops return beside it."""
+    """The op's result, without what some ops return beside it: moments, or the norm of a sum."""
     return results if isinstance(results, Tensor) else results[0]
 
 

@@ -32,6 +32,13 @@ def norm_temporal_attention(
     return temporal_attention(F.linear(normalized, weight), heads)
 
 
+def folded_temporal_attention(
+    x: Tensor, moments: Tensor, weight: Tensor, weight_sums: Tensor, bias: Tensor, heads: int, eps: float
+) -> Tensor:
+    """x: (B, F, H, W, C), weight: (3C, C) -> (B, F, H, W, C)."""
+    return temporal_attention(F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), weight, bias), heads)
+
+
 def group_norm_silu(
     images: Tensor, weight: Tensor, bias: Tensor, embedding: None, skip: None, groups: int, eps: float, **_: bool
 ) -> Tensor:
@@ -61,7 +68,10 @@ def guided_update(
 
 LIBRARY: dict[str, Callable[..., Tensor]] = {
     op.__name__: op
-    for op in (guided_update, temporal_attention, norm_temporal_attention, group_norm_silu, temporal_conv)
+    for op in (
+        *(guided_update, temporal_attention, norm_temporal_attention, folded_temporal_attention),
+        *(group_norm_silu, temporal_conv),
+    )
 }
 
 

@@ -11,7 +11,7 @@ the time that the first profile of an H200 (results/nvidia-h200-profile.json) su
                      reading its tokens and weights from the L2 cache for each head, at 8 TB/s
   pass over memory   its bytes at 80 % of copy speed; a norm of two launches reads its input twice
 
-and no launch less than 2 us. Nothing here was timed with today's kernels: NOTES.md sets outcomes beside it.
+and no launch less than 2 us. Nothing here was timed with today's kernels.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from videopure_fast.files import atomic_write  # noqa: E402
 PROFILE = ROOT / "bench" / "results" / "nvidia-h200-profile.json"
 RESULTS = ROOT / "bench" / "results" / "nvidia-h200-prediction.json"
 
-COPY = 4.3e12  # bytes a second that an H200 copies, read and written
-PRODUCT = 550e12  # FLOP a second of our products, at most
+COPY = 4.3e12  # bytes a second that an H200 copies, read and written; an estimate from its memory's 4.8
+PRODUCT = 550e12  # FLOP a second of our products, at most: an aim
 SHARE_OF_COPY, SHARE_AT_SMALL_K, SMALL_K = 0.8, 2 / 3, 320
 # FLOP a second of an H200 for the three upsamplers of a decoder and 167 frames: 2.2, 9.0 and 12.4 ms.
 UPSAMPLING = 410e12

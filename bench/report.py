@@ -299,7 +299,7 @@ def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list
         ("guided update of all votes", " µs", 50, False, lambda: 1e6 * best("guided_update", "median")),
         (
             *("LayerNorm, QKV and temporal attention, times cuBLAS and SDPA", "", 1.5, True),
-            lambda: op("norm_temporal_attention", "library", "median") / best("norm_temporal_attention", "median"),
+            lambda: op("folded_temporal_attention", "library", "median") / best("folded_temporal_attention", "median"),
         ),
         ("temporal attention, of the copies' bandwidth", "", 0.6, True, of_copies("temporal_attention")),
         ("GroupNorm and SiLU, of the copies' bandwidth", "", 0.8, True, of_copies("group_norm_silu")),
@@ -325,8 +325,10 @@ def prediction(result: dict[str, Any]) -> str:
             if row["profile"] >= 0.5e-3 or row["predicted"] >= 0.5e-3:
                 lines.append([f"{stage}: {kind}", *_milliseconds(row), f"{row['launches']:,}", "not measured"])
         lines.append([f"**{stage}**", *_milliseconds(found), f"{found['launches']:,}", "not measured"])
-    beside = [["guidance", result["guidance"]], ["host, before the first kernel and between stages", result["host"]]]
-    lines += [[name, "", f"{1e3 * seconds:.1f}", "", "", "not measured"] for name, seconds in beside]
+    guidance = f"{1e3 * result['guidance']:.2f}"
+    lines.append(["guidance", guidance, guidance, "", "", "not measured"])
+    host = f"{1e3 * result['host']:.1f}"
+    lines.append(["host, before the first kernel and between stages", "", host, "", "", "not measured"])
     lines.append(["**one clip**", "", f"**{1e3 * result['seconds']:.0f}**", "", "", "not measured"])
     header = ["stage: kind of operation", "profile, ms", "predicted, ms", "saving, ms", "launches", "outcome"]
     return "\n".join(markdown(header, lines))

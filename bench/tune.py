@@ -34,7 +34,7 @@ from videopure_fast.ops.backend import BACKENDS, full_float32, implementation, i
 
 SECONDS = 0.02  # of rounds for one way; 5 rounds are the least
 LEAST_CALLS = 4  # in a graph: its launch takes as long as a small call
-LEAST_GAIN = 1.02  # a candidate takes the place of the reasoned one if it is so many times as fast
+LEAST_GAIN = 1.02  # a candidate takes the place of the reasoned one if it is at least this many times as fast
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -92,7 +92,7 @@ def _sums_of_tile(
     LOADS: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Sums of values and of squares over every so manieth row, which one thread has: [BLOCK_M / LOADS, BLOCK_C]."""
+    """Sums of values and squares over a thread's rows, every (BLOCK_M / LOADS)-th one: [BLOCK_M / LOADS, BLOCK_C]."""
     channel = sample.channel[None, :]
     x = _load(sample, first, row, channel, inside, vector[None, :], ADD)
     if ADD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import os
 import time
 import warnings
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .measure.profile import Profile
 
 _logger = logging.getLogger("videopure_fast")
+_MOST_WARMED = 2**32  # values of a video that `warmup` makes: 16 GiB
 # The kinds of calls of each UNet whose kernels are known to be in Triton's cache, or were left to their launches.
 _rehearsed: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
@@ -230,8 +232,9 @@ class Purifier(PurifierStages):
             return_votes, progress, capture: as in the calls to come. DefendedClassifier decodes all votes.
         """
         began = time.perf_counter()
-        video = torch.full(tuple(shape), 0.5, device="cpu")
-        check_video(video)
+        video = _gray_video(shape)
+        check_flag("return_votes", return_votes)
+        check_flag("progress", progress)
         calls = 0
         with torch.no_grad():
             with self._inference(video):
@@ -349,6 +352,18 @@ class Purifier(PurifierStages):
         flow = beside.hand_over(flow)
         coefficients, num_votes = self._schedule.vote_coefficients(), 1 if last else None
         return vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
+
+
+def _gray_video(shape: Sequence[int]) -> Tensor:
+    """A video of this shape. TypeError or ValueError unless it is one that a purifier takes."""
+    accepted = "accepted: the video's, (B, 3, F, H, W) or (3, F, H, W)"
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+        raise TypeError(f"shape must be integers, got {shape!r}; {accepted}")
+    if min(shape, default=0) < 1 or math.prod(shape) > _MOST_WARMED:
+        raise ValueError(f"shape is {tuple(shape)}; {accepted}, of 1 to 2^32 values")
+    video = torch.full(tuple(shape), 0.5, device="cpu")
+    check_video(video)
+    return video
 
 
 def purify(

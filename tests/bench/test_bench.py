@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import build_purifier, clips
 
+from videopure_fast.ops.backend import SUPPORTED_DTYPES
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,6 +36,12 @@ def test_every_way_gives_the_authors_votes(name):
     options = {"compiler": "eager"} if name.endswith("compiled") else {}
     votes = PATHS[name](purifier, **options)(video)
     assert ((votes - expected).abs() / (1 + expected)).max() <= 1e-9
+
+
+def test_every_op_has_a_benchmark():
+    from bench_ops import OPS
+
+    assert {make.__name__ for make in OPS} == set(SUPPORTED_DTYPES) - {"ddim_step_"}
 
 
 def test_ways_share_the_weights():

@@ -141,6 +141,7 @@ def test_warmup_says_what_it_did(small_model, monkeypatch):
     result = run("warmup", "--batch", 2, "--frames", 5, "--height", 16, "--votes", "last", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert "Compiled 40 GPU kernels and ran 1 call on clips of 2x3x5x16x32 on cpu, in 5.2 s." in result.output
+    assert "No CUDA GPU was used: nothing is kept" in result.output
     assert small_model["dtype"] is torch.bfloat16 and small_model["method"] == "videopure"
     run("warmup", "--model", "some/model", "--steps", 2)
     assert small_model["name"] == "some/model" and small_model["inversion_steps"] == 2

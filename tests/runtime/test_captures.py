@@ -76,6 +76,18 @@ def test_a_warmup_without_captures_is_one_call(purifier):
     assert not recordings(purifier)
 
 
+@pytest.mark.parametrize("shape", [None, 5, "abc", (3, 5, 16.0, 16), (3, True, 16, 16)])
+def test_a_warmup_wants_integers(purifier, shape):
+    with pytest.raises(TypeError, match="shape must be integers, got .*; accepted: the video's"):
+        purifier.warmup(shape)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 3, -1, 32, 32), (10**8, 3, 16, 10**4, 10**4)])
+def test_a_warmup_wants_a_size_that_can_be(purifier, shape):
+    with pytest.raises(ValueError, match="shape is .*; accepted: the video's"):
+        purifier.warmup(shape)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 16, 16), (3, 1, 16, 16), (4, 3, 5, 8, 16)])
 def test_a_warmup_wants_the_shape_of_a_video(purifier, shape):
     with pytest.raises(ValueError, match=r"video has shape .*; accepted: \(B, 3, F, H, W\)"):

@@ -136,7 +136,7 @@ def small_kernels(count=3):
     """The first kernels of a norm and a feed-forward, which compile in less than a second."""
     x, vector = torch.empty(1, 4, 8, 8, 16, device="meta"), torch.empty(16, device="meta")
     with recorded(GPU) as kernels:
-        torch.ops.videopure_fast.group_norm_silu(x, vector, vector, None, 4, 1e-5, False, True)
+        torch.ops.videopure_fast.group_norm_silu(x, vector, vector, None, None, 4, 1e-5, False, True)
         torch.ops.videopure_fast.geglu(x)
         torch.ops.videopure_fast.geglu(x)
         torch.ops.videopure_fast.geglu(x.half())

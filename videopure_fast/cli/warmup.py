@@ -36,8 +36,9 @@ def warmup(
     """Compile the GPU kernels that calls on such clips need, before the first one has to wait for them.
 
     They are compiled side by side, and Triton keeps them in its folder on disk (TRITON_CACHE_DIR, by default
-    ~/.triton/cache): run this once on each machine or image, with the model and the clips of your service. What lives
-    in a process, such as a captured graph, every process makes for itself: a service calls `Purifier.warmup`.
+    ~/.triton/cache): run this once on each machine, with its GPU, and with the model and the clips of your service.
+    What lives in a process, such as a captured graph, every process makes for itself: a service calls
+    `Purifier.warmup`. Without a GPU nothing is kept.
 
     Examples:
 
@@ -63,3 +64,5 @@ def warmup(
         f"Compiled {done.kernels} GPU kernels and ran {done.calls} call{'s' * (done.calls > 1)} on clips of "
         f"{'x'.join(map(str, shape))} on {purifier.unet.device}, in {done.seconds:.1f} s."
     )
+    if purifier.unet.device.type != "cuda":
+        console.print("No CUDA GPU was used: nothing is kept for another process.")

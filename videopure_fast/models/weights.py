@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 
 
 class Owed(NamedTuple):
-    """An activation of so many channels that still lacks the biases of these layers."""
+    """An activation, `width` channels wide, that still lacks the biases of `layers`."""
 
     layers: tuple[nn.Module, ...]
     width: int

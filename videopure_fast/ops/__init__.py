@@ -1,9 +1,9 @@
 """The ops: each checks its tensors, then runs on one of cuda, triton, cpu or reference.
 
-An op has one file here, ops/<op>.py, with its public function, its reference in plain torch, its call of the compiled
-extension, and its registration; its other forms lie in kernels/ and csrc/ under the same name. A name below is the
-public function: it hides the module of the same name, from which `from videopure_fast.ops.geglu import
-geglu_reference` still imports. `backend.OPS` holds the forms of all ops by name.
+An op has one file here, ops/<op>.py, or shares that of its sibling, with its public function, its reference in plain
+torch, its call of the compiled extension, and its registration; its other forms lie in kernels/ and csrc/, as a rule
+under the same name. A name below is the public function: it hides the module of the same name, from which `from
+videopure_fast.ops.geglu import geglu_reference` still imports. `backend.OPS` holds the forms of all ops by name.
 
 Latents are (B, C, F, h, w), activations of the models (B, F, H, W, C), channels last; both may have any strides, and
 results are contiguous. Every form of an op equals its reference for finite values; a NaN or infinity may spread to
