@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .folded_linear import folded_linear
-from .launch import aligned, architecture, options, precision
+from .launch import aligned, has_wgmma, options, precision
 from .moments import part_columns, row_norm
 from .temporal_attention import (
     AttentionTile,
@@ -148,7 +148,7 @@ def folded_temporal_attention(
     tokens = merge_pixels(x)
     clips, frames, pixels, channels = tokens.shape
     with torch.cuda.device_of(x):
-        tma = architecture() >= 90
+        tma = has_wgmma()
         tile = _choose(tokens, weight, heads, DESCRIBED_TILES if tma else POINTER_TILES)
         if isinstance(tile, str):
             return temporal_attention(folded_linear(x, moments, weight, weight_sums, bias, eps), heads)

@@ -86,6 +86,11 @@ def architecture() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def has_wgmma() -> bool:
+    """Whether the GPU is of sm_90, whose tiles are loaded by tensor descriptors: no other's were checked with them."""
+    return architecture() // 10 == 9
+
+
 def precision(dtype: torch.dtype) -> str:
     """The key of a dtype in tables of tiles: "half" for float16 and bfloat16, or "float32"."""
     return "float32" if dtype == torch.float32 else "half"

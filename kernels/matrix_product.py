@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geglu import gated
-from .launch import Tile, aligned, architecture, choose_tile, options, precision, rows_within_32_bits
+from .launch import Tile, aligned, choose_tile, has_wgmma, options, precision, rows_within_32_bits
 from .moments import part_columns, row_norm, write_moments
 from .tuned import choose, nearby
 
@@ -322,13 +322,14 @@ def matrix_product(
     skip, residual = (None if t is None else rows_within_32_bits(t) for t in (skip, residual))
     (samples, rows, inputs), columns = x.shape, output.shape[-1]
     taps, outputs, weight_inputs = weight.shape
+    assert norm is None or residual is None, "a residual would be normalized with the sum that begins with it"
     with torch.cuda.device_of(x):
         kind = _kind([t for t in (x, weight, output, skip, residual) if t is not None])
         tiles = (GATED_TILES if gates else TILES)[kind]
         if moments is not None:  # a program writes those of a part
             tiles = tuple(tile for tile in tiles if tile.width == part_columns(columns))
         key = nearby(samples * rows), outputs, inputs, weight_inputs - inputs, taps, kind
-        what = "gated" if gates else "measured" if moments is not None else "plain"
+        what = "gated" if gates else "measured" if moments is not None else "folded" if norm else "plain"
         tile = choose("matrix_product", (*key, what), tiles, choose_tile(tiles, rows, outputs, samples))
         m, n, second, k = tile.block_m, tile.block_n, tile.second, tile.block_k
         tma = kind == DESCRIBED
@@ -383,7 +384,7 @@ def _kind(tensors: list[Tensor]) -> str:
     """The key in tables of tiles of a product of such tensors."""
     if precision(tensors[0].dtype) == "float32":
         return "float32"
-    if architecture() >= 90 and all(map(_described, tensors)):
+    if has_wgmma() and all(map(_described, tensors)):
         return DESCRIBED
     sizes = (size for tensor in tensors for size in (tensor.shape[-1], *tensor.stride()[:-1]))
     return "half, sm_80" if aligned(*sizes) else "half, unaligned"
@@ -392,4 +393,5 @@ def _kind(tensors: list[Tensor]) -> str:
 def _described(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can describe the tensor: rows that do not overlap begin at multiples of 16 bytes."""
     starts = tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])
-    return not any(start % 16 for start in starts) and tensor.stride(-2) >= tensor.shape[-1]
+    dense = min(tensor.stride()) > 0 and tensor.stride(-2) >= tensor.shape[-1]
+    return dense and not any(start % 16 for start in starts)

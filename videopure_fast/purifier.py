@@ -235,6 +235,7 @@ class Purifier(PurifierStages):
         video = _gray_video(shape)
         check_flag("return_votes", return_votes)
         check_flag("progress", progress)
+        self._refresh()
         calls = 0
         with torch.no_grad():
             with self._inference(video):

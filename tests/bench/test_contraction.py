@@ -53,16 +53,14 @@ def test_cuda(tmp_path):
 
 TRITON = """
 import json
-from importlib import import_module
 import aot
+from aot_launches import compile_kernel
 ops = ("guided_update", "ddim_step", "ddim_step_")
 wanted = {(case.op, case.dtype()): case for case in aot.cases() if case.op in ops}
 jobs, broken = aot.triton_jobs(list(wanted.values()), list(aot.TRITON_ARCHITECTURES))
 found = []
 for kernel in (job.code for job in jobs):
-    aot.triton.runtime.driver.set_active(aot.Target(kernel.architecture))
-    function = getattr(import_module(kernel.module), kernel.function)
-    found.append(function.preload(kernel.specialization).asm["ptx"])
+    found.append(compile_kernel(kernel).asm["ptx"])
 print("RESULT" + json.dumps([broken, found]))
 """
 

@@ -123,13 +123,14 @@ def test_calls_of_about_one_size_share_a_choice():
     assert [tuned.nearby(count) for count in (1, 2, 3, 25088, 32768)] == [1, 2, 4, 32768, 32768]
 
 
-def linear_residual_with_a_choice(x, weight, bias, residual):
+def linear_residual_with_a_choice(x, weight, bias, residual, skip):
     """The op in three ways: "late" is right and slow, "right" is right, "wrong" is fast."""
     way = tuned.choose("linear_residual", KEY, ("late", "right", "wrong"), "late")
     if way == "wrong":
         return residual
     if way == "late":
         time.sleep(0.01)
+    x = x if skip is None else torch.cat([x, skip], -1)
     return residual + torch.nn.functional.linear(x, weight, bias)
 
 

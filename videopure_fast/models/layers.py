@@ -131,6 +131,7 @@ def resnet(
         h, _ = group_norm(weights, block.norm2, Pending(h), embedding=embedding)
     last = pending_conv(weights, block.conv2, h)
     if block.conv_shortcut is None:
+        assert skip is None, "more channels than a resnet's own need a shortcut"
         result = Pending(pending.x, last.x, (*pending.owed, *last.owed))
     else:
         layer = block.conv_shortcut

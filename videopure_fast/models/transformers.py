@@ -47,9 +47,6 @@ class Tokens(NamedTuple):
     x: Tensor
     moments: Tensor | None = None
 
-    def first_frame(self) -> Tokens:
-        return Tokens(self.x[:, :1], None if self.moments is None else self.moments[:, :1])
-
 
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
     """A Linear, or a 1x1 convolution, added to the residual if there is one. bias: in place of the layer's."""
@@ -115,7 +112,7 @@ def temporal_transformer(weights: Weights, model: nn.Module, pending: Pending, *
         for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
             attended = _attend_frames(weights, block, norm, attention, tokens)
             if first_frame and last and attention is block.attn2:
-                attended, tokens = attended[:, :1], tokens.first_frame()
+                attended, tokens = attended[:, :1], Tokens(tokens.x[:, :1])
                 pending = pending._replace(x=pending.x[:, :1])
             tokens = project_tokens(attention.to_out[0], attended, tokens.x, measured=measured)
         if not last:

@@ -82,6 +82,9 @@ class Weights:
     def beside(self, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """Linear layers of one input as one product: weight (sum of their outputs, K), and bias or None."""
 
+        if len(layers) == 1:
+            return layers[0].weight.detach(), self.bias(layers)
+
         def make() -> tuple[Tensor, Tensor | None]:
             biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
             return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
@@ -117,9 +120,11 @@ class Weights:
         """What follows from the weights, made at its first use; a call before a capture makes all that it reads."""
         if key not in self._made:
             with torch.inference_mode(False):
-                self._made[key] = make()
-        made: Made = self._made[key]  # type: ignore[assignment]
-        return made
+                made = make()
+            if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().synchronize()  # another thread may read it on a stream of its own
+            self._made[key] = made
+        return self._made[key]  # type: ignore[return-value]
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -33,8 +33,8 @@ class FoldedNorm(NamedTuple):
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float64, for sums that are rounded once; in float32 on Apple's GPUs, which have no more."""
-    return x.float() if x.device.type == "mps" else x.double()
+    """x in float64, for sums that are rounded once; in float32 on Apple's and Intel's GPUs, which may have no more."""
+    return x.float() if x.device.type in ("mps", "xpu") else x.double()
 
 
 def fold_norm(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None) -> FoldedNorm:
