@@ -100,12 +100,16 @@ def reload() -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A table: {architecture: {"gpu": its name, "choices": [[op, key, candidate], ...]}}. ValueError for another."""
-    table: dict[str, Any] = json.loads(path.read_text())
     try:
+        table: dict[str, Any] = json.loads(path.read_text())
         for name, found in table.items():
-            entries = [isinstance(key, list) and isinstance(best, list | str) for _, key, best in found["choices"]]
+            entries = [_is_key(key) and isinstance(best, list | str) for _, key, best in found["choices"]]
             if not (name.isdecimal() and isinstance(found["gpu"], str) and all(entries)):
                 raise TypeError("an entry of another kind")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no table of choices ({error}); `make gpu-tune` writes one") from error
     return table
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, list) and all(isinstance(part, int | str) for part in key)

@@ -112,7 +112,16 @@ def test_a_choice_is_forced_then_measured_then_reasoned(table):
     assert choose() == (3, 4)
 
 
-@pytest.mark.parametrize("text", ['{"ninety": {"gpu": "X", "choices": []}}', '{"90": {"choices": []}}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"ninety": {"gpu": "X", "choices": []}}',
+        '{"90": {"choices": []}}',
+        '{"90": {"gpu": "X", "choices": [["op", [[1]], "library"]]}}',
+        "[]",
+        "{",
+    ],
+)
 def test_a_broken_table_is_refused(table, text):
     table.write_text(text)
     with pytest.raises(ValueError, match="is no table of choices"):
@@ -121,6 +130,23 @@ def test_a_broken_table_is_refused(table, text):
 
 def test_calls_of_about_one_size_share_a_choice():
     assert [tuned.nearby(count) for count in (1, 2, 3, 25088, 32768)] == [1, 2, 4, 32768, 32768]
+
+
+def test_inputs_of_folded_ops_describe_one_another(monkeypatch):
+    """Where x is drawn anew, its moments must be too: kernels take them, the reference measures x."""
+    import tune_calls
+
+    from videopure_fast import ops
+    from videopure_fast.ops.linear_moments import row_moments
+
+    monkeypatch.setattr(tune_calls, "MOST_KEPT", 10)
+    x, weight = torch.randn(40, 8), torch.randn(12, 8)
+    with tune_calls.Recorder() as recorder:
+        ops.folded_linear(x, row_moments(x), weight, weight.sum(1), torch.randn(12))
+    (call,) = recorder.calls.values()
+    (x, moments, weight, weight_sums, *_), _ = call.inputs(CPU)
+    assert torch.equal(moments, row_moments(x))
+    torch.testing.assert_close(weight_sums, weight.sum(1))
 
 
 def linear_residual_with_a_choice(x, weight, bias, residual, skip):
