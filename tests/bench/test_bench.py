@@ -26,7 +26,13 @@ def gpu():
     return gpu
 
 
-@pytest.mark.parametrize("name", ["algebra", "algebra-captured", "ours-eager", "ours", "algebra-compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("algebra", "algebra-captured", "ours-eager", "ours"),
+        pytest.param("algebra-compiled", marks=pytest.mark.slow),  # torch.compile takes ten seconds
+    ],
+)
 def test_every_way_gives_the_authors_votes(name):
     from baselines import PATHS
 
@@ -185,6 +191,7 @@ def test_a_lost_gpu_ends_the_process_and_its_row_says_why(tmp_path):
     assert ran == [1] and "error" not in rows["next"] and "error" in rows["full"]
 
 
+@pytest.mark.slow
 def test_tuned_rows_are_those_of_the_table(gpu, monkeypatch, tmp_path):
     import gpu_stages
 
@@ -244,6 +251,7 @@ def test_with(broken): pass
 """
 
 
+@pytest.mark.slow
 def test_failures_of_the_suite_are_rows(tmp_path):
     from gpu_suite import run_suite
 

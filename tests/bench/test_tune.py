@@ -251,6 +251,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_before_they_are_timed(tmp_path):
     script, cache = tmp_path / "script.py", tmp_path / "cache"
     script.write_text(COMPILED)
