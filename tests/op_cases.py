@@ -16,7 +16,7 @@ from videopure_fast.ops.backend import OPS, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Examples per property test: the interpreter takes milliseconds for each program of a kernel.
-EXAMPLES = 5 if INTERPRETED else 40
+EXAMPLES = 4 if INTERPRETED else 40
 
 # Against the reference in float64 on the same inputs, for values of order one. A half-precision op rounds where the
 # chain of torch calls that it replaces does: intermediate activations, and the result.

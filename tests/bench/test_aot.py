@@ -54,7 +54,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_tools
 def test_sample_passes(tmp_path):
     out = tmp_path / "rows.json"
-    done = python("bench/aot.py", "--sample", "--jobs", "1", "--out", str(out))
+    done = python("bench/aot.py", "--sample", "--jobs", "2", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     rows = json.loads(out.read_text())["rows"]

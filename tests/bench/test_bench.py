@@ -68,6 +68,7 @@ def run(gpu, monkeypatch, file, *arguments):
     return json.loads(file.read_text())["rows"], ended.value.code
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once_and_only_if_right(gpu, monkeypatch, tmp_path):
     import gpu_rows
     from gpu_stages import GATE_FAILED
