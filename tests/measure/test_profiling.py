@@ -46,7 +46,10 @@ def test_stages_add_up_to_the_call(profiled):
     assert tuple(stages(profiled)) == profiling.STAGES
     assert all(stage.seconds > 0 for stage in profiled.stages[:-1])
     assert 0 <= stages(profiled)["rest"].seconds < 0.5 * profiled.staged.seconds
-    assert 0.5 < profiled.staged.seconds / profiled.call.seconds < 2  # the machine may be busy
+    eager = build_purifier()
+    eager.capture = False  # stages are profiled in eager steps, which take longer than a replay
+    steps = eager.profile(clips(3, 8, 16, 16))
+    assert 0.5 < steps.staged.seconds / steps.call.seconds < 2  # the machine may be busy
     assert profiled.chain is None and profiled.votes == 3 and profiled.shape == (3, 8, 16, 16)
 
 
