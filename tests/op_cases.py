@@ -40,6 +40,16 @@ def every_backend(*gpu_forms: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("backend", "device"), cases)
 
 
+# For an op, or a rule, that is Triton's alone: in the interpreter, or on a GPU.
+triton_alone = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
+        *([pytest.param("triton", "cpu", id="triton-interpreted")] if INTERPRETED else ()),
+    ],
+)
+
+
 def dtypes(backend: str, device: str) -> tuple[torch.dtype, ...]:
     """The dtypes to check a backend with. bfloat16 is left out in the interpreter, which computes it wrongly."""
     if backend == "cpu":

@@ -1,4 +1,4 @@
-"""Shared by the tests of the ops that are products of matrices: which backends, and how Triton's kernel loads tiles."""
+"""Shared by the tests of the ops that are products of matrices: how Triton's kernel loads tiles."""
 
 from __future__ import annotations
 
@@ -8,16 +8,6 @@ from contextlib import contextmanager
 import pytest
 from op_cases import INTERPRETED
 
-# Without a form for the CPU, an op runs there as its reference.
-triton_or_reference = pytest.mark.parametrize(
-    ("backend", "device"),
-    [
-        pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
-        pytest.param("triton", "cpu", id="triton-interpreted")
-        if INTERPRETED
-        else pytest.param("reference", "cpu", id="reference"),
-    ],
-)
 # Tiles as any GPU loads them, and by the tensor descriptors of sm_90, which the interpreter knows too.
 LOADS = ("pointers", "descriptors")
 
@@ -32,5 +22,5 @@ def loading(way: str) -> Iterator[None]:
     """Within this block, the interpreter loads tiles in this way, where the tensors allow it."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED and way == "descriptors":
-            patch.setattr("videopure_fast.kernels.matrix_product.architecture", lambda: 90)
+            patch.setattr("videopure_fast.kernels.launch.architecture", lambda: 90)
         yield

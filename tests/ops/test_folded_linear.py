@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, LAYOUTS, TOLERANCE, check, dtypes, laid_out, normal, run
-from product_cases import loading, loads, triton_or_reference
+from op_cases import EXAMPLES, LAYOUTS, TOLERANCE, check, dtypes, laid_out, normal, run, triton_alone
+from product_cases import loading, loads
 from torch import Tensor
 
 from videopure_fast import ops
@@ -39,7 +39,7 @@ def inputs(x: Tensor, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor
     return x, row_moments(x), *fold_norm(*(tensor.to(dtype) for tensor in layers(x.shape[-1], n, seed)))
 
 
-@triton_or_reference
+@triton_alone
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("shape", "n"),
@@ -53,7 +53,7 @@ def test_equals_the_reference(backend, device, op, shape, n):
                 check(backend, device, op, *inputs(normal(*shape, seed=9), n, dtype), eps=EPS, scale=4)
 
 
-@triton_or_reference
+@triton_alone
 @pytest.mark.parametrize("op", OPS)
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -69,13 +69,11 @@ def test_any_size_and_layout(backend, device, op, data):
         check(backend, device, op, x, laid_out(moments, "every second"), *laid, eps=EPS, scale=8)
 
 
-@triton_or_reference
+@triton_alone
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("mean", [0.0, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("weight_mean", [0.0, 0.3])
 def test_is_as_accurate_as_the_layers_one_after_another(backend, device, op, mean, weight_mean):
-    if backend == "reference":
-        pytest.skip("rounds the normalized values, as the layers do, and the folded weight")
     for dtype in dtypes(backend, device):
         x = normal(64, 320, seed=9, mean=mean).to(dtype)
         norm_weight, norm_bias, weight, bias = (t.to(dtype) for t in layers(320, 320, mean=weight_mean))
@@ -95,7 +93,7 @@ def test_is_as_accurate_as_the_layers_one_after_another(backend, device, op, mea
         assert (actual - truth).square().mean().sqrt() <= bound
 
 
-@triton_or_reference
+@triton_alone
 def test_takes_the_moments_of_a_layer_before(backend, device):
     """A linear layer, a norm and another layer: the first writes the moments that the other reads."""
     for dtype in dtypes(backend, device):
@@ -111,7 +109,7 @@ def test_takes_the_moments_of_a_layer_before(backend, device):
         assert (actual.double() - expected).square().mean().sqrt() <= TOLERANCE[dtype]["atol"]
 
 
-@triton_or_reference
+@triton_alone
 @pytest.mark.parametrize("op", OPS)
 def test_offsets_beyond_32_bits(backend, device, op):
     """Three rows 2^30 values apart. Untouched pages take no memory on a CPU."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, every_backend, laid_out, normal, run
+from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, laid_out, normal, run, triton_alone
 from op_cases import dtypes as all_dtypes
 from torch import Tensor
 
@@ -41,18 +41,13 @@ def architecture(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
             pytest.importorskip("triton")
-            patch.setattr("videopure_fast.kernels.folded_temporal_attention.architecture", lambda: request.param)
+            patch.setattr("videopure_fast.kernels.launch.architecture", lambda: request.param)
         yield request.param
 
 
 def dtypes(backend: str, device: str, architecture: int | None) -> list[torch.dtype]:
     """Those to check with: float32 has no descriptors."""
     return [dtype for dtype in all_dtypes(backend, device) if architecture != 90 or dtype != torch.float32]
-
-
-def form(backend: str) -> str:
-    """The op has no form in the extension."""
-    return "reference" if backend == "cpu" else backend
 
 
 def norm_inputs(
@@ -74,7 +69,7 @@ def folded_inputs(*shape: int, inner: int, dtype: torch.dtype, **others: float) 
     return x, row_moments(x), *fold_norm(norm_weight, norm_bias, weight)
 
 
-@every_backend("triton")
+@triton_alone
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_equals_the_reference(backend, device, architecture, size, mean):
@@ -85,10 +80,10 @@ def test_equals_the_reference(backend, device, architecture, size, mean):
         inputs = folded_inputs(*shape, inner=heads * head, dtype=dtype, mean=mean)
         # float32 rounds the products of a mean of 100 by 1e-5.
         scale = 10.0 if mean and dtype == torch.float32 else 1.0
-        check(form(backend), device, "folded_temporal_attention", *inputs, heads=heads, eps=1e-5, scale=scale)
+        check(backend, device, "folded_temporal_attention", *inputs, heads=heads, eps=1e-5, scale=scale)
 
 
-@every_backend("triton")
+@triton_alone
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_size(backend, device, architecture, data):
@@ -96,15 +91,13 @@ def test_any_size(backend, device, architecture, data):
     frames, head, blocks = (data.draw(st.integers(1, most)) for most in (64, 64, 6))
     dtype = data.draw(st.sampled_from(dtypes(backend, device, architecture)))
     inputs = folded_inputs(clips, frames, height, width, 16 * blocks, inner=heads * head, dtype=dtype)
-    check(form(backend), device, "folded_temporal_attention", *inputs, heads=heads, eps=1e-5)
+    check(backend, device, "folded_temporal_attention", *inputs, heads=heads, eps=1e-5)
 
 
-@every_backend("triton")
+@triton_alone
 @pytest.mark.parametrize("mean", [0.0, 1.0, 10.0, 100.0])
 def test_large_means_cost_no_accuracy(backend, device, mean):
     """Rows whose mean is up to 100 times their spread: the error is at most 1.25 times the unfolded chain's."""
-    if backend == "cpu":
-        pytest.skip("the reference normalizes")
     x, *norm = norm_inputs(1, 32, 3, 5, 320, inner=128, dtype=torch.float16, mean=mean)
     expected = norm_temporal_attention_reference(*(t.double() for t in (x, *norm)), None, 2, 1e-5)
     chain = run(backend, device, "norm_temporal_attention", x, *norm, None, heads=2)
@@ -113,7 +106,7 @@ def test_large_means_cost_no_accuracy(backend, device, mean):
     assert errors[0] <= 1.25 * errors[1]
 
 
-@every_backend("triton")
+@triton_alone
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(backend, device, architecture, layout):
     for dtype in dtypes(backend, device, architecture):
@@ -122,19 +115,19 @@ def test_any_layout(backend, device, architecture, layout):
         # Expanded tensors repeat their first clip or row, and their moments and sums do.
         moments, sums = (laid_out(tensor, layout) for tensor in (row_moments(x), weight.double().sum(1).float()))
         inputs = x, moments, weight, sums, bias
-        check(form(backend), device, "folded_temporal_attention", *inputs, heads=2, eps=1e-5)
+        check(backend, device, "folded_temporal_attention", *inputs, heads=2, eps=1e-5)
 
 
-@every_backend("triton")
+@triton_alone
 def test_tokens_without_spread_become_the_bias(backend, device, architecture):
     """A variance of zero divides by the root of eps alone."""
     for dtype in dtypes(backend, device, architecture):
         x, _, *folded = folded_inputs(1, 3, 2, 2, 32, inner=16, dtype=dtype)
         x = torch.full_like(x, 3.0)
-        check(form(backend), device, "folded_temporal_attention", x, row_moments(x), *folded, heads=2, eps=1e-3)
+        check(backend, device, "folded_temporal_attention", x, row_moments(x), *folded, heads=2, eps=1e-3)
 
 
-@every_backend("triton")
+@triton_alone
 @pytest.mark.parametrize("frames", [7, 16])
 def test_pixels_do_not_see_each_other(backend, device, architecture, frames):
     """Changing one pixel changes no bit of the others, which share its tile of scores."""
@@ -143,7 +136,7 @@ def test_pixels_do_not_see_each_other(backend, device, architecture, frames):
         changed = x.clone()
         changed[1, :, 1, 2] = -5 * x[1, :, 1, 2] + 3
         before, after = (
-            run(form(backend), device, "folded_temporal_attention", tensor, row_moments(tensor), *folded, heads=2)
+            run(backend, device, "folded_temporal_attention", tensor, row_moments(tensor), *folded, heads=2)
             for tensor in (x, changed)
         )
         different = (before != after).any(-1).any(1)
@@ -152,12 +145,10 @@ def test_pixels_do_not_see_each_other(backend, device, architecture, frames):
         assert not different.any()
 
 
-@every_backend("triton")
+@triton_alone
 @pytest.mark.parametrize("axis", [0, 1, 3])
 def test_offsets_beyond_32_bits(backend, device, axis):
     """Three clips, frames or pixels 2^30 values apart. Untouched pages take no memory on a CPU."""
-    if backend == "cpu":
-        pytest.skip("the reference has no offsets of its own")
     shape, strides = [1, 2, 1, 2, 48], [96, 96, 48, 48, 1]
     shape[axis], strides[axis] = 3, 2**30
     storage = torch.empty(2 * 2**30 + 200, dtype=torch.float16, device=device)
@@ -169,11 +160,9 @@ def test_offsets_beyond_32_bits(backend, device, axis):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@every_backend("triton")
+@triton_alone
 def test_every_candidate_equals_the_reference(backend, device, architecture):
     """One kernel with any of its tiles, or two."""
-    if backend == "cpu":
-        pytest.skip("the reference has no kernels")
     from videopure_fast.kernels.folded_temporal_attention import UNFUSED
     from videopure_fast.kernels.tuned import forced, recorded
 
@@ -188,11 +177,9 @@ def test_every_candidate_equals_the_reference(backend, device, architecture):
                 check(backend, device, op, *inputs, heads=2, eps=1e-5)
 
 
-@every_backend("triton")
+@triton_alone
 def test_wide_tokens_take_two_kernels(backend, device, architecture):
     """Where nothing was measured."""
-    if backend == "cpu":
-        pytest.skip("the reference has no kernels")
     from videopure_fast.kernels.folded_temporal_attention import UNFUSED
     from videopure_fast.kernels.tuned import recorded
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, LAYOUTS, assert_equal, dtypes, laid_out, normal, run
-from product_cases import loading, loads, triton_or_reference
+from op_cases import EXAMPLES, LAYOUTS, assert_equal, dtypes, laid_out, normal, run, triton_alone
+from product_cases import loading, loads
 from torch import Tensor
 
 from videopure_fast.ops.backend import OPS
@@ -43,7 +43,7 @@ def check_moments(backend: str, device: str, tensors: list[Tensor | None], dtype
     torch.testing.assert_close(moments[..., 1].cpu().double(), deviations, rtol=1e-4, atol=1e-5)
 
 
-@triton_or_reference
+@triton_alone
 @pytest.mark.parametrize(
     ("shape", "k", "n"),
     # One part and several, of 160 and of 128 columns, whole and not; one row, and more than a tile has.
@@ -57,7 +57,7 @@ def test_equals_the_reference(backend, device, shape, k, n, residual):
                 check_moments(backend, device, inputs(shape, k, n, residual=residual), dtype)
 
 
-@triton_or_reference
+@triton_alone
 @pytest.mark.parametrize("mean", [100.0, -1000.0])
 @pytest.mark.parametrize("n", [160, 200])
 def test_moments_survive_a_large_mean(backend, device, mean, n):
@@ -65,7 +65,7 @@ def test_moments_survive_a_large_mean(backend, device, mean, n):
         check_moments(backend, device, inputs((9,), 48, n, residual=True, mean=mean), dtype)
 
 
-@triton_or_reference
+@triton_alone
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_size_and_layout(backend, device, data):
@@ -80,7 +80,7 @@ def test_any_size_and_layout(backend, device, data):
         check_moments(backend, device, tensors, dtype)
 
 
-@triton_or_reference
+@triton_alone
 def test_without_a_bias(backend, device):
     x, weight, _, residual = inputs((17,), 40, 320, residual=True)
     for dtype in dtypes(backend, device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, dtypes, every_backend, laid_out, normal
+from op_cases import EXAMPLES, INTERPRETED, LAYOUTS, check, dtypes, every_backend, laid_out, normal, triton_alone
 from product_cases import loading, loads
 from torch import Tensor
 
@@ -81,11 +81,9 @@ def test_any_aligned_size(backend, device, data):
         check(backend, device, "linear_residual", *cast(inputs(shape, k, n, skip), dtype))
 
 
-@every_backend("triton")
+@triton_alone
 def test_the_library_multiplies_many_inputs(backend, device, monkeypatch):
     """In half precision, by the rule of Triton's form; in float32 they are summed as ever."""
-    if backend != "triton":
-        pytest.skip("the rule is that of Triton's form")
     monkeypatch.setattr("videopure_fast.kernels.linear_residual.MIN_LIBRARY_INPUTS", 40)
     for dtype in dtypes(backend, device):
         for k in (32, 40):

@@ -39,7 +39,7 @@ class ModelExecutor:
         self._modules = unet, vae
         self._fast = fast
         self._attention_fn = attention_fn
-        # Of each module in the trees of both, its children and weights by name; and the children one after another.
+        # By name, the children and the weights of each module in both trees; and all children one after another.
         self._children_of: list[dict[str, nn.Module | None]] = []
         self._weights_of: list[dict[str, nn.Parameter | None]] = []
         self._children: list[nn.Module | None] = []
@@ -69,7 +69,7 @@ class ModelExecutor:
                 self._children = list(chain.from_iterable(map(dict.values, self._children_of)))
             weights = chain.from_iterable(map(dict.values, self._weights_of))
             tensors = [*constants, *(weight for weight in weights if weight is not None)]
-            # An address tells the device, too.
+            # Moving to another device changes an address.
             seen = [list(map(look, tensors)) for look in (id, Tensor.data_ptr, _VERSION, _DTYPE)]
             if same and seen == self._seen:
                 return False
