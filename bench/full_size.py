@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import triton
+from aot_launches import launches as launches_on
 from diffusers import AutoencoderKL, UNet3DConditionModel
+from gpu_models import FULL_UNET, FULL_VAE, TOKENS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,12 +20,7 @@ from videopure_fast.models.vae import FastVAE
 from videopure_fast.ops.backend import NAMESPACE, implementation
 
 FRAMES, SIDE = 32, 224
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-}
+ARCHITECTURE = 90  # for which Triton's launches are recorded
 # Operations of torch's that launch nothing.
 _VIEWS = {"view", "permute", "transpose", "t", "unbind", "slice", "select", "split", "split_with_sizes", "expand"}
 _VIEWS |= {
@@ -69,8 +63,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         ours, name = func.namespace == NAMESPACE, func._opname
         if ours:
-            with _recorded_launches() as launches, _Inner(launches):
+            with launches_on(ARCHITECTURE) as kernels, _Inner() as inner:
                 result = implementation(name, "triton")(*args)
+            launches = [*(kernel.function for kernel in kernels), *inner.found]
         else:
             result, launches = func(*args, **(kwargs or {})), [name]
             if name in _NOTHING:
@@ -94,38 +89,16 @@ class Operations(TorchDispatchMode):
 
 
 class _Inner(TorchDispatchMode):
-    """Adds what a form of ours calls of torch's to its launches."""
+    """Lists what a form of ours calls of torch's."""
 
-    def __init__(self, launches: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._launches = launches
+        self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._opname not in _NOTHING:
-            self._launches.append(func._opname)
+            self.found.append(func._opname)
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _recorded_launches() -> Iterator[list[str]]:
-    """The names of the kernels that are launched in this block, as on a GPU of sm_90; none is compiled or runs."""
-    found: list[str] = []
-
-    def record(*, fn: Any, **_: Any) -> bool:
-        found.append(fn.name)
-        return True  # tells Triton not to compile
-
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    driver = SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
-    )
-    config, knobs = triton.runtime.driver, triton.knobs.runtime
-    before = config._active, knobs.jit_cache_hook
-    config._active, knobs.jit_cache_hook = driver, record
-    try:
-        yield found
-    finally:
-        config._active, knobs.jit_cache_hook = before
 
 
 class FullSize:
@@ -134,19 +107,19 @@ class FullSize:
     @cached_property
     def unet(self) -> FastUNet:
         with torch.device("meta"):
-            model = UNet3DConditionModel()
+            model = UNet3DConditionModel(**FULL_UNET)
         return FastUNet(model.half().eval().requires_grad_(False), _attention, for_gpu=True)
 
     @cached_property
     def vae(self) -> FastVAE:
         with torch.device("meta"):
-            model = AutoencoderKL(**VAE)
+            model = AutoencoderKL(**FULL_VAE)
         return FastVAE(model.half().eval().requires_grad_(False), _attention, for_gpu=True)
 
     @cached_property
     def constants(self) -> Constants:
         with torch.device("meta"):
-            return self.unet.constants(torch.empty(1, 77, 1024), torch.ones(6))
+            return self.unet.constants(torch.empty(1, TOKENS, 1024), torch.ones(6))
 
     def evaluate(self, *, first_frame: bool = False) -> Tensor:
         sample = _half(1, 4, FRAMES, SIDE // 8, SIDE // 8)

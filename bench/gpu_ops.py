@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_ops import MAX_SHARE_APART, TOLERANCE, first_of
+from bench_ops import MAX_SHARE_APART, TOLERANCE
 from gpu_models import DTYPE, BenchModels, name_of
 from gpu_runner import GateFailed, Row
 from gpu_timing import copies_beyond_cache, graph_of, timed
 from op_baselines import LIBRARY, from_library_layout, in_library_layout
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from videopure_fast import ops
 from videopure_fast.ops.backend import full_float32, implementation, use_backend
@@ -29,8 +30,10 @@ def op_row(models: BenchModels, make: Callable[..., Any], size: str, form: str) 
     op, tensors, settings = make(size, str(device), dtype)
     wide = (None if t is None else t.float() for t in tensors)
     with torch.no_grad(), full_float32(device):
-        expected = first_of(implementation(op, "reference")(*wide, **settings))
-    bytes_moved = sum(t.nbytes for t in tensors if t is not None) + expected.numel() * tensors[0].element_size()
+        expected = implementation(op, "reference")(*wide, **settings)
+    shape = tree_leaves(expected)[0].shape
+    written = sum(leaf.numel() for leaf in tree_leaves(expected)) * tensors[0].element_size()
+    bytes_moved = sum(t.nbytes for t in tensors if t is not None) + written
     copies = copies_beyond_cache(device, bytes_moved, least=8)
     inputs = [tensors, *(make(size, str(device), dtype)[1] for _ in range(copies - 1))]
     if library:
@@ -42,7 +45,7 @@ def op_row(models: BenchModels, make: Callable[..., Any], size: str, form: str) 
             run(*each)
 
     with torch.no_grad(), use_backend("auto" if library else form):
-        result = first_of(run(*inputs[0]))
+        result = run(*inputs[0])
         check_op(op, from_library_layout(op, result, tensors[0]) if library else result, expected, dtype)
         run_all()
         eager = timed(run_all, device, seconds=0.3, quick=models.quick)
@@ -51,7 +54,7 @@ def op_row(models: BenchModels, make: Callable[..., Any], size: str, form: str) 
         timing = eager if replay is None else timed(replay, device, seconds=0.3, quick=models.quick)
     median = timing.median / copies
     return {
-        **{"op": op, "form": form, "size": size, "shape": list(expected.shape), "dtype": name_of(dtype)},
+        **{"op": op, "form": form, "size": size, "shape": list(shape), "dtype": name_of(dtype)},
         **{"median": median, "iqr": timing.iqr / copies, "rounds": timing.rounds, "captured": replay is not None},
         "eager_median": eager.median / copies,
         "bytes": bytes_moved,

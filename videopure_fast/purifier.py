@@ -229,7 +229,7 @@ class Purifier(PurifierStages):
 
         Args:
             shape: the video's, (B, 3, F, H, W) or (3, F, H, W): what a service batches, another shape is as cold.
-            return_votes, progress, capture: as in the calls to come. DefendedClassifier decodes all votes.
+            return_votes, progress, capture: as in the calls to come. Those of a DefendedClassifier return votes.
         """
         began = time.perf_counter()
         video = _gray_video(shape)

@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "bench"))
 import aot  # noqa: E402
 import aot_cases  # noqa: E402
 import aot_machine_code  # noqa: E402
+from gpu_models import FULL_UNET, FULL_VAE  # noqa: E402
 
 needs_tools = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 FIELDS = {
@@ -264,14 +265,6 @@ def test_occupancy(registers, shared, warps, architecture, expected):
     assert aot_machine_code.occupancy(needs, architecture) == pytest.approx(expected, abs=1e-3)
 
 
-REAL_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-}
-
-
 def unet_pass(configuration: dict, side: int) -> None:
     unet = UNet3DConditionModel(**configuration)
     unet(torch.empty(1, 4, 2, side, side), torch.empty(1), torch.empty(1, 3, unet.config.cross_attention_dim))
@@ -284,7 +277,7 @@ def vae_pass(configuration: dict, side: int) -> None:
 
 @pytest.mark.parametrize(
     ("forward", "configuration", "side"),
-    [(unet_pass, {}, 28), (unet_pass, UNET_CONFIG, 16), (vae_pass, REAL_VAE, 224), (vae_pass, VAE_CONFIG, 32)],
+    [(unet_pass, FULL_UNET, 28), (unet_pass, UNET_CONFIG, 16), (vae_pass, FULL_VAE, 224), (vae_pass, VAE_CONFIG, 32)],
     ids=["real UNet", "packaged UNet", "real VAE", "packaged VAE"],
 )
 def test_widths_are_those_of_diffusers(forward, configuration, side):

@@ -13,7 +13,7 @@ from torch import Tensor
 from videopure_fast import ops
 from videopure_fast.ops.backend import use_backend
 from videopure_fast.ops.folded_linear import fold_norm
-from videopure_fast.ops.linear_moments import part_columns, row_moments
+from videopure_fast.ops.linear_moments import row_moments
 from videopure_fast.ops.norm_temporal_attention import norm_temporal_attention_reference
 
 # In the interpreter, the kernel as it is for either: with pointers, or with tensor descriptors.
@@ -212,11 +212,3 @@ def test_what_can_be_fused(channels, head, dtype, expected):
     moved = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape)
     assert not fusable(moved, weight, 2)
     assert not fusable(x, weight.T.contiguous().T, 2)
-
-
-def test_parts_of_moments_are_the_ops():
-    pytest.importorskip("triton")
-    from videopure_fast.kernels import folded_temporal_attention as kernel
-
-    for channels in range(16, 2576, 16):
-        assert kernel.part_columns(channels) == part_columns(channels)

@@ -140,6 +140,20 @@ def test_silu_of_any_size(backend, device):
 
 
 @every_backend("triton")
+@pytest.mark.parametrize(("rows", "far"), [(300, 4), (600, 0)], ids=["skip in one kernel", "x in two"])
+def test_rows_beyond_32_bits(backend, device, rows, far, tmp_path):
+    """Rows 2^23 values apart, in a sparse file."""
+    dtype = dtypes(backend, device)[-1] if backend == "triton" else torch.float32
+    tensors = cast(inputs(1, 1, rows, 1, 24, embedding=False, skip=8), dtype)
+    small, apart = tensors[far], 2**23
+    size = (rows - 1) * apart + small.shape[-1]
+    memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=size, dtype=dtype)
+    tensors[far] = memory.as_strided(small.shape, (0, 0, apart, 0, 1))
+    tensors[far].copy_(small)
+    check(backend, device, "group_norm_silu", *tensors, **{**SETTINGS, "groups": 3, "over_frames": True})
+
+
+@every_backend("triton")
 @pytest.mark.parametrize("size", [(2, 3), (30, 41)], ids=str)
 @pytest.mark.parametrize("far", [0, 4], ids=["x", "skip"])
 def test_offsets_beyond_32_bits(backend, device, size, far, tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import console
-from .options import Device, Flow, Method, Model, Steps, VotesName
+from .options import Device, Flow, Method, Model, Steps, Votes
 
 
 def bench(
@@ -39,9 +39,7 @@ def bench(
             help="Decoder of the votes: full, or the lossy taesd, a folder or a repository. May be given repeatedly.",
         ),
     ] = None,
-    votes: Annotated[
-        VotesName, typer.Option(help="Decode all votes, as a defended classifier needs them, or the last alone.")
-    ] = "all",
+    votes: Votes = "all",
     method: Method = "videopure",
     steps: Steps = None,
     flow: Flow = None,

@@ -29,6 +29,9 @@ Dtype = Annotated[
     DtypeName | None,
     typer.Option(show_default="float16 on an accelerator, else float32", help="Precision of the model."),
 ]
+Votes = Annotated[
+    VotesName, typer.Option(help="Decode all votes, as a defended classifier needs them, or the last alone.")
+]
 Flow = Annotated[
     FlowName | None,
     typer.Option(show_default="the model's own", help="Optical flow: OpenCV's, torchvision's, or none."),

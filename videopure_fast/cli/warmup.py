@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import console
-from .options import Device, Dtype, Flow, Method, Model, Steps, VotesName
+from .options import Device, Dtype, Flow, Method, Model, Steps, Votes
 
 _TINY_CLIP, _USUAL_CLIP = (16, 32), (32, 224)  # default frames, and height and width in pixels
 
@@ -24,9 +24,7 @@ def warmup(
     width: Annotated[
         int | None, typer.Option(min=16, show_default="32 for tiny, else 224", help="Width of a clip in pixels.")
     ] = None,
-    votes: Annotated[
-        VotesName, typer.Option(help="Decode all votes, as a defended classifier needs them, or the last alone.")
-    ] = "all",
+    votes: Votes = "all",
     method: Method = "videopure",
     steps: Steps = None,
     device: Device = None,

@@ -81,24 +81,15 @@ class Weights:
 
     def beside(self, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
         """Linear layers of one input as one product: weight (sum of their outputs, K), and bias or None."""
-
         if len(layers) == 1:
             return layers[0].weight.detach(), self.bias(layers)
-
-        def make() -> tuple[Tensor, Tensor | None]:
-            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-            return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
-
-        return self._once(("product", *layers), make)
+        return self._once(("product", *layers), lambda: _concatenated(layers))
 
     def folded(self, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> FoldedNorm:
         """Linear layers of one input as one product, with the LayerNorm before them folded in."""
 
         def make() -> FoldedNorm:
-            weights = torch.cat([layer.weight.detach() for layer in layers])
-            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-            bias = torch.cat(biases) if biases else None
-            return fold_norm(norm.weight.detach(), norm.bias.detach(), weights, bias)
+            return fold_norm(norm.weight.detach(), norm.bias.detach(), *_concatenated(layers))
 
         return self._once(("folded", norm, *layers), make)
 
@@ -125,6 +116,12 @@ class Weights:
                 torch.cuda.current_stream().synchronize()  # another thread may read it on a stream of its own
             self._made[key] = made
         return self._made[key]  # type: ignore[return-value]
+
+
+def _concatenated(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """The weights and the biases of linear layers, one after another."""
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
