@@ -9,8 +9,9 @@ OLDEST := build/aot-3.6
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
 
+# A process a core, of one thread each. BLAS and OpenMP have more in `make test-slow`.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow

@@ -1,4 +1,7 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
+
+os.environ["COLUMNS"] = "200"  # wide enough for every table, whatever the terminal: rich reads it when it is imported
 
 import pytest
 import torch

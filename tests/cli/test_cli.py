@@ -75,7 +75,6 @@ def short_clip(tmp_path):
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(command, words, flag, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "dumb")
     result = run(*command, flag)
     assert result.exit_code == 0
@@ -256,8 +255,7 @@ def test_running_out_of_memory_names_the_size(tmp_path, monkeypatch, capsys, sma
     assert code == 1 and "try a smaller --size" in stderr and stderr.count("\n") == 1
 
 
-def test_demo(tmp_path, small_model, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_demo(tmp_path, small_model):
     folder, numbers = tmp_path / "demo", tmp_path / "demo.json"
     result = run("demo", "--clips", 3, "--eps", 8, "--steps", 1, "--out", folder, "--json", numbers)
     assert result.exit_code == 0, result.output
@@ -279,8 +277,7 @@ def test_demo(tmp_path, small_model, monkeypatch):
 EVALUATE = ("evaluate", "--clips", 3, "--batch", 2, "--steps", 1, "--eps", "4,8", "--repeats", 2)
 
 
-def test_evaluate(tmp_path, small_model, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_evaluate(tmp_path, small_model):
     names = ("none", "mean of 5 frames", "videopure, T=0")
     given = [part for name in names for part in ("--defense", name)] + ["--depth", 0]
     given += [
@@ -384,7 +381,6 @@ def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_
         "        return clips.mean((2, 3, 4))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
     source = ("--dataset", "ucf101", "--videos", videos, "--annotations", splits)
     shape = ("--frames", 4, "--stride", 2, "--resize", 32, "--crop", 24, "--no-checks", "--defense", "none")
     given = (*EVALUATE, *source, *shape, "--classifier", "my_models:Mean", "--out", tmp_path / "out")
@@ -498,7 +494,6 @@ def test_running_out_of_memory_names_the_batch(tmp_path, small_model, monkeypatc
 
 
 def test_info(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("videopure_fast.machine.installed", lambda name: None if name == "xformers" else "9.9.9")
     monkeypatch.setattr("videopure_fast.data.video.torchcodec_decoder", lambda: None)
     monkeypatch.setattr("videopure_fast.ops.backend.backends", lambda: {"cpu": "available", "cuda": "no GPU; get one"})

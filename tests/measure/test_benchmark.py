@@ -109,7 +109,7 @@ def test_no_figures_without_equality(monkeypatch, difference):
     assert "differs from the reference" in row["not_measured"] and "calls" not in row
 
 
-def test_the_difference_is_that_of_the_first_clip(monkeypatch):
+def test_the_difference_is_that_of_the_first_clip():
     purifier = build_purifier(inversion_steps=0, dtype=torch.float64)  # every backend is the reference
     video = torch.rand(2, 3, 2, 16, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_difference_is_that_of_the_first_clip(monkeypatch):
         assert benchmark._difference(purifier, video[:1], purified[:1] + 0.25, True) == pytest.approx(0.25, abs=1e-6)
 
 
-def test_a_lossy_decoders_row_has_its_error(tmp_path, monkeypatch):
+def test_a_lossy_decoders_row_has_its_error(tmp_path):
     AutoencoderTiny(**TINY_DECODER).save_pretrained(tmp_path / "decoder")
     settings = sweep(**USUAL | {"decoders": ["full", str(tmp_path / "decoder")]})
     full, lossy = run_bench(settings, limits=Limits(3, 0), stages=False, device="cpu")["rows"]
@@ -126,7 +126,6 @@ def test_a_lossy_decoders_row_has_its_error(tmp_path, monkeypatch):
     assert lossy["mean_difference_from_full_decoder"] > 0.01 > lossy["mean_difference_from_reference"]
     with pytest.raises(ValueError, match="cannot be read"):
         run_bench(sweep(**USUAL | {"decoders": ["full", str(tmp_path)]}))
-    monkeypatch.setenv("COLUMNS", "200")
     done = bench(*SMALL, "--batch", 1, "--decoder", tmp_path / "decoder", "--no-stages")
     assert done.exit_code == 0 and "decoder's error" in done.output
 
@@ -250,8 +249,7 @@ SMALL = (
 )
 
 
-def test_command(tmp_path, monkeypatch, small_model):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_command(tmp_path, small_model):
     small_model.clear()
     numbers, picture = tmp_path / "run.json", tmp_path / "run.svg"
     arguments = ("--dtype", "float32", "--steps", 0, "--flow", "none", "--json", numbers, "--plot", picture)
@@ -278,8 +276,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch, small
     assert "pip install 'videopure-fast[plot]'" in str(done.exception)
 
 
-def test_command_tells_why_nothing_was_measured(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_command_tells_why_nothing_was_measured():
     done = bench(*SMALL[:-1], "cuda", "--batch", 1)
     assert (
         done.exit_code == 1 and isinstance(done.exception, ValueError) and "nothing was measured" in str(done.exception)

@@ -7,7 +7,6 @@ import inspect
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -731,27 +730,18 @@ def test_transforms_of_functions_reach_the_ops():
 # Triton's interpreter
 
 
-def test_triton_in_the_interpreter():
-    """Runs the tests of all kernels in other processes: triton reads TRITON_INTERPRET once, when it is imported.
-
-    Two at a time: the interpreter takes one core, and half of these tests half of the time.
-    """
+@pytest.mark.parametrize("share", range(4))
+def test_triton_in_the_interpreter(share):
+    """A quarter of the kernels' tests, in another process: triton reads TRITON_INTERPRET once, when it is imported."""
     pytest.importorskip("triton")
     files = [path for path in sorted(TESTS.rglob("test_*.py")) if "from op_cases import" in path.read_text()]
-    files = [path for path in files if path.name not in ("test_ops.py", "test_native.py")]
+    files = [path for path in files if path.name not in ("test_ops.py", "test_native.py")][share::4]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "triton-interpreted"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    runs = []
-    for share in (files[::2], files[1::2]):
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "triton-interpreted"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        runs.append(subprocess.Popen([*command, *map(str, share)], env=environment, text=True, **pipes))
-    with ThreadPoolExecutor() as pool:
-        outputs = list(pool.map(lambda run: run.communicate()[0], runs))
-    passed = set()
-    for run, output in zip(runs, outputs, strict=True):
-        assert run.returncode == 0, output
-        passed |= {line.split("::")[0].split("/")[-1] for line in output.splitlines() if " PASSED" in line}
-    assert passed == {path.name for path in files}
+    done = subprocess.run([*command, *map(str, files)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert {line.split("::")[0].split("/")[-1] for line in lines if " PASSED" in line} == {path.name for path in files}
 
 
 @pytest.mark.slow
