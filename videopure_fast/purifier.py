@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,12 +26,12 @@ from .models.flow import Flow, flow_name, load_flow, no_flow
 from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
 from .models.weights import lay_out_in_place
 from .ops import backend
-from .runtime import compile_ahead
+from .runtime import compile_ahead, readback
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
 from .runtime.replay import is_observed
 from .runtime.spans import EvaluationCounter, listening, unheard
-from .sampling import Callback, Generators, vote
+from .sampling import Callback, Generators
 from .stages import PurifierStages
 from .windows import cross_fade, window_starts
 
@@ -160,16 +160,9 @@ class Purifier(PurifierStages):
         dtype, device and range. Gradients flow if grad mode is on and `video.requires_grad`; the backward pass is the
         caller's, and runs under the caller's TF32 settings.
         """
-        latent_votes = self.latent_votes(
-            video,
-            last=not return_votes,
-            generator=generator,
-            progress=progress,
-            callback=callback,
-            capture=capture,
-        )
-        votes = self.decode_votes(latent_votes)
-        return votes if return_votes else votes.select(-5, 0)
+        votes = self._votes_maker(video, not return_votes, generator, progress, callback, capture)
+        found = self._computed(lambda: self._decode_votes(votes()), video)
+        return found if return_votes else found.select(-5, 0)
 
     def latent_votes(
         self,
@@ -182,12 +175,24 @@ class Purifier(PurifierStages):
         capture: bool | None = None,
     ) -> LatentVotes:
         """The votes of a batch before they are decoded, or the last alone; keywords and gradients as in a call."""
+        return self._computed(self._votes_maker(video, last, generator, progress, callback, capture), video)
+
+    def _votes_maker(
+        self,
+        video: Tensor,
+        last: bool,
+        generator: Generators,
+        progress: bool,
+        callback: Callback | None,
+        capture: bool | None,
+    ) -> Callable[[], LatentVotes]:
+        """What makes the votes of a call whose arguments are right."""
         check_video(video)
         check_callback(callback)
         capture = self.capture if capture is None else check_flag("capture", capture)
         generators = self._generators(generator, len(video) if video.ndim == 5 else 1)
-        self._refresh()
-        with self._inference(video):
+
+        def make() -> LatentVotes:
             clips = self._preprocess(video if video.ndim == 5 else video[None])
             self._compile_ahead(clips.shape, last=last, progress=progress)
             frames = clips.shape[2]
@@ -195,7 +200,9 @@ class Purifier(PurifierStages):
             with self._progress_bar(clips, len(starts), enabled=progress):
                 windows = (clips[:, :, start : start + self.max_frames] for start in starts)
                 votes = [self._window_votes(window, last, generators, callback, capture) for window in windows]
-        return LatentVotes(video, tuple(zip(starts, votes, strict=True)))
+            return LatentVotes(video, tuple(zip(starts, votes, strict=True)))
+
+        return make
 
     def decode_votes(self, latent_votes: LatentVotes, votes: slice = slice(None)) -> Tensor:
         """Clips of some of the votes, (B, votes, 3, F, H, W), or without B for an unbatched clip, like the video.
@@ -204,20 +211,25 @@ class Purifier(PurifierStages):
         """
         if not isinstance(votes, slice) or not range(latent_votes.num_votes)[votes]:
             raise ValueError(f"votes must be a slice of one or more of {latent_votes.num_votes} votes, got {votes!r}")
+        with readback.reading() as left, self._inference(latent_votes.video):
+            clips = self._decode_votes(latent_votes, votes)
+        left.unchanged()
+        return clips
+
+    def _decode_votes(self, latent_votes: LatentVotes, votes: slice = slice(None)) -> Tensor:
         video, starts = latent_votes.video, [start for start, _ in latent_votes.windows]
-        with self._inference(video):
-            windows = (self._decode(latents[votes]) for _, latents in latent_votes.windows)
-            if len(starts) == 1:
-                clips = next(windows)
-            else:
-                clips = torch.cat(list(cross_fade(windows, starts, self.config.window_overlap)), -3).clamp(0, 1)
-            clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]]
-            if video.dtype == torch.uint8:
-                clips = (clips * 255).round().to(torch.uint8)
-            elif video.itemsize < clips.itemsize:  # narrowed before it is copied to another device
-                clips = clips.to(video.dtype)
-            clips = clips.to(video.device, video.dtype)
-            return (clips if video.ndim == 5 else clips[0]).contiguous()
+        windows = (self._decode(latents[votes]) for _, latents in latent_votes.windows)
+        if len(starts) == 1:
+            clips = next(windows)
+        else:
+            clips = torch.cat(list(cross_fade(windows, starts, self.config.window_overlap)), -3).clamp(0, 1)
+        clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]]
+        if video.dtype == torch.uint8:
+            clips = (clips * 255).round().to(torch.uint8)
+        elif video.itemsize < clips.itemsize:  # narrowed before it is copied to another device
+            clips = clips.to(video.dtype)
+        clips = clips.to(video.device, video.dtype)
+        return (clips if video.ndim == 5 else clips[0]).contiguous()
 
     def warmup(
         self, shape: Sequence[int], *, return_votes: bool = True, progress: bool = False, capture: bool | None = None
@@ -324,6 +336,8 @@ class Purifier(PurifierStages):
         memo: dict[int, Any] = {id(self.flow): no_flow}
         memo |= {id(tensor): tensor.detach().to("meta") for tensor in (*self.parameters(), *self.buffers())}
         twin = copy.deepcopy(self, memo)
+        if len(self._prompts) == 1:
+            twin.negative_prompt_embeds = None
         chunk = self._frames_at_once(*shape[-2:])
         twin.config = replace(self.config, inversion_steps=0, decode_chunk=chunk)
         generators = [torch.Generator()] * shape[0] if self.properties["randomized"] else []
@@ -351,8 +365,8 @@ class Purifier(PurifierStages):
         with beside:
             flow = self._latent_flow(clips)
         flow = beside.hand_over(flow)
-        coefficients, num_votes = self._schedule.vote_coefficients(), 1 if last else None
-        return vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
+        coefficients = self._schedule.vote_coefficients()
+        return self._vote(states, noise_preds, target, flow, coefficients, 1 if last else None)
 
 
 def _gray_video(shape: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,18 @@ from .models.flow import Flow, load_flow, no_flow, resize_flow
 from .models.transformers import attention_function
 from .models.vae import frames_at_once
 from .ops.backend import full_float32
+from .runtime import readback
 from .runtime.captures import Captures, Recent
 from .runtime.checkpointing import checkpointed
 from .runtime.spans import span
 from .sampling import Callback, Chain, Generators, guide, per_clip_generators, prepare, standard_normal, vote
-from .schedule import Schedule, read_scheduler
+from .schedule import Schedule, VoteCoefficients, read_scheduler
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _MOST_CHAINS = 16
+Result = TypeVar("Result")
 
 
 class PurifierStages(nn.Module):
@@ -195,16 +197,30 @@ class PurifierStages(nn.Module):
             "graphs of one GPU; make one Purifier for each GPU, in a process (torchrun) or thread of its own"
         )
 
-    def _refresh(self) -> None:
-        """Drop what was made of weights or prompts that have changed since."""
-        prompt, negative = self.prompt_embeds, self.negative_prompt_embeds
+    def refresh(self) -> None:
+        """Make whatever was made of the models anew at the next call, as after a change that no call can see."""
+        self._refresh(anew=True)
+
+    def _refresh(self, *, anew: bool = False) -> None:
+        """Drop what was made of models or prompts that have changed since. anew: as if they had."""
+        prompts = (self.prompt_embeds, self.negative_prompt_embeds)
         with self._executor.lock:
-            if self._executor.refresh((prompt,) if negative is None else (prompt, negative)):
-                # The two halves of classifier-free guidance are equal for equal embeddings: it is then the identity.
-                guided = negative is not None and not torch.equal(negative.to(prompt), prompt)
-                self._prompts: tuple[Tensor, ...] = (prompt, negative) if guided else (prompt,)
+            look = self._executor.refresh([prompt for prompt in prompts if prompt is not None], anew=anew)
+            if look.changed:
                 self._chains.clear()
                 self._captures.clear()
+        readback.doubt(*look.doubts)
+
+    def _computed(self, compute: Callable[[], Result], *tensors: Tensor, anew: bool = False) -> Result:
+        """compute(), of the models as they are; again, if they are found to have changed when its results are there.
+
+        FloatingPointError if what left a stage is not finite. tensors: as for `_inference`.
+        """
+        with readback.reading() as left:
+            self._refresh(anew=anew)
+            with self._inference(*tensors):
+                result = compute()
+        return result if left.unchanged() else self._computed(compute, *tensors, anew=True)
 
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w).
@@ -216,17 +232,17 @@ class PurifierStages(nn.Module):
             raise ValueError(
                 f"clips have shape {tuple(clips.shape)}; accepted: sides of multiples of {self.vae_factor}"
             )
-        self._refresh()
-        return self._encode(clips.to(self._executor.device))
+        return self._computed(lambda: self._encode(clips.to(self._executor.device)), clips)
 
     def _encode(self, clips: Tensor) -> Tensor:
-        with self._inference(clips), span("encode", clips) as work:
+        with span("encode", clips) as work:
             frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self._executor.vae_dtype)
             chunks = frames.split(self._frames_at_once(*clips.shape[-2:]))
             means = [checkpointed(self._executor.vae.encode, chunk) for chunk in chunks]
             latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
             latents = latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
             work.leave(latents)
+        readback.left("encode", latents, dtype=self._executor.vae_dtype)
         return latents
 
     def denoise(
@@ -247,10 +263,12 @@ class PurifierStages(nn.Module):
         check_callback(callback)
         capture = self.capture if capture is None else check_flag("capture", capture)
         generators = self._generators(generator, len(latents))
-        self._refresh()
-        latents = latents.to(self._executor.device, self._state_dtype)
-        with self._inference(latents):
-            return self._run_chain(latents, generators, callback, capture)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            moved = latents.to(self._executor.device, self._state_dtype)
+            return self._run_chain(moved, generators, callback, capture)
+
+        return self._computed(compute, latents)
 
     def vote(
         self, states: Tensor, noise_preds: Tensor, target: Tensor, flow: Tensor, *, num_votes: int | None = None
@@ -267,26 +285,40 @@ class PurifierStages(nn.Module):
                 raise ValueError(f"{name} has {len(tensor)} of {len(coefficients)} states; accepted: as of `denoise`")
         self._check_latents("target", target)
         check_count("num_votes", len(states) if num_votes is None else num_votes, most=len(states))
-        with self._inference(states, noise_preds, target):
-            return vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
+        return self._computed(
+            lambda: self._vote(states, noise_preds, target, flow, coefficients, num_votes), states, noise_preds, target
+        )
+
+    def _vote(
+        self,
+        states: Tensor,
+        noise_preds: Tensor,
+        target: Tensor,
+        flow: Tensor,
+        coefficients: Sequence[VoteCoefficients],
+        num_votes: int | None = None,
+    ) -> Tensor:
+        votes = vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
+        readback.left("vote", votes, dtype=votes.dtype)
+        return votes
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, F, h, w), or votes (V, B, 4, F, h, w) -> clips (..., 3, F, H, W) in [0, 1]."""
         check_latents("latents", latents, self.vae.config.latent_channels, most_dims=6)
-        self._refresh()
-        return self._decode(latents.to(self._executor.device))
+        return self._computed(lambda: self._decode(latents.to(self._executor.device)), latents)
 
     def _decode(self, latents: Tensor) -> Tensor:
         decode: Callable[[Tensor], Tensor] = self._executor.vae.decode
         scale = self.vae.config.scaling_factor
         if self.decoder is not None:
             decode, scale = functools.partial(_decode_lossily, self.decoder), self.decoder.config.scaling_factor
-        with self._inference(latents), span("decode", latents) as work:
+        with span("decode", latents) as work:
             frames = (latents / scale).transpose(-4, -3)
             flat = frames.flatten(0, -4).to(self._executor.vae_dtype)
             sides = (side * self.vae_factor for side in latents.shape[-2:])
             chunks = flat.split(self._frames_at_once(*sides))
             decoded = torch.cat([checkpointed(decode, chunk) for chunk in chunks])
+            readback.left("decode", decoded, dtype=self._executor.vae_dtype)  # before infinite values become 0 and 1
             clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
             clips = clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
             work.leave(clips)
@@ -295,18 +327,19 @@ class PurifierStages(nn.Module):
     def latent_flow(self, clips: Tensor) -> Tensor:
         """Flow of clips (B, 3, F, H, W) in [0, 1] at latent resolution: (B, F-1, 2, h, w) in latent pixels."""
         check_clips(clips)
-        return self._latent_flow(clips)
+        return self._computed(lambda: self._latent_flow(clips))
 
     def _latent_flow(self, clips: Tensor) -> Tensor:
         height, width = (side // self.vae_factor for side in clips.shape[-2:])
         clips = clips.detach()
-        with self._inference(clips), span("flow", clips) as work:
+        with span("flow", clips) as work:
             flows = []
             for clip in clips.float().transpose(1, 2):
                 flow = self.flow(clip[:-1], clip[1:])
                 if not isinstance(flow, Tensor) or flow.shape != (len(clip) - 1, 2, *clip.shape[-2:]):
                     seen = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
                     raise ValueError(f"flow must return {(len(clip) - 1, 2, *clip.shape[-2:])}, got {seen}")
+                readback.left("flow", flow, dtype=flow.dtype)
                 flows.append(resize_flow(flow.to(clip), height, width))
             found = torch.stack(flows).to(self._state_dtype)
             work.leave(found)
@@ -326,15 +359,19 @@ class PurifierStages(nn.Module):
         """Inversion and denoising; captured where that was asked for and nobody draws, watches or differentiates."""
         chain = self._chain(target)
         with span("chain", target, evaluations=self.evaluations) as work:
-            if capture and not generators and callback is None and not target.requires_grad:
+            eager = generators or callback is not None or target.requires_grad or not self._executor.capturable
+            if capture and not eager:
                 results = self._captures(chain, target, first_activation=chain.first_activation(target))
             else:
-                latents, noise_sampler = target, functools.partial(standard_normal, target, generators)
+                # Copies: the call may be computed again.
+                noise_sampler = functools.partial(standard_normal, target, [one.clone_state() for one in generators])
+                latents = target
                 if chain.inversion is None:
                     signal, deviation = self._schedule.diffusion()
                     latents = signal * target + deviation * noise_sampler()
                 results = chain(latents, noise_sampler=noise_sampler, callback=callback)
             work.leave(*results)
+        readback.left("denoise", *results, dtype=self._executor.dtype)
         return results
 
     def _feedback_votes(self, target: Tensor, flow: Tensor, callback: Callback | None) -> Tensor:
@@ -351,10 +388,11 @@ class PurifierStages(nn.Module):
         chain = self._chain(target)
         with span("chain", target, evaluations=self.evaluations):
             states, noise_preds = chain(target, guidance_fn=guidance_fn, callback=callback)
+        readback.left("denoise", states, noise_preds, dtype=self._executor.dtype)
         # What was optimized already is only taken to its clean prediction; the final state has its turn now.
         coefficients = [*(step._replace(update=0.0) for step in steps), final]
         states = torch.stack([*optimized, states[-1]])
-        return vote(states, noise_preds, target, flow, coefficients, self.config)
+        return self._vote(states, noise_preds, target, flow, coefficients)
 
     def _chain(self, like: Tensor) -> Chain:
         """The prepared chain of these settings, for latents of like's dtype and device; made once."""
@@ -364,12 +402,20 @@ class PurifierStages(nn.Module):
     def _prepare(self, like: Tensor) -> Chain:
         inversion, denoising = self._schedule.steps
         unet, config = self._executor.unet, self.config
+        prompts = self._prompts
         return Chain(
             unet,
-            prepare(unet, inversion, self._prompts, config.cfg_inversion, like) if inversion else None,
-            prepare(unet, denoising, self._prompts, config.cfg_denoise, like),
+            prepare(unet, inversion, prompts, config.cfg_inversion, like) if inversion else None,
+            prepare(unet, denoising, prompts, config.cfg_denoise, like),
             voting=config.method == "videopure",
         )
+
+    @property
+    def _prompts(self) -> tuple[Tensor, ...]:
+        """The prompt, and the negative one if they differ: for equal ones classifier-free guidance is the identity."""
+        prompt, negative = self.prompt_embeds, self.negative_prompt_embeds
+        guided = negative is not None and (negative.is_meta or not torch.equal(negative.to(prompt), prompt))
+        return (prompt, negative) if guided else (prompt,)
 
     def _generators(self, generator: Generators, clips: int) -> list[torch.Generator]:
         """The random methods' generators; none of a deterministic one, whose caller's stay where they are."""

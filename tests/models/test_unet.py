@@ -207,12 +207,15 @@ def test_gradients_equal_diffusers(for_gpu):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda unet: unet.enable_freeu(1, 1, 1.2, 1.4), "FreeU"),
-        (lambda unet: unet.enable_forward_chunking(1, 1), "unusual settings"),
+        (lambda unet: unet.enable_freeu(1, 1, 1.2, 1.4), "b1 set to 1.2"),
+        (lambda unet: unet.enable_forward_chunking(1, 1), "_chunk_size"),
         (lambda unet: unet.conv_in.register_forward_hook(lambda *_: None), "hooks"),
-        (lambda unet: setattr(unet, "conv_in", torch.nn.utils.parametrizations.weight_norm(unet.conv_in)), "Param"),
-        (lambda unet: setattr(unet.mid_block.resnets[0], "nonlinearity", torch.nn.GELU()), "ResnetBlock2D"),
-        (lambda unet: unet.fuse_qkv_projections(), "Attention"),
+        (
+            lambda unet: setattr(unet, "conv_in", torch.nn.utils.parametrizations.weight_norm(unet.conv_in)),
+            "parametrizations",
+        ),
+        (lambda unet: setattr(unet.mid_block.resnets[0], "nonlinearity", torch.nn.GELU()), "nonlinearity is a"),
+        (lambda unet: unet.fuse_qkv_projections(), "to_qkv is more"),
     ],
 )
 def test_what_it_does_not_know_it_refuses(change, reason):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import timeit
 
 import pytest
 import torch
 from conftest import TINY_DECODER, build_purifier, clips
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet3DConditionModel
+from diffusers import AutoencoderTiny
 
 from videopure_fast import Purifier
 from videopure_fast.models.executor import ModelExecutor
@@ -35,7 +34,7 @@ def test_an_unknown_model_runs_in_diffusers_own_forward_with_one_warning(purifie
     purifier.unet.enable_forward_chunking(1, 1)
     odd = rebuilt(purifier)
     with pytest.warns(
-        UserWarning, match="UNet3DConditionModel: .*unusual settings; diffusers' own forward runs"
+        UserWarning, match="UNet3DConditionModel: .*_chunk_size set to 1; diffusers' own forward runs"
     ) as seen:
         torch.testing.assert_close(odd(clips(3, 4, 16, 16)), expected, rtol=0, atol=1e-2)
         odd(clips(3, 4, 16, 16))
@@ -119,7 +118,7 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_every_change_is_seen_once(purifier, change):
     executor = ModelExecutor(purifier.unet, purifier.vae)
-    look = lambda: executor.refresh((purifier.prompt_embeds,))  # noqa: E731
+    look = lambda: executor.refresh((purifier.prompt_embeds,)).changed  # noqa: E731
     assert [look(), look()] == [True, False]
     before = executor.unet
     assert executor.unet is before
@@ -151,22 +150,6 @@ def test_the_forms_follow_a_cast(purifier):
     assert purifier._executor.dtype == purifier._executor.vae_dtype == torch.float64
     assert purifier.half().encode(clips(1, 3, 4, 16, 16)).dtype == torch.float32
     assert purifier._executor.unet.dtype == torch.float16 and purifier._executor.device == torch.device("cpu")
-
-
-def test_a_look_at_a_full_size_model_is_quicker_than_one_walk_over_its_weights():
-    with torch.device("meta"):
-        unet = UNet3DConditionModel()
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[128, 256, 512, 512],
-            layers_per_block=2,
-        )
-    executor = ModelExecutor(unet, vae)
-    assert executor.refresh()
-    walk = min(timeit.repeat(lambda: [*unet.parameters(), *vae.parameters()], number=1, repeat=20))
-    look = min(timeit.repeat(executor.refresh, number=1, repeat=20))
-    assert look < 0.6 * walk  # 0.6 and 2.1 ms on one core of a server
 
 
 def test_nothing_made_in_inference_mode_shuts_gradients_out(purifier):

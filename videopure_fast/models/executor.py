@@ -1,12 +1,10 @@
-"""A purifier's UNet and VAE in the forms that evaluate them, made anew when their weights have changed."""
+"""A purifier's UNet and VAE in the forms that evaluate them, made anew when the models have changed."""
 
 from __future__ import annotations
 
 import threading
 import warnings
 from collections.abc import Iterable
-from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import Unsupported
+from .state import Look, StateWatch, departure
 from .transformers import AttentionFn
 from .unet import FastMotionUNet, FastUNet, PlainUNet
 from .vae import FastVAE, PlainVAE
-
-_VERSION, _DTYPE = attrgetter("_version"), attrgetter("dtype")
 
 
 class ModelExecutor:
@@ -39,42 +36,42 @@ class ModelExecutor:
         self._modules = unet, vae
         self._fast = fast
         self._attention_fn = attention_fn
-        # By name, the children and the weights of each module in both trees; and all children one after another.
-        self._children_of: list[dict[str, nn.Module | None]] = []
-        self._weights_of: list[dict[str, nn.Parameter | None]] = []
-        self._children: list[nn.Module | None] = []
-        self._seen: list[list[Any]] = []
+        self._watch = StateWatch(self._modules)
         self._forms: tuple[Any, Any] | None = None
         self._place: tuple[torch.device, torch.dtype, torch.dtype] | None = None
+        self._capturable: bool | None = None
         self.lock = threading.RLock()  # held while forms, or what was made of them, are dropped or made
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own modules, and makes its own forms, when it needs them."""
-        lists: dict[str, Any] = {"_children_of": [], "_weights_of": [], "_children": [], "_seen": []}
-        return {**self.__dict__, **lists, "_forms": None, "_place": None, "lock": None}
+        made: dict[str, Any] = {"_watch": None, "_forms": None, "_place": None, "_capturable": None, "lock": None}
+        return {**self.__dict__, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.__dict__.update(state, _watch=StateWatch(state["_modules"]), lock=threading.RLock())
 
-    def refresh(self, constants: Iterable[Tensor] = ()) -> bool:
-        """Whether modules, weights, or `constants` beside them, have changed since the last call.
+    def refresh(self, constants: Iterable[Tensor] = (), *, anew: bool = False) -> Look:
+        """Whether the models, or `constants` beside them, have changed since the last call; if so, forms are made anew.
 
-        If so, the forms are made anew. Every call asks, so thousands of modules and weights are read by iterators in C.
+        anew: take everything as changed.
         """
         with self.lock:
-            same = list(chain.from_iterable(map(dict.values, self._children_of))) == self._children
-            if not same or not self._children:
-                tree = [child for module in self._modules for child in module.modules()]
-                self._children_of, self._weights_of = [m._modules for m in tree], [m._parameters for m in tree]
-                self._children = list(chain.from_iterable(map(dict.values, self._children_of)))
-            weights = chain.from_iterable(map(dict.values, self._weights_of))
-            tensors = [*constants, *(weight for weight in weights if weight is not None)]
-            # Moving to another device changes an address.
-            seen = [list(map(look, tensors)) for look in (id, Tensor.data_ptr, _VERSION, _DTYPE)]
-            if same and seen == self._seen:
-                return False
-            self._seen, self._forms, self._place = seen, None, None
-            return True
+            if anew:
+                self._watch.forget()
+            look = self._watch.look(constants)
+            if look.changed:
+                self._forms = self._place = self._capturable = None
+            return look
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the UNet's evaluation runs known code alone, that does the same each time.
+
+        What hooks, processors of one's own and replaced forwards do, a captured graph would do once.
+        """
+        if self._capturable is None:
+            self._capturable = isinstance(self.unet, FastUNet) or departure(self._modules[0]) is None
+        return self._capturable
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .state import departure
 from .weights import Owed, Weights
 
 
@@ -144,15 +145,13 @@ def resnet(
 
 
 def check_known(model: nn.Module, kinds: Collection[str]) -> None:
-    """Unsupported unless every module of the model is of one of `kinds`, has no hooks, and no unusual setting."""
+    """Unsupported unless a model is as its configuration makes it, of modules of `kinds`, with no unusual setting."""
+    if reason := departure(model):
+        raise Unsupported(reason)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind not in kinds and kind not in _COMMON_KINDS:
             raise Unsupported(f"{name or 'the model'} is a {kind}")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise Unsupported(f"{name or 'the model'} has forward hooks")
-        if hasattr(module, "parametrizations"):
-            raise Unsupported(f"{name} is parametrized")
         if not _plain(kind, module):
             raise Unsupported(f"{name} is a {kind} with unusual settings")
 

@@ -22,6 +22,7 @@ from .layers import (
     settle,
     upsample,
 )
+from .state import departure
 from .transformers import AttentionFn, check_transformer_block, spatial_transformer, temporal_transformer
 from .weights import Weights
 
@@ -64,6 +65,8 @@ class FastMotionUNet(PlainUNet):
     """diffusers' own forward of a UNetMotionModel (AnimateDiff), with its motion modules evaluated channels last."""
 
     def __init__(self, unet: nn.Module, attention_fn: AttentionFn | None = None) -> None:
+        if reason := departure(unet):
+            raise Unsupported(reason)
         # A second tree of modules over the same weights: the caller's stays as it is.
         tensors = [*unet.parameters(), *unet.buffers()]
         super().__init__(copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors}))
@@ -215,8 +218,6 @@ def _check(unet: nn.Module) -> None:
             check_transformer_block(name, module)
             if module.pos_embed is not None:
                 raise Unsupported(f"{name} embeds positions")
-        if getattr(module, "b1", None):
-            raise Unsupported(f"{name} has FreeU switched on")
 
 
 _KINDS = frozenset(

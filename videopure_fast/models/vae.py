@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .layers import (
     Pending,
-    Unsupported,
     check_known,
     conv,
     downsample,
@@ -46,8 +45,6 @@ class FastVAE:
     ) -> None:
         """attention_fn: for the attention in the middle. for_gpu: as for `Weights`."""
         check_known(vae, _KINDS)
-        if vae.use_slicing or vae.use_tiling:
-            raise Unsupported("it has slicing or tiling switched on")
         self._weights = Weights(vae, for_gpu=for_gpu)
         self._vae = vae
         self._attention_fn = attention_fn
