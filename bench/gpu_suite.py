@@ -66,11 +66,22 @@ class FailureWriter:
         if report.when == "call" or report.outcome != "passed":
             self._counts[report.outcome] += 1
         if report.failed:
-            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
-            message = "\n".join(lines[:MOST_LINES])
-            self._failures.append({"test": report.nodeid, "seconds": round(report.duration, 2), "error": message})
+            self._add_failure(report)
         if report.failed or time.monotonic() - self._written > WRITTEN_EVERY:
             self._write()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported is one failure; pytest-xdist goes on without it."""
+        if report.failed:
+            self._counts["failed"] += 1
+            self._add_failure(report)
+            self._write()
+
+    def _add_failure(self, report: Any) -> None:
+        lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+        seconds = round(getattr(report, "duration", 0.0), 2)
+        error = "\n".join(lines[:MOST_LINES])
+        self._failures.append({"test": report.nodeid, "seconds": seconds, "error": error})
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         self._write(ended=exitstatus in RAN_THROUGH)

@@ -266,7 +266,9 @@ def test_failures_of_the_suite_are_rows(tmp_path):
     suite.write_text("def test_right(): pass\n")
     assert "error" not in run_suite(tmp_path / "others.json", ("-p", "no:cacheprovider", str(suite)))
     suite.write_text("import nothing_at_all\n")
-    assert "pytest ended early" in run_suite(tmp_path / "none.json", ("-p", "no:cacheprovider", str(suite)))["error"]
+    row = run_suite(tmp_path / "none.json", ("-p", "no:cacheprovider", str(suite)))
+    assert row["gate_failed"] and "No module named 'nothing_at_all'" in row["failures"][0]["error"]
+    assert "pytest ended early" in run_suite(tmp_path / "early.json", ("--no-such-option",))["error"]
 
 
 def test_every_stage_has_its_rows():
