@@ -29,6 +29,7 @@ ROOMS = (
         "models",
         "runtime",
         "sampling",
+        "frozen",
         "stages",
         "purifier",
         "attacks",

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .config import PurifyConfig
+from .frozen import FrozenModels
 from .inputs import (
     MOST_FRAMES,
     check_callback,
     check_clips,
     check_count,
-    check_decoder,
-    check_embeddings,
     check_flag,
     check_generators,
     check_latents,
-    check_models,
     replace_config,
 )
-from .models.executor import ModelExecutor
 from .models.flow import Flow, load_flow, no_flow, resize_flow
-from .models.transformers import attention_function
 from .models.vae import frames_at_once
-from .ops.backend import full_float32
 from .runtime import readback
-from .runtime.captures import Captures, Recent
 from .runtime.checkpointing import checkpointed
 from .runtime.spans import span
 from .sampling import Callback, Chain, Generators, guide, per_clip_generators, prepare, standard_normal, vote
@@ -44,7 +37,7 @@ _MOST_CHAINS = 16
 Result = TypeVar("Result")
 
 
-class PurifierStages(nn.Module):
+class PurifierStages(FrozenModels):
     """Encode, denoise, vote and decode, with a text-to-video diffusion model that is frozen and stays in eval mode.
 
     Args:
@@ -70,12 +63,12 @@ class PurifierStages(nn.Module):
 
     The modules stay on their device and in their dtype until `.to()`, which moves the caller's modules too; float16,
     bfloat16, float32 and float64 work.
-    They may be changed at any time. Every call sees new weights, a load, a cast, a fused LoRA, an average copied through
-    `.data`, hooks, processors, replaced forwards, FreeU, slicing and tiling, on any inner module. What its fast forms
-    do not know runs in diffusers' own forward, with one warning, and uncaptured where it is the caller's code. Three
-    changes are not seen: a write through `.data` that leaves the first 16 values of every weight as they were, a change
-    within an object that a module refers to, such as a processor's own state, and one while a call runs. Call
-    `refresh()` after the first two.
+    They may be changed at any time. Every call sees new weights, a load, a cast, a fused LoRA, an average that is
+    copied through `.data`, hooks, processors, replaced forwards, FreeU, slicing and tiling, on any inner module. What
+    its fast forms do not know runs in diffusers' own forward, with one warning, and uncaptured where it is the caller's
+    code. Three changes are not seen: a write through `.data` that leaves the first 16 values of every weight as they
+    were, a change within an object that a module refers to, such as a processor's own state, and one while a call runs.
+    Call `refresh()` after the first two.
     A result that is not finite is never returned: FloatingPointError names the stage and the dtype.
     The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 and
     autocast are off while the purifier runs.
@@ -97,28 +90,14 @@ class PurifierStages(nn.Module):
         attention: str = "sdpa",
         capture: bool = True,
     ) -> None:
-        super().__init__()
-        check_models(unet, vae)
-        check_decoder(vae, decoder)
-        check_embeddings(unet, prompt_embeds, negative_prompt_embeds)
-        self.unet, self.vae, self.decoder = unet, vae, decoder
-        if negative_prompt_embeds is not None:
-            negative_prompt_embeds = negative_prompt_embeds.detach().clone().to(unet.device)
-        self.register_buffer("prompt_embeds", prompt_embeds.detach().clone().to(unet.device))
-        self.register_buffer("negative_prompt_embeds", negative_prompt_embeds)
+        super().__init__(unet, vae, prompt_embeds, negative_prompt_embeds, decoder, fast=fast, attention=attention)
         # In a tuple, a flow network is no submodule: casting the purifier to half must not cast the flow.
         self._flow = (no_flow if flow is None else load_flow(flow),)
-        self._executor = ModelExecutor(unet, vae, fast=fast, attention_fn=attention_function(attention))
-        self._chains: Recent[Chain] = Recent(_MOST_CHAINS)
-        self._captures = Captures()
         self.capture = capture
         self._config = config  # for the check of max_frames
         self.max_frames = max_frames
         self.config = config  # checked before the scheduler's configuration is read into it
         self.config = read_scheduler(config, scheduler_config)
-        self.requires_grad_(False)
-        self.eval()
-        self._refresh()
 
     @property
     def flow(self) -> Flow:
@@ -179,55 +158,9 @@ class PurifierStages(nn.Module):
         return {"randomized": self.config.method in ("ddim", "ddpm"), "dynamic": self.config.method == "videopure"}
 
     @property
-    def vae_factor(self) -> int:
-        """Pixels per latent along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def evaluations(self) -> int:
         """UNet evaluations that one window takes; clips of a batch share them."""
         return sum(map(len, self._schedule.steps))
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode whatever `mode`: dropout in the UNet would change the method."""
-        return super().train(False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts reach the models here: what was made of their weights is made anew."""
-        super()._apply(fn, recurse)
-        self._refresh()
-        return self
-
-    def _replicate_for_data_parallel(self) -> Self:
-        raise RuntimeError(
-            "a Purifier cannot be replicated by nn.DataParallel: its replicas would go on with the tables and captured "
-            "graphs of one GPU; make one Purifier for each GPU, in a process (torchrun) or thread of its own"
-        )
-
-    def refresh(self) -> None:
-        """Make whatever was made of the models anew at the next call, as after a change that no call can see."""
-        self._refresh(anew=True)
-
-    def _refresh(self, *, anew: bool = False) -> None:
-        """Drop what was made of models or prompts that have changed since. anew: as if they had."""
-        prompts = (self.prompt_embeds, self.negative_prompt_embeds)
-        with self._executor.lock:
-            look = self._executor.refresh([prompt for prompt in prompts if prompt is not None], anew=anew)
-            if look.changed:
-                self._chains.clear()
-                self._captures.clear()
-        readback.doubt(*look.doubts)
-
-    def _computed(self, compute: Callable[[], Result], *tensors: Tensor, anew: bool = False) -> Result:
-        """compute(), of the models as they are; again, if they are found to have changed when its results are there.
-
-        FloatingPointError if what left a stage is not finite. tensors: as for `_inference`.
-        """
-        with readback.reading() as left:
-            self._refresh(anew=anew)
-            with self._inference(*tensors):
-                result = compute()
-        return result if left.unchanged() else self._computed(compute, *tensors, anew=True)
 
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w).
@@ -352,14 +285,6 @@ class PurifierStages(nn.Module):
             work.leave(found)
         return found
 
-    @contextmanager
-    def _inference(self, *tensors: Tensor) -> Iterator[None]:
-        """A graph only if grad mode is on and one of the tensors needs it; float32 is float32."""
-        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        # Leaving inference mode makes the results ordinary tensors, fit for a later backward.
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiable), full_float32(self._executor.device):
-            yield
-
     def _run_chain(
         self, target: Tensor, generators: Sequence[torch.Generator], callback: Callback | None, capture: bool
     ) -> tuple[Tensor, Tensor]:
@@ -417,13 +342,6 @@ class PurifierStages(nn.Module):
             voting=config.method == "videopure",
         )
 
-    @property
-    def _prompts(self) -> tuple[Tensor, ...]:
-        """The prompt, and the negative one if they differ: for equal ones classifier-free guidance is the identity."""
-        prompt, negative = self.prompt_embeds, self.negative_prompt_embeds
-        guided = negative is not None and (negative.is_meta or not torch.equal(negative.to(prompt), prompt))
-        return (prompt, negative) if guided else (prompt,)
-
     def _generators(self, generator: Generators, clips: int) -> list[torch.Generator]:
         """The random methods' generators; none of a deterministic one, whose caller's stay where they are."""
         check_generators(generator, clips)
@@ -435,10 +353,6 @@ class PurifierStages(nn.Module):
 
     def _check_latents(self, name: str, latents: Tensor, *, dims: int = 5) -> None:
         check_latents(name, latents, self.vae.config.latent_channels, least_dims=dims, most_dims=dims)
-
-    @property
-    def _state_dtype(self) -> torch.dtype:
-        return torch.promote_types(self._executor.dtype, torch.float32)
 
 
 def _check_overlap(config: PurifyConfig, max_frames: int) -> None:

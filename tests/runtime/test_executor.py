@@ -34,7 +34,7 @@ def test_an_unknown_model_runs_in_diffusers_own_forward_with_one_warning(purifie
     purifier.unet.enable_forward_chunking(1, 1)
     odd = rebuilt(purifier)
     with pytest.warns(
-        UserWarning, match="UNet3DConditionModel: .*_chunk_size set to 1; diffusers' own forward runs"
+        UserWarning, match="UNet3DConditionModel: .*_chunk_dim set to 1; diffusers' own forward runs"
     ) as seen:
         torch.testing.assert_close(odd(clips(3, 4, 16, 16)), expected, rtol=0, atol=1e-2)
         odd(clips(3, 4, 16, 16))
