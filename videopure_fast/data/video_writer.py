@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import atomic_write, check_writable
 from .video import VideoInfo, audio_stream, open_video
 
 if TYPE_CHECKING:
@@ -39,17 +39,11 @@ _FORMATS = {
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """The path, if a video can be written there; ValueError for an unknown extension or a folder that is missing or
-    read-only."""
+    """The path, if a video can be written there; ValueError for an unknown extension, or as `check_writable` says."""
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"cannot write {path}: accepted extensions are {', '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: the folder {path.parent} is read-only")
+    check_writable(path)
     return path
 
 
@@ -88,16 +82,15 @@ class VideoWriter:
         self._rate = Fraction(rate).limit_denominator(1001)
         self._source = source
         self._written = 0
-        # Not a file of tempfile: only its owner may read it, and the renamed file would keep those permissions.
-        self._partial = self.path.with_name(f".{self.path.stem}-{secrets.token_hex(4)}.partial")
 
     def __enter__(self) -> VideoWriter:
-        self._resources = contextlib.ExitStack()
+        self._file, self._resources = contextlib.ExitStack(), contextlib.ExitStack()
+        self._partial = self._file.enter_context(atomic_write(self.path))
         try:
             with self._failures():
                 self._start()
-        except BaseException:
-            self._discard()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
@@ -116,12 +109,14 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
+        with self._file:  # whose end replaces the path, or deletes the partial file where this raises
+            try:
+                if error is not None:
+                    raise error
                 with self._failures():
                     self._finish()
-        finally:
-            self._discard()
+            finally:
+                self._discard()
 
     def _start(self) -> None:
         import av
@@ -177,13 +172,11 @@ class VideoWriter:
         self._copy_audio(until=float("inf"))
         self._output.close()
         self._resources.close()  # an open source could not be replaced on Windows
-        os.replace(self._partial, self.path)
 
     def _discard(self) -> None:
         # Closing a container may fail again after a failed write; the caller should see the first error.
         with contextlib.suppress(Exception):
             self._resources.close()
-        self._partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
