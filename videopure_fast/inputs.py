@@ -213,11 +213,14 @@ def replace_config(config: PurifyConfig, overrides: Mapping[str, Any]) -> Purify
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device with its index; None is the accelerator if there is one, else the CPU. ValueError if torch cannot use
-    it."""
+    """The device with its index; None is the accelerator if there is one, else the CPU. ValueError if torch cannot run
+    a convolution there: "meta" has no values, and other names stand for devices that are not here."""
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # the exception differs by backend
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        image = torch.ones(1, 1, 2, 2, device=device)
+        torch.nn.functional.conv2d(image, image).item()
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:  # it differs by backend
+        seen = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {seen}") from error
+    return image.device
