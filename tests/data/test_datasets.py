@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from videopure_fast.data import annotations
+from videopure_fast.data import annotations, datasets
 from videopure_fast.data.datasets import Batch, ClipSampling, VideoDataset, draws, load
 from videopure_fast.data.video_writer import VideoWriter
 
@@ -208,6 +208,25 @@ def test_unreadable_files_are_skipped_and_told(damaged, workers):
     assert sum(len(batch.clips) for batch in batches) + len(damaged.skipped) == len(damaged)
     messages = [str(warning.message) for warning in told if "skipped" in str(warning.message)]
     assert len(messages) == 2 and str(broken) in messages[0] and str(missing) in messages[1]
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_decoder_of_torchcodecs_that_fails_midway_skips_its_file(tmp_path, monkeypatch, at):
+    """Its errors are RuntimeErrors of several lines."""
+    paths = [write(tmp_path / name, frames=30) for name in ("a.mp4", "b.mp4", "c.mp4")]
+    dataset = VideoDataset([(path, 0) for path in paths], ["a"], sampling=SMALL)
+    decoded = datasets.read_frames
+
+    def read_frames(video, size):
+        for i, frame in enumerate(decoded(video, size)):
+            if video.path == paths[1] and i == at:
+                raise RuntimeError("Could not receive frame from decoder: Invalid data\nException raised from C++")
+            yield frame
+
+    monkeypatch.setattr(datasets, "read_frames", read_frames)
+    with pytest.warns(UserWarning, match="skipped .*b.mp4: Could not receive frame from decoder: Invalid data$"):
+        (batch,) = load(dataset, 3)
+    assert batch.indices.tolist() == [0, 2] and list(dataset.skipped) == [paths[1]]
 
 
 def test_nothing_readable_yields_nothing(damaged):

@@ -319,8 +319,8 @@ class _Jobs(Dataset[tuple[int, Tensor | str]]):
         index, place = self.jobs[job]
         try:
             return index, self.dataset.read(index, place)
-        except (OSError, ValueError) as error:
-            return index, str(error)
+        except (OSError, ValueError, RuntimeError) as error:  # torchcodec's are RuntimeErrors
+            return index, str(error).strip().partition("\n")[0]
 
 
 def _batches(dataset: VideoDataset, loader: Iterable[list[tuple[int, Tensor | str]]]) -> Iterator[Batch]:
