@@ -109,6 +109,31 @@ def test_no_figures_without_equality(monkeypatch, difference):
     assert "differs from the reference" in row["not_measured"] and "calls" not in row
 
 
+@pytest.mark.parametrize("seconds", [0, 2.5])
+def test_a_slow_reference_is_left(monkeypatch, seconds):
+    """Its steps see the time that has passed; a call of ours takes a second here, and a step of the reference ten."""
+    clock, steps = [0.0], []
+    call = Purifier.forward
+
+    def forward(self, video, *, callback=None, **options):
+        def step(*given):
+            clock[0] += 10
+            steps.append(given[0])
+            callback(*given)
+
+        clock[0] += 1
+        return call(self, video, callback=None if callback is None else step, **options)
+
+    monkeypatch.setattr(Purifier, "forward", forward)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    settings = sweep(**USUAL)
+    (row,) = run_bench(settings, limits=Limits(3, seconds), stages=False, inversion_steps=3)["rows"]
+    assert row["not_measured"].startswith("the reference's clip took more than 5 s") and "calls" not in row
+    assert len(steps) == 1  # of eight
+    (row,) = run_bench(settings, limits=Limits(3, 1000), stages=False, inversion_steps=3)["rows"]
+    assert row["calls"] == 3 and len(steps) == 1 + 8
+
+
 def test_the_difference_is_that_of_the_first_clip():
     purifier = build_purifier(inversion_steps=0, dtype=torch.float64)  # every backend is the reference
     video = torch.rand(2, 3, 2, 16, 16, dtype=torch.float64)

@@ -46,7 +46,8 @@ def bench(
     device: Device = None,
     repeats: Annotated[int, typer.Option(min=1, help="Most calls that a setting is timed for.")] = 50,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Most seconds that a setting is timed for; three calls at least.")
+        float,
+        typer.Option(min=0, help="Most seconds that a setting is timed for, or checked; three calls at least."),
     ] = 10,
     stages: Annotated[bool, typer.Option(help="Also profile the stages of each setting.")] = True,
     json_file: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -34,6 +35,7 @@ _LINES = {"p50": "-", "p95": "--", "p99": ":"}  # percentile of a call's latency
 # precision the two round at different places.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _LEAST_CALLS = 3
+_CHECK_CALLS = 5  # the reference takes about as long as two calls of the fast forms on a CPU
 
 
 class Setting(NamedTuple):
@@ -56,8 +58,15 @@ class Setting(NamedTuple):
         return f"{self.backend} {self.dtype} {self.decoder} {shape}"
 
 
+class _TimeUp(Exception):
+    """Raised between steps of the reference when its time is up."""
+
+
 class Limits(NamedTuple):
-    """How long one setting is timed: until `repeats` calls or `seconds` have passed, but three calls at least."""
+    """How long one setting is timed: until `repeats` calls or `seconds` have passed, but three calls at least.
+
+    The reference's clip may take as many seconds too, or as long as five first calls.
+    """
 
     repeats: int = 50
     seconds: float = 10.0
@@ -158,8 +167,13 @@ def _measure_one(
 
     with torch.no_grad():
         first_seconds, purified = call()
-        with use_backend("reference"):
-            difference = _difference(purifier, clips[:1], purified[:1], return_votes)
+        allowed_seconds = max(limits.seconds, _CHECK_CALLS * first_seconds)
+        try:
+            with use_backend("reference"):
+                difference = _difference(purifier, clips[:1], purified[:1], return_votes, allowed_seconds)
+        except _TimeUp:
+            why = f"the reference's clip took more than {allowed_seconds:.3g} s, and nothing was compared"
+            return {"not_measured": f"{why}; a larger --seconds lets it end"}
         if not difference <= TOLERANCE[setting.dtype]:  # written so that NaN fails too
             allowed = f"more than {TOLERANCE[setting.dtype]:g}"
             return {"not_measured": f"differs from the reference by {difference:.3g} a pixel on average, {allowed}"}
@@ -185,10 +199,22 @@ def _measure_one(
     }
 
 
-def _difference(purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool) -> float:
-    """Mean |difference| of `purified` from what the purifier, as it is now, makes of the clip alone, eagerly."""
+def _difference(
+    purifier: Purifier, clip: Tensor, purified: Tensor, return_votes: bool, allowed_seconds: float = math.inf
+) -> float:
+    """Mean |difference| of `purified` from what the purifier, as it is now, makes of the clip alone, eagerly.
+
+    _TimeUp if its steps take longer than that.
+    """
+    stop = time.perf_counter() + allowed_seconds
+
+    def watch(*_step: Any) -> None:
+        synchronize(clip.device)
+        if time.perf_counter() > stop:
+            raise _TimeUp
+
     generator = torch.Generator().manual_seed(0)
-    expected = purifier(clip, return_votes=return_votes, generator=generator, capture=False)
+    expected = purifier(clip, return_votes=return_votes, generator=generator, capture=False, callback=watch)
     return (purified.double() - expected.double()).abs().mean().item()
 
 
