@@ -103,10 +103,71 @@ def test_purify(tmp_path, small_model, short_clip, suffix):
     assert (found.frames, found.height, found.width, found.rate) == (11, 16, 24, 10)
     assert "11 frames of 48x32 at 10 per second, no sound; purified at 24x16" in result.output
     assert "drawn sprites" in result.output
-    # The time is announced before the result.
+    # The time is announced before the first evaluation, and again, better, before the result.
+    assert result.output.index("By its FLOPs this may take about 0:0") < result.output.index("This will take about 0:0")
     estimate = result.output.index("This will take about 0:0")
     assert "2 windows of 8 frames, 6 UNet evaluations each" in result.output[estimate:]
     assert result.output.index("drawn sprites") < estimate < result.output.index(f"Wrote {output}")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said", "warned"),
+    [(3600, "about 1:00:00;", False), (3700, "about 1:01:40;", True), (None, "known after two evaluations", False)],
+)
+def test_more_than_an_hour_is_warned_of_before_it_begins(
+    tmp_path, small_model, short_clip, monkeypatch, seconds, said, warned
+):
+    def stop(*_given, **_options):
+        raise ValueError("evaluated")
+
+    asked = []
+    monkeypatch.setattr(
+        "videopure_fast.measure.estimate.estimate_seconds", lambda *given: asked.append(given) or seconds
+    )
+    monkeypatch.setattr("videopure_fast.streaming.purify_stream", stop)
+    result = run("purify", short_clip, "-o", tmp_path / "out.mp4", "--size", 16)
+    assert str(result.exception) == "evaluated" and asked[0][1:] == (11, 16, 24)
+    assert said in result.output and ("Warning: this is more than an hour" in result.output) is warned
+
+
+def test_the_estimate_is_near(monkeypatch):
+    """Within a factor of three, as promised, for one window and for several."""
+    from videopure_fast.measure.estimate import estimate_seconds
+
+    model = purifier.Purifier.from_pretrained("tiny", device="cpu")
+    for frames in (16, 20):
+        estimated, taken = [], []
+        for _ in range(2):
+            estimated.append(estimate_seconds(model, frames, 32, 32))
+            started = time.perf_counter()
+            model(clips(3, frames, 32, 32))
+            taken.append(time.perf_counter() - started)
+        assert 1 / 3 < min(estimated) / min(taken) < 3
+    monkeypatch.setattr(type(model.unet), "forward", lambda *_, **__: {}["no such key"])
+    assert estimate_seconds(model, 16, 32, 32) is None
+
+
+def test_the_output_is_proved_before_a_model_is_loaded(tmp_path, small_model, short_clip):
+    for name in ("a" * 252 + ".mp4", "a\0.mp4", "nowhere/a.mp4", "a.txt"):
+        result = run("purify", short_clip, "-o", f"{tmp_path}/{name}")
+        assert result.exit_code == 1 and "cannot write" in str(result.exception)
+    assert not small_model and list(tmp_path.iterdir()) == [short_clip]
+
+
+def test_the_partial_file_is_there_before_the_first_evaluation(tmp_path, small_model, short_clip, monkeypatch):
+    """Where the output links to; the link stays."""
+    link, seen = tmp_path / "link.mp4", []
+    (tmp_path / "there").mkdir()
+    link.symlink_to("there/file.mp4")
+    advance = cli_purify._Pace.advance
+    watched = lambda *given: seen.append(sorted((tmp_path / "there").iterdir())) or advance(*given)  # noqa: E731
+    monkeypatch.setattr(cli_purify._Pace, "advance", watched)
+    (tmp_path / "there" / ".file-00c0ffee.partial.mp4").write_text("of a killed run")
+    result = run("purify", short_clip, "-o", link, "--size", 16)
+    assert result.exit_code == 0, result.output
+    assert all(len(names) == 1 and ".partial" in names[0].name for names in seen) and "c0ffee" not in str(seen)
+    assert link.is_symlink() and [path.name for path in (tmp_path / "there").iterdir()] == ["file.mp4"]
+    assert probe(link).frames == 11
 
 
 def test_purify_passes_its_options_on(tmp_path, small_model, short_clip):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..purifier import Purifier
 
 _TINY_SIDE, _USUAL_SIDE = 64, 224  # default --size, in pixels
+_LONG = 3600  # seconds beyond which a purification is warned of
 
 
 def purify(
@@ -73,6 +74,7 @@ def purify(
         console.print(
             "The tiny prior was trained on drawn sprites: on real videos it is a demonstration, and it blurs them."
         )
+    _announce_estimate(purifier, video.frames, height, width)
     started = time.perf_counter()
     with (
         VideoWriter(output, height=height, width=width, rate=video.rate, source=video) as writer,
@@ -89,6 +91,19 @@ def purify(
                 f"{width}x{height} does not fit in the accelerator's memory; try a smaller --size"
             ) from error
     console.print(f"Wrote {output} in {format_seconds(time.perf_counter() - started)}.")
+
+
+def _announce_estimate(purifier: Purifier, frames: int, height: int, width: int) -> None:
+    """Say before the first evaluation how long all of them may take, and warn if that is very long."""
+    from ..measure.estimate import estimate_seconds
+
+    seconds = estimate_seconds(purifier, frames, height, width)
+    if seconds is None:
+        console.print("How long this takes is known after two evaluations: this model's work cannot be counted before.")
+        return
+    console.print(f"By its FLOPs this may take about {format_seconds(seconds)}; two evaluations will show it better.")
+    if seconds > _LONG:
+        console.print("Warning: this is more than an hour; a GPU, a smaller --size or fewer --steps take less.")
 
 
 class _Pace:
