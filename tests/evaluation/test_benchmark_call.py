@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 
 import pytest
 import torch
@@ -35,6 +36,31 @@ def purifier():
 def report(purifier):
     options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True}
     return benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
+
+
+def drawn(text: str) -> list[str]:
+    """The states of progress bars in what was printed."""
+    return [line for line in text.replace("\r", "\n").splitlines() if "%|" in line]
+
+
+def test_the_bar_fits_and_has_a_part_for_the_checks(purifier, capsys):
+    options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True, "progress": True}
+    benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
+    states = drawn(capsys.readouterr().err)
+    assert all(len(state) <= 80 for state in states)
+    percent = [(state.startswith("check "), int(state.rpartition("%")[0][-3:])) for state in states]
+    assert max(done for checking, done in percent if not checking) < 100 and percent[-1] == (True, 100)
+
+
+def test_the_bars_clock_goes_on(capsys):
+    with runner.progress_bar(8, enabled=True) as bar:
+        bar.set_description_str("evaluate gray-box, ddim_inversion, T=20")
+        bar.update(2)
+        time.sleep(2.3)  # a long batch
+        bar.update(6)
+    states = drawn(capsys.readouterr().err)
+    assert {" 25%", "100%"} <= {state.rpartition("|")[0].rpartition("|")[0][-4:] for state in states}
+    assert {"00:01", "00:02"} <= {state.rpartition("| ")[2].partition("<")[0] for state in states}
 
 
 def outcomes(report: Report) -> dict[str, list[int] | None]:

@@ -20,7 +20,7 @@ from ..defense.registry import Defense, build_defenses, find_defense
 from ..inputs import check_count
 from ..purifier import Purifier
 from . import runner
-from .checks import sanity_checks
+from .checks import checks_work, sanity_checks
 from .plan import Plan, Threat, ThreatModel, standard_threat
 from .record import clips_digest, weights_digest
 from .report import Report
@@ -80,7 +80,7 @@ def benchmark(
             here what your draw function returns.
         workers: processes that decode a data set's videos.
         checks: also check gradients and attacks of the last defense, on two clips.
-        progress: show progress bars.
+        progress: show a progress bar, in which the checks have their part.
 
     TypeError or ValueError for bad arguments before any attack, and for a record of another evaluation.
     """
@@ -114,10 +114,11 @@ def benchmark(
     identity |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
     plan = replace(plan, source=json.dumps(identity))
     context = EvalContext(classifier, own or build_defenses(purifier, plan.defenses), draw, surrogate)
-    with tempfile.TemporaryDirectory() as folder:
+    total = runner.work(plan, context) + (checks_work(plan, context) if checks else 0)
+    with tempfile.TemporaryDirectory() as folder, runner.progress_bar(total, enabled=progress) as bar:
         path = Path(folder, "record.json") if record is None else record
-        done = runner.evaluate(plan, context, path, skipped=data.skipped, progress=progress)
-    found = sanity_checks(plan, context, progress=progress) if checks else []
+        done = runner.evaluate(plan, context, path, skipped=data.skipped, bar=bar)
+        found = sanity_checks(plan, context, bar=bar) if checks else []
     return Report(done, context, classes=classes, checks=found)
 
 

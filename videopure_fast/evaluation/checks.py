@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..attacks import apgd, pgd
 from ..attacks.base import check_labeled, gradient_of, majority_vote
@@ -26,7 +29,7 @@ from ..inputs import check_count
 from ..purifier import Purifier
 from .plan import Plan, Threat
 from .record import Record
-from .runner import EvalContext
+from .runner import EXACT_GRADIENT, EvalContext
 from .tables import Outcome, outcome
 
 # Finite-difference step in pixel values, float64. It is small enough that few of the guidance's sign() terms flip: the
@@ -38,6 +41,10 @@ _GAIN = 3  # least ratio of an attack's gain in the loss to that of noise
 _SIGNIFICANCE = 0.025  # one-sided probability that an order which holds is reported as broken
 _CHECKED_CLIPS = 2
 _SOURCE_CLIPS = 32
+_EFFORT_STEPS, _NOISE_DRAWS = 4, 4
+_REACH_EPS, _REACH_STEPS = (8 / 255, 16 / 255, 64 / 255, 1.0), 10
+_DOUBLE = 2.0  # purifications in float32 that take as long as one in float64
+_LONG = 120  # seconds beyond which the checks say how long they may take
 
 
 class Check(NamedTuple):
@@ -153,7 +160,8 @@ def effort_check(
     pgd(model, clips, labels, loss=watched, eps=eps, step_size=eps / 4, steps=steps, random_start=False)
     gain, half = losses[-1] - losses[0], losses[len(losses) // 2]
     with torch.no_grad():
-        noise = [cross_entropy(model(_noisy(clips, eps, seed)), labels).mean().item() - losses[0] for seed in range(4)]
+        noisy = [model(_noisy(clips, eps, seed)) for seed in range(_NOISE_DRAWS)]
+    noise = [cross_entropy(logits, labels).mean().item() - losses[0] for logits in noisy]
     most = max(map(abs, noise))
     seen = f"{losses[0]:.3g} at first, {half:.3g} half way, {losses[-1]:.3g} at the end; noise moves it by {most:.2g}"
     return Check("the loss rises with the attack's steps, more than by noise", gain > _GAIN * most, seen)
@@ -164,23 +172,60 @@ def reach_check(
     clips: Tensor,
     labels: Tensor,
     *,
-    eps: Sequence[float] = (8 / 255, 16 / 255, 64 / 255, 1.0),
-    steps: int = 10,
+    eps: Sequence[float] = _REACH_EPS,
+    steps: int = _REACH_STEPS,
 ) -> Check:
     """Attack `model` by APGD, starting at the clips: accuracy must be 0 at the last eps, and at some eps less than
-    half of the accuracy under as many draws of noise of that size."""
+    half of the accuracy under as many draws of noise of that size. Beyond that eps only the last one is tried."""
     seen, below_noise, right = [], False, 1.0
     for size in eps:
-        attacked = apgd(model, clips, labels, eps=size, steps=steps, random_start=False)
+        if below_noise and size != eps[-1]:
+            continue
+        attacked = _attacked(model, clips, labels, size, steps)
         with torch.no_grad():
             right = (majority_vote(model(attacked)) == labels).double().mean().item()
-            draws = [majority_vote(model(_noisy(clips, size, seed))) == labels for seed in range(steps)]
-            by_noise = torch.stack(draws).all(0).double().mean().item()
+            by_noise = _right_under_noise(model, clips, labels, size, draws=steps)
         below_noise |= right < by_noise / 2
         seen.append(f"{right:.2f} at {255 * size:g}/255 (noise {by_noise:.2f})")
     return Check(
         "accuracy goes to zero as eps grows, sooner than by noise", below_noise and right == 0, ", ".join(seen)
     )
+
+
+def _right_under_noise(
+    model: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, eps: float, *, draws: int
+) -> float:
+    """The share of clips that the model has right under each of so many draws of noise."""
+    right = torch.ones_like(labels, dtype=torch.bool)
+    for seed in range(draws):
+        right &= majority_vote(model(_noisy(clips, eps, seed))) == labels
+        if not right.any():
+            break
+    return right.double().mean().item()
+
+
+class _Fooled(Exception):
+    """Raised in the place of a gradient that an attack no longer needs."""
+
+
+def _attacked(model: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
+    """The clips under APGD; each as it was when it first fooled the model, which ends the attack once all have."""
+    fooled, found = torch.zeros_like(labels, dtype=torch.bool), clips.clone()
+
+    def watched(x: Tensor) -> Tensor:
+        logits = model(x)
+        new = (majority_vote(logits.detach()) != labels) & ~fooled
+        found[new] = x.detach()[new]
+        fooled.logical_or_(new)
+        if fooled.all():
+            raise _Fooled
+        return logits
+
+    try:
+        attacked = apgd(watched, clips, labels, eps=eps, steps=steps, random_start=False)
+    except _Fooled:
+        return found
+    return torch.where(fooled.view(-1, 1, 1, 1, 1), found, attacked)
 
 
 def _noisy(clips: Tensor, eps: float, seed: int) -> Tensor:
@@ -189,10 +234,78 @@ def _noisy(clips: Tensor, eps: float, seed: int) -> Tensor:
     return (clips + eps * signs).clamp(0, 1)
 
 
-def sanity_checks(plan: Plan, context: EvalContext, *, progress: bool = False) -> list[Check]:
+_EFFORT, _REACH, _BPDA = "an attack that goes on", "an attack without bounds", "BPDA's gradient"
+_EXACT, _SURROGATE = "the exact gradient", "the surrogate"
+
+
+def checks_work(plan: Plan, context: EvalContext) -> float:
+    """How much `sanity_checks` has to do at most, in units of `runner.work`; what is no purification is left out."""
+    return sum(_purified(plan, context).values())
+
+
+def _purified(plan: Plan, context: EvalContext) -> dict[str, float]:
+    """Check -> how many clips could be purified in its time, at most; empty where nothing is purified."""
+    clips = min(plan.threats[0].clips, _CHECKED_CLIPS)
+    if context.defenses[plan.defenses[-1]].purifier is None:
+        return {}
+    return {
+        _EFFORT: clips * (_EFFORT_STEPS * EXACT_GRADIENT + _NOISE_DRAWS),
+        _REACH: clips * len(_REACH_EPS) * (_REACH_STEPS + 1) * (EXACT_GRADIENT + 1),
+        _BPDA: clips * (EXACT_GRADIENT + 1),
+        _EXACT: _DOUBLE * (EXACT_GRADIENT + 2 * _DIRECTIONS),
+    }
+
+
+class _Progress:
+    """Moves a bar along with the checks, and says once how long they may take, if that is long.
+
+    name: of the defense. purified: as `_purified` returns it.
+    """
+
+    def __init__(self, name: str, purified: dict[str, float], bar: tqdm | None) -> None:
+        self._name, self._purified = name, purified
+        self._bar = tqdm(disable=True) if bar is None else bar
+        self._done, self._announced, self._started = 0.0, False, time.perf_counter()
+
+    @contextmanager
+    def of(self, check: str) -> Iterator[None]:
+        """Within this block the check runs."""
+        self._bar.set_description_str(f"check {self._name}: {check}"[:40])
+        end = self._done + self._purified.get(check, 0)
+        yield
+        self._advance(end - self._done)
+
+    def counted(self, model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The model, each of whose calls moves the bar."""
+
+        def call(clips: Tensor) -> Tensor:
+            if self._purified:
+                self._announce()
+                self._advance(len(clips) * (EXACT_GRADIENT if clips.requires_grad else 1))
+            return model(clips)
+
+        return call
+
+    def _advance(self, purified: float) -> None:
+        self._done += purified
+        self._bar.update(purified)
+
+    def _announce(self) -> None:
+        if not self._done or self._announced:
+            return
+        self._announced = True
+        left = sum(self._purified.values()) - self._done
+        seconds = left / self._done * (time.perf_counter() - self._started)
+        if seconds > _LONG and not self._bar.disable:
+            took = f"may take up to {tqdm.format_interval(seconds)}, more than two minutes"
+            tqdm.write(f"The checks of {self._name} {took}; --no-checks, or checks=False, omits them.", sys.stderr)
+
+
+def sanity_checks(plan: Plan, context: EvalContext, *, bar: tqdm | None = None) -> list[Check]:
     """The checks that need work, for the plan's last defense, on two clips.
 
-    They use the defense's exact gradient, or BPDA's where it has none. A check that raises counts as failed.
+    They use the defense's exact gradient, or BPDA's where it has none. A check that raises counts as failed. bar: a
+    `runner.progress_bar`, of whose total `checks_work` is a part.
     """
     name, eps = plan.defenses[-1], plan.eps[-1]
     defense, classifier, count = context.defenses[name], context.classifier, plan.threats[0].clips
@@ -203,21 +316,22 @@ def sanity_checks(plan: Plan, context: EvalContext, *, progress: bool = False) -
     clips, labels = found
     exact = defense.logits(classifier, "exact", torch.Generator().manual_seed(0))
     bpda = defense.logits(classifier, "bpda", torch.Generator().manual_seed(0))
+    progress = _Progress(name, _purified(plan, context), bar)
     todo: dict[str, Callable[[], Check]] = {}
     if (target := exact or bpda) is not None:
-        todo["an attack that goes on"] = partial(effort_check, target, clips, labels, eps=eps, steps=6)
-        todo["an attack without bounds"] = partial(reach_check, target, clips, labels)
+        watched = progress.counted(target)
+        todo[_EFFORT] = partial(effort_check, watched, clips, labels, eps=eps, steps=_EFFORT_STEPS)
+        todo[_REACH] = partial(reach_check, watched, clips, labels)
     if exact is not None and bpda is not None:
-        todo["BPDA's gradient"] = partial(stand_in_check, exact, bpda, clips, labels)
+        todo[_BPDA] = partial(stand_in_check, exact, bpda, clips, labels)
     if defense.purifier is not None:
-        todo["the exact gradient"] = partial(gradient_check, defense.purifier, classifier, clips[:1], labels[:1])
+        todo[_EXACT] = partial(gradient_check, defense.purifier, classifier, clips[:1], labels[:1])
     if context.surrogate is not None:
         more = context.draw(plan.seeds[0], 0, min(count, _SOURCE_CLIPS))  # this check is cheap, and two clips are few
-        todo["the surrogate"] = partial(source_check, context.surrogate, *more, eps=eps, batch=plan.batch)
+        todo[_SURROGATE] = partial(source_check, context.surrogate, *more, eps=eps, batch=plan.batch)
     checks = []
-    with tqdm(todo.items(), desc=f"check {name}", disable=not progress) as bar:
-        for what, run in bar:
-            bar.set_postfix_str(what)
+    for what, run in todo.items():
+        with progress.of(what):
             try:
                 check = run()
             except Exception as error:  # such as a classifier without float64, or too little memory

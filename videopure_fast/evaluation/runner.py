@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..attacks import ATTACKS
 from ..attacks.base import check_labeled, majority_vote
@@ -27,6 +29,9 @@ from .tables import rescued
 Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
 _ROUNDING = 1e-3  # by which a defense's values may leave [0, 1]
+EXACT_GRADIENT = 7.0  # purifications that take as long as the exact gradient of one, by the packaged prior on a CPU
+_FILTER = 0.01  # purifications that take as long as a defense that is none
+_COLUMNS = 80  # of a progress bar, at most
 
 
 class EvalContext(NamedTuple):
@@ -52,13 +57,13 @@ def evaluate(
     path: str | os.PathLike[str],
     *,
     skipped: Mapping[Any, str] | None = None,
-    progress: bool = False,
+    bar: tqdm | None = None,
 ) -> Record:
     """Do those batches of a plan that its record lacks, and return the record.
 
     path: the record's file, continued where it exists. skipped: path -> reason, to which the draw function adds clips
-    that cannot be read (`VideoDataset.skipped`); the record keeps it. TypeError or ValueError for a bad plan, context,
-    path or setting of an attack, before any attack runs.
+    that cannot be read (`VideoDataset.skipped`); the record keeps it. bar: a `progress_bar`, of whose total `work` is a
+    part. TypeError or ValueError for a bad plan, context, path or setting of an attack, before any attack runs.
     """
     for name, value, kind in (("plan", plan, Plan), ("context", context, EvalContext)):
         if not isinstance(value, kind):
@@ -69,6 +74,7 @@ def evaluate(
         raise ValueError("the threat model 'transfer' needs a surrogate, another classifier to attack, got none")
     for role, module in (("classifier", context.classifier), ("surrogate", context.surrogate)):
         check_eval_mode(role, module)
+    bar = tqdm(total=0, disable=True) if bar is None else bar
     make_folder(Path(path).parent)
     check_writable(path)
     with exclusive_lock(path):
@@ -78,28 +84,67 @@ def evaluate(
             (batch.seed, batch.start, batch.clips): n for batch in batches if (n := record.clips(batch)) is not None
         }
         settings_checked = False
-        total = len(batches) * len(plan.defenses)
-        with tqdm(total=total, desc="evaluate", unit="batch", disable=not progress) as bar:
-            for batch in batches:
-                left = [name for name in plan.defenses if batch.name(name) not in record.entries]
-                bar.update(len(plan.defenses) - len(left))
-                if not left:
-                    continue
-                clips, labels = _draw(batch, context)
-                _check_same_size(batch, len(clips), sizes)
-                if not settings_checked and len(clips):
-                    _check_settings(plan, clips[:1], labels[:1])
-                    settings_checked = True
-                record.skipped |= {str(name): why for name, why in (skipped or {}).items()}
-                machine, attacked = describe_machine(labels.device), None
-                for name in left:
-                    bar.set_postfix_str(f"{batch.threat.title}, {name}")
-                    # Other attacks do not depend on the defense: all defenses meet the same clips.
-                    if attacked is None or batch.threat.threat_model in ADAPTIVE:
-                        attacked = _attack(batch, context, name, clips, labels)
-                    record.add(batch.name(name), _score(batch, context, name, attacked, labels, plan.repeats), machine)
-                    bar.update()
+        for batch in batches:
+            done = [name for name in plan.defenses if batch.name(name) in record.entries]
+            left = [name for name in plan.defenses if name not in done]
+            bar.total -= sum(_work(batch, context.defenses[name], plan.repeats) for name in done)
+            if not left:
+                continue
+            clips, labels = _draw(batch, context)
+            _check_same_size(batch, len(clips), sizes)
+            if not settings_checked and len(clips):
+                _check_settings(plan, clips[:1], labels[:1])
+                settings_checked = True
+            record.skipped |= {str(name): why for name, why in (skipped or {}).items()}
+            machine, attacked = describe_machine(labels.device), None
+            for name in left:
+                bar.set_description_str(f"evaluate {batch.threat.threat_model}, {name}"[: _COLUMNS // 2])
+                # Other attacks do not depend on the defense: all defenses meet the same clips.
+                if attacked is None or batch.threat.threat_model in ADAPTIVE:
+                    attacked = _attack(batch, context, name, clips, labels)
+                record.add(batch.name(name), _score(batch, context, name, attacked, labels, plan.repeats), machine)
+                bar.update(_work(batch, context.defenses[name], plan.repeats))
     return record
+
+
+@contextmanager
+def progress_bar(total: float, *, enabled: bool) -> Iterator[tqdm]:
+    """A bar over `total` units of work, as of `work`, that fits a terminal of 80 columns.
+
+    It is drawn anew every second, so that its clock goes on while a batch takes long.
+    """
+    columns = min(_COLUMNS, shutil.get_terminal_size().columns)
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    ended = threading.Event()
+    with tqdm(total=total, disable=not enabled, ncols=columns - 1, bar_format=layout, smoothing=0) as bar:
+
+        def tick() -> None:
+            while not ended.wait(1):
+                bar.refresh()
+
+        clock = threading.Thread(target=tick, daemon=True)
+        if enabled:
+            clock.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            if enabled:
+                clock.join()
+
+
+def work(plan: Plan, context: EvalContext) -> float:
+    """How much `evaluate` has to do for a plan, in purified clips; a cheap filter's clip counts for little."""
+    return sum(_work(batch, context.defenses[name], plan.repeats) for batch in plan.batches() for name in plan.defenses)
+
+
+def _work(batch: EvalBatch, defense: Defense, repeats: int) -> float:
+    calls = float(repeats if defense.randomized else 1)
+    if batch.threat.threat_model in ADAPTIVE:
+        counts = [batch.threat.settings.get(name) for name in ("queries", "steps", "eot", "restarts")]
+        attack = math.prod(count for count in counts if isinstance(count, int))
+        calls += attack * (EXACT_GRADIENT if batch.threat.threat_model == "exact" else 1)
+    return batch.clips * calls * (_FILTER if defense.purifier is None else 1)
 
 
 def check_eval_mode(role: str, module: nn.Module | None) -> None:
