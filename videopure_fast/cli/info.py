@@ -7,6 +7,7 @@ import platform
 from rich.table import Table
 
 from .console import console
+from .environment import wait_policy
 
 # Package -> what it is good for, and how to get it.
 _OPTIONAL = {
@@ -38,6 +39,7 @@ def info() -> None:
         table.add_row(name, state)
     table.add_section()
     table.add_row("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    table.add_row("waiting threads", wait_policy())
     for name in accelerators() or ["none"]:
         table.add_row("accelerator", name)
     table.add_section()
