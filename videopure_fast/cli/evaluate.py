@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..purifier import Purifier
 
 _DEMO_CLIPS = 4  # clips shown in the demo's video
+_MOST_CLIPS, _MOST_SEEDS = 1_000_000, 1000  # every batch of them is held in a list
 
 _CLASSIFIER, _CLIPS, _ATTACKER, _DEFENSE, _REPORT = (
     f"The {name}" for name in ("classifier", "clips", "attacker", "defense", "report")
@@ -33,7 +34,7 @@ LossName = Literal["ce", "dlr", "margin"]
 
 
 def demo(
-    clips: Annotated[int, typer.Option(min=1, help="Clips to draw.")] = 16,
+    clips: Annotated[int, typer.Option(min=1, max=_MOST_CLIPS, help="Clips to draw.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Which clips to draw.")] = 0,
     eps: Annotated[float, typer.Option(max=255, help="Attack's l_inf bound, in 1/255; more than 0.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Attack's PGD steps, each of eps/2.")] = 10,
@@ -200,8 +201,13 @@ def evaluate(
             help='Adds the diffusing defenses at this T to "all", as "videopure, T=2".', rich_help_panel=_DEFENSE
         ),
     ] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Attacked for each seed.", rich_help_panel=_CLIPS)] = 32,
-    seeds: Annotated[int, typer.Option(min=1, help="Each has clips and draws of its own.", rich_help_panel=_CLIPS)] = 1,
+    clips: Annotated[
+        int, typer.Option(min=1, max=_MOST_CLIPS, help="Attacked for each seed.", rich_help_panel=_CLIPS)
+    ] = 32,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, max=_MOST_SEEDS, help="Each has clips and draws of its own.", rich_help_panel=_CLIPS),
+    ] = 1,
     repeats: Annotated[
         int, typer.Option(min=1, help="Predictions of each clip by a randomized defense.", rich_help_panel=_DEFENSE)
     ] = 3,
