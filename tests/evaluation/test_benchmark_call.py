@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import time
 
@@ -33,9 +35,17 @@ def purifier():
 
 
 @pytest.fixture(scope="module")
-def report(purifier):
-    options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True}
-    return benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
+def evaluated(purifier):
+    """The report of an evaluation, and the progress that it showed."""
+    options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True, "progress": True}
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        report = benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
+    return report, shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def report(evaluated):
+    return evaluated[0]
 
 
 def drawn(text: str) -> list[str]:
@@ -43,10 +53,8 @@ def drawn(text: str) -> list[str]:
     return [line for line in text.replace("\r", "\n").splitlines() if "%|" in line]
 
 
-def test_the_bar_fits_and_has_a_part_for_the_checks(purifier, capsys):
-    options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True, "progress": True}
-    benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
-    states = drawn(capsys.readouterr().err)
+def test_the_bar_fits_and_has_a_part_for_the_checks(evaluated):
+    states = drawn(evaluated[1])
     assert all(len(state) <= 80 for state in states)
     percent = [(state.startswith("check "), int(state.rpartition("%")[0][-3:])) for state in states]
     assert max(done for checking, done in percent if not checking) < 100 and percent[-1] == (True, 100)
