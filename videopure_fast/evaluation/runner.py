@@ -87,7 +87,9 @@ def evaluate(
         for batch in batches:
             done = [name for name in plan.defenses if batch.name(name) in record.entries]
             left = [name for name in plan.defenses if name not in done]
-            bar.total -= sum(_work(batch, context.defenses[name], plan.repeats) for name in done)
+            before = sum(_work(batch, context.defenses[name], plan.repeats) for name in done)
+            if not bar.disable:  # work of an earlier run says nothing of this one's pace
+                bar.initial, bar.n = bar.initial + before, bar.n + before
             if not left:
                 continue
             clips, labels = _draw(batch, context)
@@ -98,7 +100,8 @@ def evaluate(
             record.skipped |= {str(name): why for name, why in (skipped or {}).items()}
             machine, attacked = describe_machine(labels.device), None
             for name in left:
-                bar.set_description_str(f"evaluate {batch.threat.threat_model}, {name}"[: _COLUMNS // 2])
+                against = batch.threat.title.partition(" ")[0]  # the threat model, or "clean"
+                bar.set_description_str(f"evaluate {against}, {name}"[: _COLUMNS // 2])
                 # Other attacks do not depend on the defense: all defenses meet the same clips.
                 if attacked is None or batch.threat.threat_model in ADAPTIVE:
                     attacked = _attack(batch, context, name, clips, labels)
