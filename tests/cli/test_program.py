@@ -160,7 +160,6 @@ CONSOLE_SCRIPT = ("-c", "import sys; from videopure_fast.cli import main; sys.ex
     [
         (("-m", "videopure_fast"), {}, "10000"),
         (CONSOLE_SCRIPT, {}, "10000"),
-        (CONSOLE_SCRIPT, {"GOMP_SPINCOUNT": "77"}, "77"),
         (CONSOLE_SCRIPT, {"OMP_WAIT_POLICY": "passive"}, "0"),
     ],
 )

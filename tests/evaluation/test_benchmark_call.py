@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from videopure_fast.attacks import ATTACKS, pgd, register_attack
-from videopure_fast.defense import filter_defense
-from videopure_fast.evaluation import Report, Threat, benchmark, runner, standard_threat
+from videopure_fast.defense import build_defenses, filter_defense
+from videopure_fast.evaluation import Report, Threat, benchmark, checks, runner, standard_threat
 from videopure_fast.evaluation.benchmark import make_plan
 
 NAMES = ("none", "mean of 3 frames", "videopure")
@@ -38,7 +39,8 @@ def purifier():
 def evaluated(purifier):
     """The report of an evaluation, and the progress that it showed."""
     options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True, "progress": True}
-    with contextlib.redirect_stderr(io.StringIO()) as shown:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as shown:
+        patch.setattr(checks, "_LONG", 0)
         report = benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
     return report, shown.getvalue()
 
@@ -58,6 +60,24 @@ def test_the_bar_fits_and_has_a_part_for_the_checks(evaluated):
     assert all(len(state) <= 80 for state in states)
     percent = [(state.startswith("check "), int(state.rpartition("%")[0][-3:])) for state in states]
     assert max(done for checking, done in percent if not checking) < 100 and percent[-1] == (True, 100)
+    assert evaluated[1].count("The checks of videopure may take up to 0") == 1  # seconds, which count as long here
+
+
+def test_the_bar_counts_purified_clips(purifier):
+    threats = [standard_threat(name, 4, steps=3) for name in ("gray-box", "bpda", "exact")]
+    plan = make_plan(threats, 4, eps=(4 / 255, 8 / 255), defenses=NAMES, seeds=(0,), batch=3, repeats=2)
+    context = runner.EvalContext(CLASSIFIER, build_defenses(purifier, NAMES), None)
+    purified = 4 + 2 * 4 * (1 + (1 + 3) + (1 + 3 * runner.EXACT_GRADIENT))  # clean; for each eps the three threats
+    assert runner.work(plan, context) == pytest.approx(purified * (1 + 2 * runner._FILTER))
+    assert checks.checks_work(plan, context) > 2 * 44  # gradients of two clips, in one of the checks
+    assert checks.checks_work(replace(plan, defenses=NAMES[:2]), context) == 0
+
+
+def test_what_was_done_before_is_done_in_the_bar(purifier, tmp_path, capsys):
+    options = QUICK | {"record": tmp_path / "record.json", "progress": True}
+    for _ in range(2):
+        benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **options)
+        assert drawn(capsys.readouterr().err)[-1].rpartition("%")[0].endswith("100")
 
 
 def test_the_bars_clock_goes_on(capsys):
