@@ -62,7 +62,7 @@ report: $(INSTALLED)
 
 # constraints.txt has the versions that were tested together.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
-	@echo "Installing into .venv, as on each first run: torch and all else is downloaded, the extension compiled. This takes minutes."
+	@echo "Installing into .venv, as on a first run: downloads torch and more, and compiles the extension. This takes minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
