@@ -225,16 +225,16 @@ def best(process: subprocess.Popen) -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs two cores of its own")
 def test_a_busy_neighbor_slows_a_clip_less_than_four_times():
-    """Best of three, alone and beside an endless one, on the same two cores in the same run."""
+    """The best clip of three runs, alone and beside an endless one, on the same two cores in the same test."""
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 2:
         pytest.skip("needs two cores")
     os.sched_setaffinity(0, sorted(allowed)[:2])
     try:
-        alone = best(purifying(3))
+        alone = min(best(purifying(4)) for _ in range(3))
         neighbor = purifying(10**9)
         try:
-            beside = best(purifying(3))
+            beside = min(best(purifying(4)) for _ in range(3))
         finally:
             neighbor.kill()
             neighbor.communicate()
