@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 Method = Literal["videopure", "ddim_inversion", "ddim", "ddpm"]
 
 _MOST_TIMESTEPS = 100_000  # the table is made anew for every configuration
+_MOST_FLOAT = 1e9  # of a float setting: the product of three of them, and of latents, is finite in float32
+_LEAST_TEMPERATURE = 1e-30  # float32 knows it
+_MOST_DECODED = 2**31 - 1  # frames at once
+_LONGEST_SHOWN = 200  # characters of a value in a message
+
+
+def brief(value: object) -> str:
+    """The value as a message shows it: at most a line."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
 
 
 @dataclass(frozen=True)
@@ -55,52 +66,55 @@ class PurifyConfig:
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
-            raise ValueError(f"unknown method {self.method!r}; accepted: {', '.join(get_args(Method))}")
+            raise ValueError(f"unknown method {brief(self.method)}; accepted: {', '.join(get_args(Method))}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{field.name} must be an int, got {value!r}")
+                raise TypeError(f"{field.name} must be an int, got {brief(value)}")
             if field.type == "bool" and not isinstance(value, bool):
-                raise TypeError(f"{field.name} must be a bool, got {value!r}")
+                raise TypeError(f"{field.name} must be a bool, got {brief(value)}")
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise TypeError(f"{field.name} must be a number, got {value!r}")
-                if not math.isfinite(value):
-                    raise ValueError(f"{field.name} must be finite, got {value!r}")
+                    raise TypeError(f"{field.name} must be a number, got {brief(value)}")
+                if not -_MOST_FLOAT <= value <= _MOST_FLOAT:  # NaN fails both
+                    raise ValueError(f"{field.name} must be within {_MOST_FLOAT:g} of 0, got {brief(value)}")
         if not 0 <= self.inversion_steps < self.num_inference_steps:
             raise ValueError(
                 f"inversion_steps must satisfy 0 <= inversion_steps < num_inference_steps, "
-                f"got {self.inversion_steps} of {self.num_inference_steps}"
+                f"got {brief(self.inversion_steps)} of {brief(self.num_inference_steps)}"
             )
         if not 1 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
-            raise ValueError(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {self.num_train_timesteps}")
+            seen = brief(self.num_train_timesteps)
+            raise ValueError(f"num_train_timesteps must be 1 to {_MOST_TIMESTEPS}, got {seen}")
         if not 1 <= self.num_inference_steps <= self.num_train_timesteps:
             raise ValueError(
-                f"num_inference_steps must be 1 to {self.num_train_timesteps}, got {self.num_inference_steps}"
+                f"num_inference_steps must be 1 to {self.num_train_timesteps}, got {brief(self.num_inference_steps)}"
             )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
             )
         if self.feedback and self.method != "videopure":
-            raise ValueError(f"feedback is of method 'videopure' alone, got {self.method!r}")
-        if self.sign_temperature < 0:
-            raise ValueError(f"sign_temperature must be 0 or more, got {self.sign_temperature}")
+            raise ValueError(f"feedback is of method 'videopure' alone, got {brief(self.method)}")
+        if self.sign_temperature and self.sign_temperature < _LEAST_TEMPERATURE:
+            least = f"0, or {_LEAST_TEMPERATURE:g} or more"
+            raise ValueError(f"sign_temperature must be {least}, got {self.sign_temperature}")
         if self.window_overlap < 0:
-            raise ValueError(f"window_overlap must be 0 or more, got {self.window_overlap}")
-        if self.decode_chunk < 0:
-            raise ValueError(f"decode_chunk must be 0 or more, got {self.decode_chunk}")
+            raise ValueError(f"window_overlap must be 0 or more, got {brief(self.window_overlap)}")
+        if not 0 <= self.decode_chunk <= _MOST_DECODED:
+            raise ValueError(f"decode_chunk must be 0 to {_MOST_DECODED}, got {brief(self.decode_chunk)}")
         last = self.inversion_steps * (self.num_train_timesteps // self.num_inference_steps) + self.steps_offset
         if self.steps_offset < 1 or last >= self.num_train_timesteps:
             raise ValueError(
-                f"steps_offset {self.steps_offset} makes the timesteps end at {last}; "
+                f"steps_offset {brief(self.steps_offset)} makes the timesteps end at {brief(last)}; "
                 f"accepted: within 1..{self.num_train_timesteps - 1}"
             )
 
     def rescaled(self, frames: int, height: int, width: int) -> PurifyConfig:
         """The config whose weights pull on (frames, height, width) latents as these do on 32x28x28."""
-        if min(frames, height, width) < 1:
-            raise ValueError(f"latents must have at least 1 frame of 1x1, got {frames}x{height}x{width}")
+        if min(frames, height, width) < 1 or max(frames, height, width) > _MOST_DECODED:
+            seen = "x".join(map(brief, (frames, height, width)))
+            raise ValueError(f"latents must have 1 to {_MOST_DECODED} frames, rows and columns, got {seen}")
         area = height * width / (28 * 28)
         return replace(
             self,

@@ -14,10 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PurifyConfig
+from .config import PurifyConfig, brief
 
 LEAST_SIDE = 16  # smallest height and width of a video, in pixels
 MOST_FRAMES = 1024  # largest number of frames of a window
+_LEAST_SCALE = 1e-6  # of latents; the largest is its inverse: with more, they would overflow in half precision
+# Fields of a UNet's configuration that stand for an input beside the prompt; None where it has no such input.
+CONDITIONS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "projection_class_embeddings_input_dim",
+    "time_cond_proj_dim",
+)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -87,16 +98,16 @@ def check_number(name: str, value: float, *, zero: bool = True, most: float = ma
     if not 0 <= value <= min(most, sys.float_info.max) or not (value or zero):
         least = "0 or more" if zero else "more than 0"
         top = "finite" if most == math.inf else f"at most {most:g}"
-        raise ValueError(f"{name} must be {least} and {top}, got {value}")
+        raise ValueError(f"{name} must be {least} and {top}, got {brief(value)}")
 
 
 def check_count(name: str, value: int, *, least: int = 1, most: int | None = None) -> None:
     """TypeError or ValueError unless value is an int from `least` to `most`. name: of the argument, for the message."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {brief(value)}")
     if value < least or (most is not None and value > most):
         accepted = f"{least} or more" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name} must be {accepted}, got {value}")
+        raise ValueError(f"{name} must be {accepted}, got {brief(value)}")
 
 
 def check_generator(generator: torch.Generator) -> None:
@@ -147,22 +158,65 @@ def check_flag(name: str, value: bool) -> bool:
 
 
 def check_models(unet: nn.Module, vae: nn.Module) -> None:
-    """TypeError or ValueError unless these are diffusers modules with the same number of latent channels, and the VAE's
-    scaling factor is positive."""
+    """TypeError or ValueError unless these are diffusers modules for the same latents, whose configurations ask for
+    nothing that a purification does not do."""
     for name, module, settings in (
-        ("unet", unet, ("in_channels", "cross_attention_dim")),
-        ("vae", vae, ("latent_channels", "scaling_factor", "block_out_channels")),
+        ("unet", unet, ("in_channels", "out_channels", "cross_attention_dim")),
+        ("vae", vae, ("in_channels", "out_channels", "latent_channels", "scaling_factor", "block_out_channels")),
     ):
         if not isinstance(module, nn.Module) or not all(hasattr(getattr(module, "config", None), s) for s in settings):
             seen = type(module).__name__
             raise TypeError(f"{name} must be a diffusers module whose config has {', '.join(settings)}; got {seen}")
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"the VAE has {vae.config.latent_channels} latent channels, the UNet takes {unet.config.in_channels}"
-        )
-    scale = vae.config.scaling_factor
-    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise ValueError(f"the VAE's scaling_factor must be a positive number, got {scale!r}")
+    if type(vae).__name__ == "AutoencoderTiny":
+        raise TypeError("vae must be a diffusers AutoencoderKL, got an AutoencoderTiny; pass that one as decoder")
+    for setting in ("in_channels", "out_channels"):
+        if getattr(unet.config, setting) != vae.config.latent_channels:
+            verb = "takes" if setting == "in_channels" else "returns"
+            raise ValueError(
+                f"the VAE has {vae.config.latent_channels} latent channels, the UNet {verb} "
+                f"{getattr(unet.config, setting)}"
+            )
+    for setting in CONDITIONS:
+        if getattr(unet.config, setting, None) is not None:
+            raise ValueError(
+                f"the UNet's {setting} is {brief(getattr(unet.config, setting))}: it wants a condition beside the "
+                "prompt, and a purification has none; accepted: None"
+            )
+    _check_pictures("VAE", vae.config)
+    check_latent_scale("VAE", vae.config, vae.config.latent_channels)
+
+
+def check_latent_scale(name: str, config: Any, channels: int) -> None:
+    """ValueError unless a configuration's scale and shift of latents are usable numbers, and there are not two shifts."""
+    scale, shift = config.scaling_factor, getattr(config, "shift_factor", None)
+    if not _is_number(scale) or not _LEAST_SCALE <= scale <= 1 / _LEAST_SCALE:
+        raise ValueError(f"the {name}'s scaling_factor must be a positive number, got {brief(scale)}")
+    if shift is not None and not (_is_number(shift) and abs(shift) <= 1 / _LEAST_SCALE):
+        raise ValueError(f"the {name}'s shift_factor must be a finite number or None, got {brief(shift)}")
+    given = {key: getattr(config, key, None) for key in ("latents_mean", "latents_std")}
+    if all(value is None for value in given.values()):
+        return
+    for key, value in given.items():
+        numbers = value if isinstance(value, Sequence) and all(map(_is_number, value)) else ()
+        least = -1 / _LEAST_SCALE if key == "latents_mean" else _LEAST_SCALE
+        if len(numbers) != channels or not all(least <= number <= 1 / _LEAST_SCALE for number in numbers):
+            kind = "finite" if key == "latents_mean" else "positive"
+            raise ValueError(
+                f"the {name}'s {key} is {brief(value)}; accepted: {channels} {kind} numbers, one a latent channel, "
+                "beside the other of latents_mean and latents_std"
+            )
+    if shift:
+        raise ValueError(f"the {name} has a shift_factor, {shift}, and a latents_mean: accepted: one of them")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_pictures(name: str, config: Any) -> None:
+    for setting in ("in_channels", "out_channels"):
+        if getattr(config, setting) != 3:
+            raise ValueError(f"the {name}'s {setting} must be 3, for RGB, got {brief(getattr(config, setting))}")
 
 
 def check_decoder(vae: nn.Module, decoder: nn.Module | None) -> None:
@@ -180,6 +234,11 @@ def check_decoder(vae: nn.Module, decoder: nn.Module | None) -> None:
             raise ValueError(
                 f"the VAE has {vae_value} {name}, the decoder {decoder_value}: it is not for these latents"
             )
+    if decoder.config.upsampling_scaling_factor != 2:
+        seen = brief(decoder.config.upsampling_scaling_factor)
+        raise ValueError(f"the decoder's upsampling_scaling_factor must be 2, as the VAE's is, got {seen}")
+    _check_pictures("decoder", decoder.config)
+    check_latent_scale("decoder", decoder.config, decoder.config.latent_channels)
 
 
 def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import PurifyConfig
+from .config import PurifyConfig, brief
 
 
 class SamplerStep(NamedTuple):
@@ -121,24 +121,40 @@ class Schedule:
         return [*steps, steps[-1]._replace(predicts_x0=False)]
 
 
+# Fields of a diffusers scheduler's configuration that say what the model was trained to predict, or that change the
+# values of a step; each with the one value that the method's own steps have. Fields that are not listed choose a
+# sampler, and the method has its own: the solver (solver_order, algorithm_type, use_karras_sigmas, final_sigmas_type),
+# the timesteps of inference (timestep_spacing: the paper visits 1, 21, ...), the level beyond the last step
+# (set_alpha_to_one: a_0 here), the variance of ancestral steps (variance_type: the smaller one here), and the sizes of
+# what is switched off (clip_sample_range, dynamic_thresholding_ratio, sample_max_value, flow_shift).
+_ACCEPTED: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "snr_shift_scale": 1,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+    "clip_sample": False,
+    "thresholding": False,
+}
+
+
 def read_scheduler(config: PurifyConfig, scheduler_config: Mapping[str, Any] | None) -> PurifyConfig:
     """`config` with the training schedule and offset of a diffusers scheduler's configuration.
 
-    Its other entries steer samplers that the method does not use. ValueError for betas other than "scaled_linear" or a
-    prediction other than epsilon.
+    ValueError for a scheduler without betas, for betas other than "scaled_linear", for a prediction other than epsilon,
+    and for clipped predictions.
     """
     if scheduler_config is None:
         return config
     if not isinstance(scheduler_config, Mapping):
         raise TypeError(f"scheduler_config must be a mapping, got {type(scheduler_config).__name__}")
-    given = dict(scheduler_config)
-    for name, accepted in (
-        ("beta_schedule", "scaled_linear"),
-        ("prediction_type", "epsilon"),
-        ("trained_betas", None),
-        ("rescale_betas_zero_snr", False),
-    ):
+    given = {name: value for name, value in scheduler_config.items() if value is not None}
+    if "_class_name" in given and not {"beta_start", "trained_betas"} & set(given):
+        raise ValueError(f"unsupported scheduler: {brief(given['_class_name'])} has no betas; accepted: DDIM's kind")
+    for name, accepted in _ACCEPTED.items():
         if given.get(name, accepted) != accepted:
-            raise ValueError(f"unsupported scheduler: {name} is {given[name]!r}; accepted: {accepted!r}")
+            raise ValueError(f"unsupported scheduler: {name} is {brief(given[name])}; accepted: {accepted!r}")
     names = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
-    return replace(config, **{name: given[name] for name in names if given.get(name) is not None})
+    return replace(config, **{name: given[name] for name in names if name in given})

@@ -23,7 +23,7 @@ from .inputs import (
     replace_config,
 )
 from .models.flow import Flow, load_flow, no_flow, resize_flow
-from .models.vae import frames_at_once
+from .models.vae import frames_at_once, scale_latents, unscale_latents
 from .runtime import readback
 from .runtime.checkpointing import checkpointed
 from .runtime.spans import span
@@ -165,7 +165,7 @@ class PurifierStages(FrozenModels):
     def encode(self, clips: Tensor) -> Tensor:
         """Clips (B, 3, F, H, W) in [0, 1], sides multiples of the VAE's factor -> posterior means (B, 4, F, h, w).
 
-        The means are multiplied by the VAE's scaling factor, as the UNet takes them.
+        The means are shifted and scaled as the VAE's configuration says, and as the UNet takes them.
         """
         check_clips(clips)
         if any(side % self.vae_factor for side in clips.shape[-2:]):
@@ -179,7 +179,7 @@ class PurifierStages(FrozenModels):
             frames = (2 * clips - 1).transpose(1, 2).flatten(0, 1).to(self._executor.vae_dtype)
             chunks = frames.split(self._frames_at_once(*clips.shape[-2:]))
             means = [checkpointed(self._executor.vae.encode, chunk) for chunk in chunks]
-            latents = torch.cat(means).to(self._state_dtype) * self.vae.config.scaling_factor
+            latents = scale_latents(torch.cat(means).to(self._state_dtype), self.vae.config)
             latents = latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
             work.leave(latents)
         readback.left("encode", latents, dtype=self._executor.vae_dtype)
@@ -249,11 +249,11 @@ class PurifierStages(FrozenModels):
 
     def _decode(self, latents: Tensor) -> Tensor:
         decode: Callable[[Tensor], Tensor] = self._executor.vae.decode
-        scale = self.vae.config.scaling_factor
+        config = self.vae.config
         if self.decoder is not None:
-            decode, scale = functools.partial(_decode_lossily, self.decoder), self.decoder.config.scaling_factor
+            decode, config = functools.partial(_decode_lossily, self.decoder), self.decoder.config
         with span("decode", latents) as work:
-            frames = (latents / scale).transpose(-4, -3)
+            frames = unscale_latents(latents.transpose(-4, -3), config)
             flat = frames.flatten(0, -4).to(self._executor.vae_dtype)
             sides = (side * self.vae_factor for side in latents.shape[-2:])
             chunks = flat.split(self._frames_at_once(*sides))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -111,3 +115,41 @@ def frames_at_once(vae: nn.Module, height: int, width: int) -> int:
     largest = height * width * widths[min(1, len(widths) - 1)]
     on_gpu = next(vae.parameters()).device.type == "cuda"  # diffusers' own `vae.device` walks through all modules
     return max(1, (_GPU_ACTIVATION if on_gpu else _CPU_ACTIVATION) // largest)
+
+
+def scale_latents(means: Tensor, config: Any) -> Tensor:
+    """A VAE's means (..., C, h, w) as the UNet takes them: (z - shift) scale, with the shift and scale of its config.
+
+    Latent channels that have a mean and a standard deviation are (z - mean) / std x scale.
+    """
+    shift, scale = _shift_and_scale(config, means)
+    return (means if shift is None else means - shift) * scale
+
+
+def unscale_latents(latents: Tensor, config: Any) -> Tensor:
+    """The inverse of `scale_latents`: latents (..., C, h, w) as the VAE, or decoder, of this config decodes them."""
+    shift, scale = _shift_and_scale(config, latents)
+    unscaled = latents / scale
+    return unscaled if shift is None else unscaled + shift
+
+
+def _shift_and_scale(config: Any, latents: Tensor) -> tuple[Tensor | float | None, Tensor | float]:
+    """Numbers, or for channels of their own (C, 1, 1). shift: None where there is none."""
+    scale, mean, std = (
+        config.scaling_factor,
+        getattr(config, "latents_mean", None),
+        getattr(config, "latents_std", None),
+    )
+    if mean is None or std is None:
+        return getattr(config, "shift_factor", None) or None, scale
+    return _of_channels(tuple(mean), tuple(std), scale, latents.dtype, latents.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_channels(
+    mean: tuple[float, ...], std: tuple[float, ...], scale: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Made once: a copy to a GPU waits for all work before it."""
+    with torch.inference_mode(False):
+        shift = torch.tensor(mean, dtype=dtype, device=device)
+        return shift.view(-1, 1, 1), torch.tensor([scale / s for s in std], dtype=dtype, device=device).view(-1, 1, 1)
