@@ -736,7 +736,7 @@ def test_hub_repository_is_downloaded_once_over(tmp_path, monkeypatch, safe):
         (tmp_path / "hub" / extra).write_text("never downloaded")
     files = [str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file()]
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, **place):
         for file in files:
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
                 (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -744,7 +744,7 @@ def test_hub_repository_is_downloaded_once_over(tmp_path, monkeypatch, safe):
         return str(tmp_path / "cache")
 
     listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: listing)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, **place: listing)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     loaded = Purifier.from_pretrained("someone/model", device="cpu")
     video = clips(1, 3, 3, 16, 16)

@@ -187,7 +187,7 @@ def check_models(unet: nn.Module, vae: nn.Module) -> None:
 
 
 def check_latent_scale(name: str, config: Any, channels: int) -> None:
-    """ValueError unless a configuration's scale and shift of latents are usable numbers, and there are not two shifts."""
+    """ValueError unless a configuration's scale and shift of latents are usable numbers, and it has one shift."""
     scale, shift = config.scaling_factor, getattr(config, "shift_factor", None)
     if not _is_number(scale) or not _LEAST_SCALE <= scale <= 1 / _LEAST_SCALE:
         raise ValueError(f"the {name}'s scaling_factor must be a positive number, got {brief(scale)}")
@@ -245,6 +245,7 @@ def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_emb
     """TypeError or ValueError unless prompts are finite floats (1, tokens, cross_attention_dim of the UNet), of equal
     shapes. negative_prompt_embeds may be None."""
     dim = unet.config.cross_attention_dim
+    dim = dim[0] if isinstance(dim, Sequence) and len(set(dim)) == 1 else dim
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is None and name == "negative_prompt_embeds":
             continue
@@ -252,8 +253,9 @@ def check_embeddings(unet: nn.Module, prompt_embeds: Tensor, negative_prompt_emb
             raise TypeError(f"{name} must be a torch.Tensor, got {type(embeds).__name__}")
         if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[1] < 1 or embeds.shape[-1] != dim:
             raise ValueError(f"{name} has shape {tuple(embeds.shape)}; accepted: (1, tokens, {dim})")
-        if not embeds.is_floating_point() or not embeds.isfinite().all():
-            raise ValueError(f"{name} must hold finite floats, got {embeds.dtype}")
+        # They take the UNet's dtype, in which large ones overflow.
+        if embeds.dtype not in FLOATS or not embeds.to(unet.dtype).isfinite().all():
+            raise ValueError(f"{name} must hold finite floats, also in {unet.dtype}, got {embeds.dtype}")
     if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
         raise ValueError(
             f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}, "

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,17 @@ from tqdm.auto import tqdm
 from .config import PurifyConfig
 from .inputs import check_callback, check_flag, check_video, replace_config, resolve_device
 from .models.flow import Flow, flow_name, load_flow, no_flow
-from .models.prior import Models, Settings, find_prior, load_decoder, load_models, read_settings, save_prior
+from .models.hub import HubOptions, commit_hash
+from .models.prior import (
+    Models,
+    Settings,
+    find_prior,
+    load_decoder,
+    load_models,
+    models_of_pipe,
+    read_settings,
+    save_prior,
+)
 from .models.weights import lay_out_in_place
 from .ops import backend
 from .runtime import compile_ahead, readback
@@ -67,7 +77,12 @@ class Purifier(PurifierStages):
     """Purifies video clips with a text-to-video diffusion model, frozen and always in eval mode.
 
     Takes the arguments of `PurifierStages`, whose stages it runs for whole videos.
+
+    Attributes:
+        commit_hash: the commit of the Hugging Face repository from which the models were loaded; None for others.
     """
+
+    commit_hash: str | None = None
 
     @classmethod
     @torch.inference_mode(False)  # weights made in inference mode would shut autograd out for good
@@ -77,12 +92,18 @@ class Purifier(PurifierStages):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         flow: str | Flow | None = None,
         decoder: str | os.PathLike[str] | None = None,
         config: PurifyConfig | None = None,
         fast: bool = True,
         attention: str = "sdpa",
         capture: bool = True,
+        revision: str = "main",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        variant: str | None = None,
         **overrides: Any,
     ) -> Purifier:
         """Load a prior: "tiny" (packaged, offline), a folder, or a Hugging Face text-to-video repository.
@@ -92,21 +113,31 @@ class Purifier(PurifierStages):
         `decoder` is "taesd", for priors with Stable Diffusion's VAE, or a folder or repository with an
         AutoencoderTiny. `fast`, `attention` and `capture` as for a Purifier. FileNotFoundError for a model or network
         that is not there.
+
+        As in diffusers, `torch_dtype` is another name of `dtype`, and of a repository `revision` is the branch, tag or
+        commit, `token` the right to read it, `cache_dir` the folder of downloads, and with `local_files_only` nothing
+        is asked of the network. `variant`, such as "fp16", chooses weights: of the UNet, and of other parts that have
+        it. All but `revision` and `variant` serve the decoder too. `commit_hash` of the purifier is what was loaded.
         """
         place = resolve_device(device)
+        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+            raise ValueError(f"dtype is {dtype!r} and torch_dtype, its other name, {torch_dtype!r}: give one of them")
+        dtype = torch_dtype if dtype is None else dtype
         if dtype is None:
             dtype = torch.float32 if place.type == "cpu" else torch.float16
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
         # Whatever can be wrong with the settings is found before a model is loaded.
         replace_config(PurifyConfig() if config is None else config, overrides)
-        folder = find_prior(name)
+        options = HubOptions(revision, token, cache_dir, local_files_only, variant)
+        folder = find_prior(name, options)
         settings = read_settings(folder)
         wanted = settings.flow if flow is None else flow
         if wanted is None:
             raise ValueError(f"{name} was saved with a flow of the caller's own: pass it again as flow=...")
         estimator = load_flow(wanted)
-        models = load_models(folder, dtype=dtype)
+        models = load_models(folder, dtype=dtype, variant=variant)
+        options = options._replace(revision="main", variant=None)  # the decoder's
         purifier = cls(
             models.unet,
             models.vae,
@@ -116,16 +147,34 @@ class Purifier(PurifierStages):
             config=settings.config if config is None else config,
             scheduler_config=settings.scheduler_config,
             max_frames=settings.max_frames,
-            decoder=None if decoder is None else load_decoder(decoder, dtype=dtype),
+            decoder=None if decoder is None else load_decoder(decoder, dtype=dtype, options=options),
             fast=fast,
             attention=attention,
             capture=capture,
         )
+        purifier.commit_hash = commit_hash(folder)
         purifier.config = replace_config(purifier.config, overrides)
         purifier.to(device=place, dtype=dtype)
         if place.type != "cpu":
             for model in (purifier.unet, purifier.vae):
                 lay_out_in_place(model)
+        return purifier
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, *, prompt_embeds: Tensor | None = None, **settings: Any) -> Purifier:
+        """A purifier of the UNet and VAE of a diffusers pipeline: TextToVideoSDPipeline, or AnimateDiffPipeline.
+
+        It shares them, where and in what dtype they are; they become frozen and stay in eval mode. The pipeline's text
+        encoder encodes the empty prompt, in whose place `prompt_embeds` may be given; its scheduler's training schedule
+        is read. `settings` are arguments of a Purifier and fields of PurifyConfig; the flow is "raft" by default.
+        TypeError or ValueError for a pipeline of other parts.
+        """
+        models = models_of_pipe(pipe, prompt_embeds)
+        longest = getattr(models.unet.config, "motion_max_seq_length", None) or 32
+        given = {"flow": "raft", "scheduler_config": pipe.scheduler.config, "max_frames": min(32, longest)} | settings
+        overrides = {field.name: given.pop(field.name) for field in fields(PurifyConfig) if field.name in given}
+        purifier = cls(models.unet, models.vae, models.prompt_embeds, **given)
+        purifier.config = replace_config(purifier.config, overrides)
         return purifier
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

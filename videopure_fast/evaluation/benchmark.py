@@ -110,7 +110,7 @@ def benchmark(
         if module is not None and len(sample):
             _check_classifier(role, module, sample, None if classes is None else len(classes))
     modules = [None if module is None else weights_digest(module) for module in (classifier, surrogate, purifier)]
-    identity = {**(source or {}), **data.identity, "digests": modules}
+    identity = {**(source or {}), **data.identity, "digests": modules, "commit": purifier.commit_hash}
     identity |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
     plan = replace(plan, source=json.dumps(identity))
     context = EvalContext(classifier, own or build_defenses(purifier, plan.defenses), draw, surrogate)

@@ -7,27 +7,26 @@ which the empty prompt is encoded once, or stored embeddings (`prompt_embeds.saf
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import PurifyConfig
+from ..config import PurifyConfig, brief
 from ..inputs import MOST_FRAMES, check_count
+from ..schedule import Schedule, read_scheduler
+from .checkpoint import check_layers, first_line, load_module, read_json, stored_sizes
+from .hub import HubOptions, MissingWeights, check_options, download, pick_part
 
 _PACKAGED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 _DECODERS = {"taesd": "madebyollin/taesd"}
-_LARGEST_JSON = 1 << 20  # bytes; a configuration is a few kilobytes
 
 
 class Models(NamedTuple):
@@ -48,12 +47,14 @@ class Settings(NamedTuple):
     scheduler_config: dict[str, Any] | None = None
 
 
-def find_prior(name: str | os.PathLike[str]) -> Path:
+def find_prior(name: str | os.PathLike[str], options: HubOptions = HubOptions()) -> Path:  # noqa: B008  (immutable)
     """The folder of a prior. name: a packaged prior, a folder, or a Hugging Face repository, which is downloaded.
 
-    Raises FileNotFoundError if there is no such model or no network, ValueError for a folder that is not a prior.
+    options: for a repository. Raises FileNotFoundError if there is no such model or no network, ValueError for a folder
+    that is not a prior.
     """
-    folder = _find(name)
+    check_options(options)
+    folder = _find(name, options)
     for part in ("unet", "vae"):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder} is not a text-to-video prior: it has no {part}/config.json")
@@ -62,33 +63,45 @@ def find_prior(name: str | os.PathLike[str]) -> Path:
 
 def read_settings(folder: Path) -> Settings:
     """The settings in a prior's folder; by default those of the full-size models. ValueError if they are invalid."""
-    given = _read_json(folder / "purifier.json") or {"flow": "raft"}
+    path = folder / "purifier.json"
+    given = read_json(path) or {"flow": "raft"}
     config = given.get("config", {})
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'purifier.json'}: config must be an object, got {config!r}")
+        raise ValueError(f"{path}: config must be an object, got {brief(config)}")
     unknown = set(config) - {field.name for field in fields(PurifyConfig)}
     if unknown:
-        raise ValueError(f"{folder / 'purifier.json'} has unknown settings: {', '.join(sorted(unknown))}")
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
+        raise ValueError(f"{path} has unknown settings: {brief(sorted(unknown))}")
     max_frames = given.get("max_frames", 32)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
         check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
-        return Settings(PurifyConfig(**config), given.get("flow"), max_frames, scheduler_config)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{folder / 'purifier.json'}: {error}") from error
+        settings = Settings(PurifyConfig(**config), given.get("flow"), max_frames, read_json(scheduler))
+        path = scheduler
+        Schedule(read_scheduler(settings.config, settings.scheduler_config))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return settings
 
 
-def load_models(folder: Path, *, dtype: torch.dtype) -> Models:
-    """Load the modules of a prior's folder. ValueError if its files do not make whole modules."""
-    from diffusers import AutoencoderKL, UNet3DConditionModel
+def load_models(folder: Path, *, dtype: torch.dtype, variant: str | None = None) -> Models:
+    """Load the modules of a prior's folder. ValueError if its files do not make whole modules.
 
-    prompt_embeds, negative_prompt_embeds = _embeddings(folder)
-    unet = _load_module(UNet3DConditionModel, folder / "unet", dtype)
-    vae = _load_module(AutoencoderKL, folder / "vae", dtype)
+    variant: of the UNet's weights, and of the others where they have it.
+    """
+    from diffusers import AutoencoderKL, UNet3DConditionModel, UNetMotionModel
+
+    prompt_embeds, negative_prompt_embeds = _embeddings(folder, variant)
+    unet = load_module((UNet3DConditionModel, UNetMotionModel), folder / "unet", dtype, variant=variant)
+    vae = load_module((AutoencoderKL,), folder / "vae", dtype, variant=variant, needed=False)
     return Models(unet, vae, prompt_embeds, negative_prompt_embeds)
 
 
-def load_decoder(name: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Module:
+def load_decoder(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    options: HubOptions = HubOptions(),  # noqa: B008  (immutable)
+) -> nn.Module:
     """A diffusers AutoencoderTiny: "taesd" (Stable Diffusion's latents), a folder, or a Hugging Face repository.
 
     FileNotFoundError if it cannot be found or downloaded, ValueError if its files do not make a whole module.
@@ -96,33 +109,48 @@ def load_decoder(name: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Modu
     from diffusers import AutoencoderTiny
 
     if os.path.isdir(name):
-        return _load_module(AutoencoderTiny, Path(name), dtype)
+        return load_module((AutoencoderTiny,), Path(name), dtype)
     repository = _DECODERS.get(str(name), str(name))
     try:
-        folder = _download(repository, parts=("",))
+        folder = download(repository, options, parts=("",))
+    except MissingWeights:
+        raise
     except Exception as error:  # the hub's client raises many types, also those of its HTTP library
         accepted = "accepted: 'taesd', a folder, or the name of a Hugging Face repository"
-        raise FileNotFoundError(f"no decoder {str(name)!r} ({_first_line(error)}); {accepted}") from error
-    return _load_module(AutoencoderTiny, folder, dtype)
+        raise FileNotFoundError(f"no decoder {brief(str(name))} ({first_line(error)}); {accepted}") from error
+    return load_module((AutoencoderTiny,), folder, dtype)
 
 
-def _load_module(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """An instance of `kind`, a class of diffusers models, from a folder. ValueError if its files do not make one."""
-    try:
-        # Safetensors, or a .bin that torch reads with weights_only.
-        module: nn.Module
-        module, report = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=find_spec("accelerate") is not None,
-            output_loading_info=True,
-        )
-    except Exception as error:  # a bad configuration may raise anything in a constructor
-        raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
-    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"{folder} lacks {len(wrong)} of its weights, the first being {wrong[0]}")
-    return module
+def models_of_pipe(pipe: Any, prompt_embeds: Tensor | None = None) -> Models:
+    """The UNet and VAE of a diffusers text-to-video pipeline, shared, and its embedding of the empty prompt.
+
+    prompt_embeds: in place of what the pipeline's text encoder would make. TypeError or ValueError for other pipelines.
+    """
+    accepted = "accepted: a diffusers TextToVideoSDPipeline or AnimateDiffPipeline with its "
+    needed = ["unet", "vae", "scheduler", *(() if prompt_embeds is not None else ("text_encoder", "tokenizer"))]
+    missing = [name for name in needed if getattr(pipe, name, None) is None]
+    if missing:
+        raise ValueError(f"the {type(pipe).__name__} has no {', '.join(missing)}; {accepted}{', '.join(needed)}")
+    kind = type(pipe.unet).__name__
+    if kind not in ("UNet3DConditionModel", "UNetMotionModel"):
+        raise TypeError(f"the {type(pipe).__name__} has a {kind}, which is no model of videos; {accepted}parts")
+    if prompt_embeds is None:
+        prompt_embeds = encode_empty_prompt(pipe.tokenizer, pipe.text_encoder)
+    return Models(pipe.unet, pipe.vae, prompt_embeds, None)
+
+
+@torch.no_grad()
+def encode_empty_prompt(tokenizer: Any, encoder: Any) -> Tensor:
+    """The text encoder's last hidden state of an empty prompt, (1, tokens, dim), float32, as diffusers' pipelines do.
+
+    The prompt is padded to the tokenizer's length, or the encoder's where the tokenizer sets none.
+    """
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(encoder.device) if masked else None
+    embeds: Tensor = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+    return embeds.float()
 
 
 def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str]) -> None:
@@ -138,7 +166,7 @@ def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str
     try:
         for part, module in (("unet", models.unet), ("vae", models.vae)):
             module.save_pretrained(unfinished / part)
-            config = _read_json(unfinished / part / "config.json")
+            config = read_json(unfinished / part / "config.json")
             assert config is not None, "save_pretrained of a diffusers model writes config.json"
             config.pop("_name_or_path", None)  # the path from which the module was loaded on this machine
             _write_json(unfinished / part / "config.json", config)
@@ -156,7 +184,7 @@ def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str
         raise
 
 
-def _find(name: str | os.PathLike[str]) -> Path:
+def _find(name: str | os.PathLike[str], options: HubOptions) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"model must be a name or a path, got {name!r}")
     if name in _PACKAGED:
@@ -165,81 +193,62 @@ def _find(name: str | os.PathLike[str]) -> Path:
         return Path(name)
     accepted = f"accepted: {', '.join(map(repr, _PACKAGED))}, a folder, or the name of a Hugging Face repository"
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no model {str(name)!r}; {accepted}")
+        raise FileNotFoundError(f"no model {brief(str(name))}; {accepted}")
     try:
-        return _download(str(name))
+        return download(str(name), options, parts=("unet/", "vae/", "text_encoder/"))
+    except MissingWeights:
+        raise
     except Exception as error:  # the hub's client raises many types, also those of its HTTP library
         raise FileNotFoundError(
-            f"no folder {str(name)!r}, and the Hugging Face repository of that name is not available "
-            f"({_first_line(error)}); {accepted}"
+            f"no folder {brief(str(name))}, and the Hugging Face repository of that name is not available "
+            f"({first_line(error)}); {accepted}"
         ) from error
 
 
-def _download(name: str, parts: tuple[str, ...] = ("unet/", "vae/", "text_encoder/")) -> Path:
-    """Download a repository of the hub, unless it is in the local cache; returns its folder there.
-
-    parts: prefixes of the weights to download. Repositories store them in several formats: safetensors are preferred.
-    """
-    import huggingface_hub
-
-    try:
-        listed = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
-    except Exception as error:  # no network or no such repository: use an earlier download, if there is one
-        try:
-            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        except Exception:
-            raise error from None
-    files = [file.rfilename for file in listed if ".fp16." not in file.rfilename]
-    wanted = fnmatch.filter(files, "*.json") + fnmatch.filter(files, "tokenizer/*") + ["prompt_embeds.safetensors"]
-    for part in parts:
-        wanted += fnmatch.filter(files, f"{part}*.safetensors") or fnmatch.filter(files, f"{part}*.bin")
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-
-
-def _embeddings(folder: Path) -> tuple[Tensor, Tensor | None]:
+def _embeddings(folder: Path, variant: str | None) -> tuple[Tensor, Tensor | None]:
     stored = folder / "prompt_embeds.safetensors"
     if stored.is_file():
         try:
             tensors = load_file(stored)
             return tensors["prompt_embeds"], tensors.get("negative_prompt_embeds")
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{stored} cannot be read: {_first_line(error)}") from error
+        except Exception as error:  # SafetensorError, or what a dtype unknown to torch raises
+            raise ValueError(f"{stored} cannot be read: {first_line(error)}") from error
     if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
         raise ValueError(f"{folder} has neither prompt_embeds.safetensors nor text_encoder/ and tokenizer/")
     try:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        import transformers
     except ImportError as error:
         raise ImportError(
             "encoding the empty prompt of this model needs transformers: pip install transformers accelerate"
         ) from error
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-        tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-        with torch.no_grad():
-            return encoder(tokens.input_ids)[0], None
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        return encode_empty_prompt(tokenizer, _text_encoder(folder / "text_encoder", variant)), None
     except Exception as error:
-        raise ValueError(f"the text encoder in {folder} cannot be used: {_first_line(error)}") from error
+        raise ValueError(f"the text encoder in {folder} cannot be used: {first_line(error)}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file."""
-    if not path.is_file():
-        return None
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_LARGEST_JSON}")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+def _text_encoder(folder: Path, variant: str | None) -> nn.Module:
+    """The CLIPTextModel in a folder, in float32. ValueError if its files do not make a whole one."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = read_json(folder / "config.json") or {}
+    files = pick_part((path.name for path in folder.iterdir()), variant, where=str(folder), needed=False)
+    sizes = stored_sizes(folder, files)
+    check_layers(config, len(sizes), folder)
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in CLIPTextModel(CLIPTextConfig(**config)).parameters())
+    if described > sum(sizes):
+        raise ValueError(f"its config.json describes {described} numbers, its files hold {sum(sizes)}")
+    chosen = variant if any(f".{variant}" in file for file in files) else None
+    encoder: nn.Module
+    encoder, report = CLIPTextModel.from_pretrained(
+        folder, variant=chosen, output_loading_info=True, attn_implementation="sdpa"
+    )
+    if wrong := sorted(map(str, report["missing_keys"])):
+        raise ValueError(f"it lacks {len(wrong)} of its weights, the first being {wrong[0]}")
+    return encoder.float().eval()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
