@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_purifier, clips, shift_flow, walk
+from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -82,8 +83,16 @@ def test_scheduler_configuration_is_read_or_refused(purifier):
     config = Purifier(*parts, scheduler_config=given).config
     assert (config.beta_start, config.beta_end, config.steps_offset) == (1e-4, 2e-2, 1)
     assert Schedule(config).alphas_cumprod[0] == pytest.approx(1 - 1e-4)
+    for schedule in ("linear", "scaled_linear"):
+        theirs = DDIMScheduler(
+            beta_start=1e-3, beta_end=0.02, beta_schedule=schedule, clip_sample=False, steps_offset=1
+        )
+        config = Purifier(*parts, scheduler_config=theirs.config).config
+        assert (config.beta_schedule, config.beta_end) == (schedule, 0.02)
+        assert Schedule(config).alphas_cumprod == pytest.approx(theirs.alphas_cumprod.tolist(), rel=1e-6)
     for wrong in (
-        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": ["linear"]},
         {"prediction_type": "v_prediction"},
         {"trained_betas": [0.1]},
         {"rescale_betas_zero_snr": True},

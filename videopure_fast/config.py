@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 Method = Literal["videopure", "ddim_inversion", "ddim", "ddpm"]
+BetaSchedule = Literal["scaled_linear", "linear"]
 
 _MOST_TIMESTEPS = 100_000  # the table is made anew for every configuration
-_MOST_FLOAT = 1e9  # of a float setting: the product of three of them, and of latents, is finite in float32
+MOST_FLOAT = 1e9  # of a float setting: the product of three of them, and of latents, is finite in float32
 _LEAST_TEMPERATURE = 1e-30  # float32 knows it
 _MOST_DECODED = 2**31 - 1  # frames at once
 _LONGEST_SHOWN = 200  # characters of a value in a message
@@ -43,8 +44,9 @@ class PurifyConfig:
         window_overlap: frames that neighboring windows of a long clip share; fewer than the windows' length.
         decode_chunk: frames that go through the VAE at once; bounds its memory, changes no result. 0 leaves the
             choice to the purifier: on a CUDA GPU as much as 32 frames of 224x224, elsewhere what fits into caches.
-        num_train_timesteps, beta_start, beta_end, steps_offset: the "scaled_linear" training schedule, and the
-            first timestep visited. A scheduler configuration given to the Purifier is read into them.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, steps_offset: the training schedule, in which the
+            betas' roots grow linearly, or with "linear" (AnimateDiff) the betas themselves; and the first timestep
+            visited. A scheduler configuration given to the Purifier is read into them.
     """
 
     method: Method = "videopure"
@@ -62,11 +64,13 @@ class PurifyConfig:
     num_train_timesteps: int = 1000
     beta_start: float = 8.5e-4
     beta_end: float = 1.2e-2
+    beta_schedule: BetaSchedule = "scaled_linear"
     steps_offset: int = 1
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(f"unknown method {brief(self.method)}; accepted: {', '.join(get_args(Method))}")
+        for name, accepted in (("method", get_args(Method)), ("beta_schedule", get_args(BetaSchedule))):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"unknown {name} {brief(getattr(self, name))}; accepted: {', '.join(accepted)}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
@@ -76,8 +80,8 @@ class PurifyConfig:
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise TypeError(f"{field.name} must be a number, got {brief(value)}")
-                if not -_MOST_FLOAT <= value <= _MOST_FLOAT:  # NaN fails both
-                    raise ValueError(f"{field.name} must be within {_MOST_FLOAT:g} of 0, got {brief(value)}")
+                if not -MOST_FLOAT <= value <= MOST_FLOAT:  # NaN fails both
+                    raise ValueError(f"{field.name} must be within {MOST_FLOAT:g} of 0, got {brief(value)}")
         if not 0 <= self.inversion_steps < self.num_inference_steps:
             raise ValueError(
                 f"inversion_steps must satisfy 0 <= inversion_steps < num_inference_steps, "

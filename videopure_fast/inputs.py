@@ -6,7 +6,6 @@ They raise TypeError or ValueError with a sentence that says what was given and 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PurifyConfig, brief
+from .config import MOST_FLOAT, PurifyConfig, brief
 
 LEAST_SIDE = 16  # smallest height and width of a video, in pixels
 MOST_FRAMES = 1024  # largest number of frames of a window
@@ -89,15 +88,16 @@ def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:
 
 
 def check_number(name: str, value: float, *, zero: bool = True, most: float = math.inf) -> None:
-    """TypeError or ValueError unless value is a finite number from 0 to `most`.
+    """TypeError or ValueError unless value is a finite number from 0 to `most`, which is MOST_FLOAT at most.
 
     name: the name of the argument, for the message. zero: whether 0 is accepted.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= min(most, sys.float_info.max) or not (value or zero):
+    limit = min(most, MOST_FLOAT)
+    if not 0 <= value <= limit or not (value or zero):
         least = "0 or more" if zero else "more than 0"
-        top = "finite" if most == math.inf else f"at most {most:g}"
+        top = f"at most {limit:g}" if most < math.inf or value > limit else "finite"
         raise ValueError(f"{name} must be {least} and {top}, got {brief(value)}")
 
 

@@ -161,6 +161,7 @@ class Purifier(PurifierStages):
         return purifier
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pipe(cls, pipe: Any, *, prompt_embeds: Tensor | None = None, **settings: Any) -> Purifier:
         """A purifier of the UNet and VAE of a diffusers pipeline: TextToVideoSDPipeline, or AnimateDiffPipeline.
 

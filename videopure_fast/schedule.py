@@ -41,14 +41,11 @@ class Schedule:
     def __init__(self, config: PurifyConfig) -> None:
         self._config = config
         # float32, rounding and all: the table that diffusion checkpoints are trained and sampled with.
-        roots = torch.linspace(
-            math.sqrt(config.beta_start),
-            math.sqrt(config.beta_end),
-            config.num_train_timesteps,
-            dtype=torch.float32,
-            device="cpu",
-        )
-        self.alphas_cumprod: list[float] = torch.cumprod(1 - roots**2, 0).tolist()
+        scaled = config.beta_schedule == "scaled_linear"
+        ends = [math.sqrt(beta) if scaled else beta for beta in (config.beta_start, config.beta_end)]
+        values = torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float32, device="cpu")
+        betas = values**2 if scaled else values
+        self.alphas_cumprod: list[float] = torch.cumprod(1 - betas, 0).tolist()
         self.step = config.num_train_timesteps // config.num_inference_steps
         try:
             self.vote_coefficients()
@@ -128,7 +125,6 @@ class Schedule:
 # (set_alpha_to_one: a_0 here), the variance of ancestral steps (variance_type: the smaller one here), and the sizes of
 # what is switched off (clip_sample_range, dynamic_thresholding_ratio, sample_max_value, flow_shift).
 _ACCEPTED: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
@@ -143,8 +139,8 @@ _ACCEPTED: dict[str, Any] = {
 def read_scheduler(config: PurifyConfig, scheduler_config: Mapping[str, Any] | None) -> PurifyConfig:
     """`config` with the training schedule and offset of a diffusers scheduler's configuration.
 
-    ValueError for a scheduler without betas, for betas other than "scaled_linear", for a prediction other than epsilon,
-    and for clipped predictions.
+    ValueError for a scheduler without betas or with others than "scaled_linear" and "linear" ones, for a prediction
+    other than epsilon, and for clipped predictions.
     """
     if scheduler_config is None:
         return config
@@ -156,5 +152,5 @@ def read_scheduler(config: PurifyConfig, scheduler_config: Mapping[str, Any] | N
     for name, accepted in _ACCEPTED.items():
         if given.get(name, accepted) != accepted:
             raise ValueError(f"unsupported scheduler: {name} is {brief(given[name])}; accepted: {accepted!r}")
-    names = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset")
     return replace(config, **{name: given[name] for name in names if name in given})

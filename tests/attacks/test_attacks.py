@@ -92,6 +92,8 @@ def test_an_attack_leaves_everything_as_it_was(name):
 BAD = [
     ({"eps": 0.0}, ValueError, "eps must be more than 0 and finite"),
     ({"eps": float("nan")}, ValueError, "eps must be more than 0 and finite"),
+    ({"eps": 1e300}, ValueError, r"eps must be more than 0 and at most 1e\+09, got 1e\+300"),
+    ({"eps": 10**400}, ValueError, r"eps must be more than 0 and at most 1e\+09, got an integer of 1329 bits"),
     ({"eps": "4"}, TypeError, "eps must be a number"),
     ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must be \(2,\)"),
     ({"labels": torch.zeros(2)}, TypeError, "labels must be dense int64, got torch.float32"),
@@ -127,6 +129,7 @@ def test_bad_input_is_refused_before_any_work(name, wrong, error, message):
     [
         ("pgd", {"steps": -1}, "steps must be 0 or more"),
         ("pgd", {"step_size": 0.0}, "step_size must be more than 0 and finite"),
+        ("pgd", {"step_size": 1e300}, r"step_size must be more than 0 and at most 1e\+09"),
         ("apgd", {"steps": 0}, "steps must be 1 or more, got 0"),
         ("mim", {"norm": "l1"}, "norm must be 'linf' or 'l2', got 'l1'"),
         ("fgsm", {"restarts": 0}, "restarts must be 1 or more"),

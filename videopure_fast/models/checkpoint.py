@@ -70,7 +70,7 @@ def load_module(
         raise RefusedFolder(f"{folder} cannot be read: it has no config.json")
     kind = _kind(kinds, config, folder)
     try:
-        files = pick_part((path.name for path in folder.iterdir()), variant, where=str(folder), needed=needed)
+        files = pick_part(file_names(folder), variant, where=str(folder), needed=needed)
         chosen = variant if any(f".{variant}" in file for file in files) else None
         stored = _stored([folder / file for file in files])
         _check_index(folder, files, chosen)
@@ -97,6 +97,11 @@ def load_module(
         raise RefusedFolder(f"{folder} lacks {len(wrong)} of its weights, the first being {wrong[0]}")
     _check_finite(module, folder)
     return module
+
+
+def file_names(folder: Path) -> list[str]:
+    """The names of a folder's files: no folder, no pipe, no broken link."""
+    return [path.name for path in folder.iterdir() if path.is_file()]
 
 
 def check_config(config: dict[str, Any], folder: Path) -> None:

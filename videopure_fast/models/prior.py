@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import PurifyConfig, brief
 from ..inputs import MOST_FRAMES, check_count
 from ..schedule import Schedule, read_scheduler
-from .checkpoint import check_layers, first_line, load_module, read_json, stored_sizes
+from .checkpoint import check_layers, file_names, first_line, load_module, read_json, stored_sizes
 from .hub import HubOptions, MissingWeights, check_options, download, pick_part
 
 _PACKAGED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
@@ -233,7 +233,7 @@ def _text_encoder(folder: Path, variant: str | None) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = read_json(folder / "config.json") or {}
-    files = pick_part((path.name for path in folder.iterdir()), variant, where=str(folder), needed=False)
+    files = pick_part(file_names(folder), variant, where=str(folder), needed=False)
     sizes = stored_sizes(folder, files)
     check_layers(config, len(sizes), folder)
     with torch.device("meta"):
