@@ -18,6 +18,16 @@ from .config import MOST_FLOAT, PurifyConfig, brief
 LEAST_SIDE = 16  # smallest height and width of a video, in pixels
 MOST_FRAMES = 1024  # largest number of frames of a window
 _LEAST_SCALE = 1e-6  # of latents; the largest is its inverse: with more, they would overflow in half precision
+# Who reads which field of diffusers' configurations; a scheduler's are in schedule.py.
+#   all: block types, widths, layers, heads, norms, activations, paddings, quant_conv, mid_block_*, use_*: modules are
+#     made of them, and the fast forms look at the modules.
+#   UNet3DConditionModel, UNetMotionModel: in_channels, out_channels, cross_attention_dim are checked here; CONDITIONS
+#     are refused; sample_size is a pipeline's default size; motion_max_seq_length bounds max_frames here.
+#   AutoencoderKL: scaling_factor, shift_factor, latents_mean, latents_std are honored by models/vae.py; sample_size is
+#     of tiles, which are off. force_upcast is read by image pipelines alone, and is on by default, also for VAEs that
+#     half precision serves: a VAE that overflows in it ends in an error, and runs in bfloat16 or float32.
+#   AutoencoderTiny: scaling_factor, shift_factor as above; upsampling_scaling_factor is 2; latent_magnitude and
+#     latent_shift are for latents stored as pictures.
 # Fields of a UNet's configuration that stand for an input beside the prompt; None where it has no such input.
 CONDITIONS = (
     "addition_embed_type",

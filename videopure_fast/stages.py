@@ -122,7 +122,8 @@ class PurifierStages(FrozenModels):
 
     @max_frames.setter
     def max_frames(self, max_frames: int) -> None:
-        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
+        longest = getattr(self.unet.config, "motion_max_seq_length", None) or MOST_FRAMES  # positions it has learned
+        check_count("max_frames", max_frames, least=2, most=longest)
         _check_overlap(self._config, max_frames)
         self._max_frames = max_frames
 

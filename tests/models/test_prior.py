@@ -485,6 +485,8 @@ def test_a_pipeline_of_animatediff_becomes_a_purifier(tmp_path):
     purifier = Purifier.from_pipe(pipe, flow="none", inversion_steps=0)
     assert purifier.unet is pipe.unet and purifier.max_frames == 6
     assert purifier(clips(1, 3, 7, 16, 16)).shape == (1, 3, 7, 16, 16)
+    with pytest.raises(ValueError, match="max_frames must be 2 to 6, got 7"):
+        Purifier.from_pipe(pipe, flow="none", max_frames=7)
 
 
 def test_a_pipeline_without_the_parts_is_refused(tmp_path):
