@@ -107,7 +107,7 @@ def check_number(name: str, value: float, *, zero: bool = True, most: float = ma
     limit = min(most, MOST_FLOAT)
     if not 0 <= value <= limit or not (value or zero):
         least = "0 or more" if zero else "more than 0"
-        top = f"at most {limit:g}" if most < math.inf or value > limit else "finite"
+        top = f"at most {limit:g}" if most < math.inf or limit < value < math.inf else "finite"
         raise ValueError(f"{name} must be {least} and {top}, got {brief(value)}")
 
 

@@ -169,14 +169,16 @@ def test_seeds_share_out_the_clips(purifier):
     assert torch.equal(report.context.draw(1, 0, 2)[0], CLIPS[2:])
 
 
-def test_a_function_may_draw(purifier):
+def test_a_function_may_draw(purifier, monkeypatch):
     def draw(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
         return CLIPS[start : start + count], LABELS[start : start + count]
 
+    monkeypatch.setattr(purifier, "commit_hash", "0123456789" * 4)
     drawn = benchmark(CLASSIFIER, purifier, draw, **QUICK, count=4, source={"clips": "of this test"})
     assert outcomes(drawn) == outcomes(benchmark(CLASSIFIER, purifier, CLIPS, LABELS, **QUICK))
     source = json.loads(drawn.record.plan.source)
     assert source["clips"] == "of this test" and source["draw"].endswith("draw")
+    assert source["commit"] == "0123456789" * 4 and len(source["digests"]) == 3
     assert source["config"]["inversion_steps"] == 1 and source["dtype"] == "torch.float32"
 
 
@@ -202,7 +204,8 @@ def test_a_data_set_names_its_classes(purifier, tmp_path):
     dataset = VideoDataset([(tmp_path / f"{i}.avi", i) for i in range(2)], ("a", "b", "c"), sampling=sampling)
     report = benchmark(CLASSIFIER, purifier, dataset, **QUICK, count=2)
     assert report.classes == ("a", "b", "c") and {row.n for row in report.rows} == {2}
-    assert json.loads(report.record.plan.source)["sampling"]["crop"] == 16
+    source = json.loads(report.record.plan.source)
+    assert source["sampling"]["crop"] == 16 and source["commit"] is None
     with pytest.raises(ValueError, match="1 x 3 clips are needed, and there are 2"):
         benchmark(CLASSIFIER, purifier, dataset, **QUICK, count=3)
 

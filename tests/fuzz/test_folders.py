@@ -67,7 +67,7 @@ def mutate_json(rng, path):
 
 
 def mutate_bytes(rng, path):
-    content = bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes() or b"0")
     how = rng.randrange(5)
     if how == 0:
         content = content[: rng.randrange(len(content))]
@@ -138,15 +138,15 @@ def mutate_folder(rng, folder):
     path = rng.choice(files)
     how = rng.random()
     if how < 0.15:
-        mutate_place(rng, path, files)
-    elif how < 0.3:
-        mutate_bytes(rng, path)
-    elif path.suffix == ".safetensors":
-        mutate_header(rng, path)
-    elif path.suffix == ".json" and isinstance(json.loads(path.read_text()), dict):
-        mutate_json(rng, path)
-    else:
-        mutate_bytes(rng, path)
+        return mutate_place(rng, path, files)
+    try:
+        if how > 0.3 and path.suffix == ".safetensors":
+            return mutate_header(rng, path)
+        if how > 0.3 and path.suffix == ".json":
+            return mutate_json(rng, path)
+    except (ValueError, LookupError, TypeError, struct.error, RecursionError):
+        pass  # broken already
+    return mutate_bytes(rng, path)
 
 
 def look(folder):
