@@ -302,6 +302,8 @@ def test_a_hostile_configuration_is_refused_in_a_second(prior, name):
         ("purifier.json", {"max_frames": 10**400, "flow": "none"}, "max_frames must be 2 to 1024"),
         ("purifier.json", {"config": {"sign_temperature": -1e300}, "flow": "none"}, "sign_temperature"),
         ("purifier.json", {"config": {"x" * 5000: 1}, "flow": "none"}, "unknown settings"),
+        ("purifier.json", {"flow": "x" * 5000}, "unknown flow 'xxx"),
+        ("purifier.json", {"flow": ["none"] * 5000}, "unknown flow ['none', "),
         ("scheduler/scheduler_config.json", {"beta_end": 1e300}, "scheduler_config.json: beta_end"),
         ("scheduler/scheduler_config.json", {"beta_start": "0.1"}, "scheduler_config.json: beta_start"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**400}, "num_train_timesteps"),

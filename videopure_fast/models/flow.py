@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import brief
+
 Flow = Callable[[Tensor, Tensor], Tensor]
 
 _DIS_LEAST_SIDE = 32  # below it OpenCV's coarsest pyramid level reads outside the picture
@@ -103,7 +105,8 @@ def load_flow(flow: str | Flow) -> Flow:
     if callable(flow):
         return flow
     if not isinstance(flow, str) or flow not in FLOWS:
-        raise ValueError(f"unknown flow {flow!r}; accepted: {', '.join(FLOWS)}, or a callable (prev, next) -> flow")
+        accepted = f"{', '.join(FLOWS)}, or a callable (prev, next) -> flow"
+        raise ValueError(f"unknown flow {brief(flow)}; accepted: {accepted}")
     if flow == "dis":
         _opencv()  # now rather than in the middle of a purification
     return RaftFlow() if flow == "raft" else FLOWS[flow]
