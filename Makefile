@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 SANITIZED := build/sanitized
 OLDEST := build/aot-3.6
 
-.PHONY: demo test test-slow lint bench aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
+.PHONY: demo test test-slow fuzz lint bench aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -15,6 +15,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+# Damaged input, from fixed seeds, in processes of its own.
+fuzz: $(INSTALLED)
+	$(BIN)/pytest -m slow tests/fuzz
 
 # .pre-commit-config.yaml runs the same tools.
 lint: $(INSTALLED)

@@ -20,7 +20,9 @@ _LONG = 3600  # seconds beyond which a purification is warned of
 
 
 def purify(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A video: mp4, avi, gif or webm; 2 frames or more.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A video: mp4, mov, avi, gif, webm, mkv or ts; 2 frames or more.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="mp4, avi, gif or webm file to write.")],
     model: Model = "tiny",
     size: Annotated[
@@ -39,8 +41,9 @@ def purify(
 ) -> None:
     """Purify a video file of any length, in bounded memory.
 
-    The result has the working size of the model (see --size), the frame rate of IN, and its sound where the format
-    of OUT can hold it. OUT appears when it is complete, and may be IN; a failure or Ctrl-C leaves nothing.
+    The result has the working size of the model (see --size), the times of the pictures of IN, and its sound, where
+    the format of OUT can hold them; else a warning says so. OUT appears when it is complete, and may be IN; a failure
+    or Ctrl-C leaves nothing.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""Probing and reading video files of any length in bounded memory: mp4 and mov, avi, gif, webm and mkv.
+"""Probing and reading video files of any length in bounded memory: mp4 and mov, avi, gif, webm and mkv, MPEG-TS.
 
 Frames are (3, H, W) uint8 RGB. `video_writer` writes them.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import LEAST_SIDE
+from .containers import foreign_container, gif_reaches_trailer
+from .picture import IDENTITY, Orientation, orientation, states_no_color, upright
+from .timing import MAX_SECONDS, MISSING, median_rate, ordered
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -25,13 +29,15 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video import VideoStream
 
+    from .timing import Stamps
+
 MAX_PIXELS = 8192 * 8192  # in one frame; a file of a few bytes can state a frame size that exceeds a machine's memory
 
 # FFmpeg's playlists, device inputs and network protocols are disabled: an untrusted file must not open other files.
-_OPEN_OPTIONS = {"format_whitelist": "mov,avi,gif,matroska", "protocol_whitelist": "file"}
+_OPEN_OPTIONS = {"format_whitelist": "mov,avi,gif,matroska,mpegts", "protocol_whitelist": "file"}
 # Fail on damage: by default FFmpeg conceals it and goes on.
 _DECODE_OPTIONS = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
-_ACCEPTED = "accepted: mp4, avi, gif and webm videos"
+_ACCEPTED = "accepted: mp4, avi, gif and webm videos, also mov, mkv and MPEG-TS"
 _MAX_MISSING = 0.1  # a file is refused as truncated if more than this share of its stated duration is missing
 
 
@@ -43,12 +49,16 @@ class VideoInfo:
         path: the file.
         frames: number of decoded frames, at least 2.
         height, width: size of a frame as it is shown, in pixels.
-        rate: frames per second; the mean if the rate varies.
+        rate: frames per second, by the median step between frames; the times of varying rates are in `stamps`.
         has_audio: whether the file has a sound track that can be copied.
         stream: index of the video stream in the container.
-        start: time stamp of the first frame, in seconds.
-        rotation: degrees by which decoded frames were turned counterclockwise, a multiple of 90.
+        orientation: the display matrix (a, b, c, d), which moves a point (x, y) of a decoded frame to
+            (ax + cy, bx + dy); one of the eight that turn and mirror.
         pixel_aspect: width divided by height of a pixel as it is shown.
+        assumed_bt709: whether the file has 720 lines or more and states no color space.
+        stamps: when each frame is shown, int64, strictly increasing, in ticks of `time_base` from the file's time 0.
+        time_base: length of a tick, in seconds.
+        last_duration: how long the last frame is shown, in seconds.
     """
 
     path: Path
@@ -58,55 +68,78 @@ class VideoInfo:
     rate: Fraction
     has_audio: bool
     stream: int
-    start: Fraction
-    rotation: int
+    orientation: Orientation
     pixel_aspect: Fraction
+    assumed_bt709: bool
+    stamps: Stamps = field(compare=False, repr=False)
+    time_base: Fraction
+    last_duration: Fraction
+
+    @property
+    def start(self) -> Fraction:
+        """Time at which the first frame is shown, in seconds."""
+        return self.time(0)
+
+    def time(self, frame: int) -> Fraction:
+        """Time at which a frame is shown, in seconds."""
+        return int(self.stamps[frame]) * self.time_base
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Decode a video once from end to end, and return its frame count, size, rate and sound.
+    """Decode a video once from end to end, and return its frame count, size, times, rate and sound.
 
     The whole file is decoded because headers may state a wrong length, and because a damaged frame should be found
     before hours of work, not after. Of several video streams the one with the most pixels is read; cover pictures are
     ignored. Nothing is repaired: a file is refused if its decoder reports an error or a corrupt frame, or if its frames
     end more than 10 % before the stated duration. Damage that still decodes cannot be detected; this concerns GIF most,
-    which has no checksums.
+    which has no checksums, and the end of MPEG-TS, which states no duration.
 
     Raises FileNotFoundError, or ValueError for anything that is not an intact video of 2 frames or more, each of
-    8192x8192 pixels at most.
+    8192x8192 pixels at most, in one orientation that only turns or mirrors.
     """
     path = Path(path)
-    frames = 0
     first: VideoFrame | None = None
-    end: Fraction | None = None
+    turn = IDENTITY
+    found = array("q")  # 8 bytes a frame
+    latest, last = MISSING, 0
     for frame in _decode(path):
-        first = first or frame
-        frames += 1
-        end = _end(frame) or end
-    if first is None or frames < 2:
-        raise ValueError(f"{path} has {frames} frame{'s' * (frames != 1)}; {_ACCEPTED} of 2 frames or more")
-    start = _time(first) or Fraction(0)
+        if first is None:
+            first, turn = frame, orientation(frame, path)
+        elif frame.rotation != first.rotation:
+            raise ValueError(f"{path} changes its orientation at frame {len(found)}; accepted: one for all frames")
+        found.append(MISSING if frame.pts is None else frame.pts)
+        if found[-1] >= latest:
+            latest, last = found[-1], frame.duration or 0
+    if first is None or len(found) < 2:
+        raise ValueError(f"{path} has {len(found)} frame{'s' * (len(found) != 1)}; {_ACCEPTED}, of 2 frames or more")
     with open_video(path) as (container, stream):
-        rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        if end is not None and end > start:
-            # Keep the header's rate, which is exact, unless it contradicts the time stamps by more than one frame.
-            if abs(rate * (end - start) - frames) > 1.1:
-                rate = (frames / (end - start)).limit_denominator(100)
-        rotation = round(first.rotation / 90) * 90 % 360
+        rate, stamps, time_base = _times(np.asarray(found), Fraction(first.time_base), stream, path)
         aspect = Fraction(stream.sample_aspect_ratio or 1) or Fraction(1)
-        sideways = rotation % 180 != 0
+        sideways = turn[0] == 0
         return VideoInfo(
             path=path,
-            frames=frames,
+            frames=len(found),
             height=first.width if sideways else first.height,
             width=first.height if sideways else first.width,
             rate=rate,
             has_audio=audio_stream(container, stream) is not None,
             stream=stream.index,
-            start=start,
-            rotation=rotation,
+            orientation=turn,
             pixel_aspect=1 / aspect if sideways else aspect,
+            assumed_bt709=states_no_color(first),
+            stamps=stamps,
+            time_base=time_base,
+            last_duration=last * Fraction(first.time_base) or 1 / rate,
         )
+
+
+def _times(found: Stamps, time_base: Fraction, stream: VideoStream, path: Path) -> tuple[Fraction, Stamps, Fraction]:
+    """Rate, time stamps in order, and their time base."""
+    known = found[found != MISSING]
+    if len(known) and max(-int(known.min()), int(known.max())) * time_base > MAX_SECONDS:
+        raise ValueError(f"{path} is damaged: its time stamps exceed {MAX_SECONDS} s")
+    rate = median_rate(found, time_base, (stream.average_rate, stream.guessed_rate, stream.base_rate))
+    return rate, *ordered(found, time_base, rate)
 
 
 def working_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -133,7 +166,8 @@ def read_frames(video: VideoInfo, size: int) -> Iterator[Tensor]:
     ValueError if the file is damaged.
     """
     shape = working_size(video.height, video.width, size)
-    for frame in _torchcodec_frames(video) or map(_upright, _decode(video.path)):
+    decoded = (upright(frame, video.orientation) for frame in _decode(video.path))
+    for frame in _torchcodec_frames(video) or decoded:
         if frame.shape[1:] == shape:
             yield frame
         else:
@@ -152,7 +186,8 @@ def torchcodec_decoder() -> type[Any] | None:
 def _torchcodec_frames(video: VideoInfo) -> Iterator[Tensor] | None:
     """Frames (3, H, W) uint8 decoded by torchcodec; None if it cannot decode this file as PyAV did."""
     decoder_class = torchcodec_decoder()
-    if decoder_class is None or video.rotation:  # some versions of torchcodec rotate frames, others do not
+    # Versions of torchcodec differ in what they turn, and its colors are BT.601 where a file states no color space.
+    if decoder_class is None or video.orientation != IDENTITY or video.assumed_bt709:
         return None
     try:
         decoder = decoder_class(str(video.path), stream_index=video.stream, seek_mode="exact")
@@ -175,8 +210,11 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; {_ACCEPTED}")
     try:
-        container = av.open(f"file:{path}", options=dict(_OPEN_OPTIONS))
+        container = av.open(f"file:{path}", options=dict(_OPEN_OPTIONS), metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
+        if foreign := foreign_container(path):
+            name, command = foreign
+            raise ValueError(f"{path} is {name}, which is not read; {_ACCEPTED}; convert it by `{command}`") from error
         raise ValueError(f"{path} is damaged or not a video ({error.strerror}); {_ACCEPTED}") from error
     with container:
         cover = av.stream.Disposition.attached_pic
@@ -198,8 +236,8 @@ def _decode(path: Path) -> Iterator[VideoFrame]:
         stream.thread_type = "AUTO"
         stream.codec_context.options = dict(_DECODE_OPTIONS)
         count = 0
-        start: Fraction | None = None
-        end: Fraction | None = None
+        tick = float(stream.time_base or 0)  # seconds
+        start, end = float("inf"), float("-inf")  # seconds
         try:
             for packet in container.demux(stream):
                 if packet.is_corrupt:
@@ -207,79 +245,34 @@ def _decode(path: Path) -> Iterator[VideoFrame]:
                 for frame in packet.decode():
                     if frame.is_corrupt:
                         raise ValueError(f"{path} is damaged: frame {count} is corrupt")
-                    start = _time(frame) if start is None else start
-                    end = _end(frame) or end
+                    if frame.pts is not None:
+                        start = min(start, frame.pts * tick)
+                        end = max(end, (frame.pts + (frame.duration or 0)) * tick)
                     count += 1
                     yield frame
         except av.FFmpegError as error:
             raise ValueError(f"{path} is damaged: decoding fails after {count} frames ({error.strerror})") from error
-        stated = _stated_seconds(stream)
-        if stated and start is not None and end is not None and end - start < (1 - _MAX_MISSING) * stated:
+        stated = _stated_end(stream, start)
+        if stated is not None and start <= end < stated - _MAX_MISSING * (stated - start):
             raise ValueError(
-                f"{path} is damaged: its {count} frames end after {float(end - start):.2f} s of {float(stated):.2f} s"
+                f"{path} is damaged: its {count} frames end after {end - start:.2f} s of {stated - start:.2f} s"
             )
-        if container.format.name == "gif" and not _reaches_trailer(path):
+        if container.format.name == "gif" and not gif_reaches_trailer(path):
             raise ValueError(f"{path} is damaged: no more than {count} frames can be read before it breaks off")
 
 
-def _stated_seconds(stream: VideoStream) -> Fraction | None:
-    """Duration of a stream according to its header, in seconds; None if it states none."""
+def _stated_end(stream: VideoStream, start: float) -> float | None:
+    """When a stream that starts at `start` ends according to its header, in seconds; None if that does not say."""
     if stream.duration and stream.time_base is not None:
-        return stream.duration * stream.time_base
-    try:  # Matroska and WebM have a tag such as "00:00:01.600000000"
-        hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + Fraction(seconds)
+        return start + float(stream.duration * stream.time_base)
+    try:  # Matroska and WebM have a tag such as "00:00:01.600000000", which counts from the file's time 0
+        hours, minutes, seconds = map(float, stream.metadata.get("DURATION", "").split(":"))
+        return 3600 * hours + 60 * minutes + seconds
     except ValueError:
         return None
-
-
-def _reaches_trailer(path: Path) -> bool:
-    """Whether the blocks of a GIF file end with its trailer. (FFmpeg takes any unknown byte for the file's end.)"""
-    with path.open("rb") as file:
-
-        def skip_colors(flags: int) -> None:
-            file.seek(3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0, os.SEEK_CUR)
-
-        def skip_data() -> None:
-            while length := file.read(1):
-                if length == b"\0":
-                    return
-                file.seek(length[0], os.SEEK_CUR)
-
-        header = file.read(13)
-        skip_colors(header[10])
-        while block := file.read(1):
-            if block == b"\x21":  # extension: a label, then data
-                file.seek(1, os.SEEK_CUR)
-            elif block == b"\x2c":  # picture: 8 bytes of place and size, flags, a color table, the code size, then data
-                place = file.read(9)
-                if len(place) < 9:
-                    return False
-                skip_colors(place[8])
-                file.seek(1, os.SEEK_CUR)
-            else:
-                return block == b";"
-            skip_data()
-    return False
 
 
 def audio_stream(container: InputContainer, video: VideoStream) -> AudioStream | None:
     """The audio stream that belongs to a video stream; None if there is none that can be copied."""
     audio = cast("AudioStream | None", container.streams.best("audio", related=video))
     return None if audio is None or audio.codec_context is None else audio
-
-
-def _time(frame: VideoFrame) -> Fraction | None:
-    """Time stamp of a frame, in seconds; None if it has none."""
-    return None if frame.pts is None else frame.pts * frame.time_base
-
-
-def _end(frame: VideoFrame) -> Fraction | None:
-    """Time stamp at which a frame ends, in seconds; None if it has none."""
-    return None if frame.pts is None else (frame.pts + (frame.duration or 0)) * frame.time_base
-
-
-def _upright(frame: VideoFrame) -> Tensor:
-    """A decoded frame as (3, H, W) uint8, rotated as its file demands."""
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(pixels, round(frame.rotation / 90) % 4, (1, 2))

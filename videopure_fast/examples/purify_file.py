@@ -1,4 +1,4 @@
-"""Purify a video file of any length: probe it, read it, purify it window by window, and write it with its sound.
+"""Purify a video file of any length, window by window: probe, read, purify, and write it with its times and sound.
 
     python -m videopure_fast.examples.purify_file clip.mp4 purified.mp4
 
@@ -32,7 +32,7 @@ def purify_file(source: Path, output: Path, purifier: Purifier, *, size: int = 6
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", type=Path, help="video to read: mp4, avi, gif or webm")
+    parser.add_argument("source", type=Path, help="video to read: mp4, mov, avi, gif, webm, mkv or ts")
     parser.add_argument("output", type=Path, help="video to write: mp4, avi, gif or webm")
     parser.add_argument("--model", default="tiny", help="a prior: tiny, a folder or a Hugging Face repository")
     parser.add_argument("--size", type=int, default=64, help="short side in pixels, even, 16 or more")
