@@ -41,10 +41,20 @@ CONDITIONS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_video(video: Tensor) -> None:
+VIDEO_LAYOUTS = ("BCTHW", "BTCHW")  # (B, 3, F, H, W), this package's, and (B, F, 3, H, W), that of Hugging Face
+
+
+def check_video(video: Tensor, *, layout: str = "BCTHW") -> None:
     """TypeError or ValueError unless a video is (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8, with F >= 2
-    frames and sides of LEAST_SIDE pixels or more."""
-    accepted = "accepted: (B, 3, F, H, W) or (3, F, H, W) with F >= 2 frames and sides of 16 pixels or more"
+    frames and sides of LEAST_SIDE pixels or more.
+
+    layout: "BTCHW" where it should be (B, F, 3, H, W) or (F, 3, H, W) instead.
+    """
+    if layout not in VIDEO_LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; accepted: {', '.join(VIDEO_LAYOUTS)}")
+    channels, frames = (-4, -3) if layout == "BCTHW" else (-3, -4)
+    axes = "3, F, H, W" if layout == "BCTHW" else "F, 3, H, W"
+    accepted = f"accepted: (B, {axes}) or ({axes}) with F >= 2 frames and sides of 16 pixels or more"
     if not isinstance(video, Tensor):
         raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}; {accepted}")
     if video.layout != torch.strided or video.is_nested or video.is_meta:
@@ -52,33 +62,79 @@ def check_video(video: Tensor) -> None:
     if video.dtype not in (torch.uint8, *FLOATS):
         raise TypeError(f"video is {video.dtype}; accepted: floats of 16 bits or more in [0, 1], or uint8 in 0..255")
     shape = tuple(video.shape)
-    if video.ndim not in (4, 5) or video.shape[-4] != 3:
-        raise ValueError(f"video has shape {shape}; {accepted}")
+    if video.ndim not in (4, 5) or shape[channels] != 3:
+        raise ValueError(f"video has shape {shape}; {accepted}{_shape_advice(shape, layout)}")
     if video.ndim == 5 and not len(video):
         raise ValueError(f"video has shape {shape}, an empty batch; {accepted}")
-    if video.shape[-3] < 2 or min(shape[-2:]) < LEAST_SIDE:
-        raise ValueError(f"video has shape {shape}; {accepted}")
+    if shape[frames] < 2 or min(shape[-2:]) < LEAST_SIDE:
+        raise ValueError(f"video has shape {shape}; {accepted}{_shape_advice(shape, layout)}")
     if video.is_floating_point():
         low, high = torch.stack(torch.aminmax(video.detach())).tolist()
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("video has NaN or infinite values; accepted: floats in [0, 1]")
         if low < 0 or high > 1:
-            raise ValueError(f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8")
+            seen = f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8"
+            raise ValueError(seen + _value_advice(low, high))
 
 
-def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """TypeError or ValueError unless clips are dense, (B, 3, F, H, W), of one of the dtypes, and in [0, 1]."""
+def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS, *, single: bool = False) -> None:
+    """TypeError or ValueError unless clips are dense, (B, 3, F, H, W), of one of the dtypes, and in [0, 1] if floats.
+
+    single: whether one clip (3, F, H, W) is accepted too.
+    """
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    accepted = f"accepted: dense tensors (B, 3, F, H, W) in [0, 1] of {names}, no axis empty"
+    one = ", or one of them (3, F, H, W)" if single else ""
+    accepted = f"accepted: dense tensors (B, 3, F, H, W) in [0, 1] of {names}, no axis empty{one}"
     if not isinstance(clips, Tensor):
         raise TypeError(f"clips must be a torch.Tensor, got {type(clips).__name__}; {accepted}")
     if clips.layout != torch.strided or clips.is_nested or clips.is_meta or clips.dtype not in dtypes:
         raise TypeError(f"clips are {clips.dtype}, {clips.layout} on {clips.device}; {accepted}")
-    if clips.ndim != 5 or clips.shape[1] != 3 or not clips.numel():
-        raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}")
+    if clips.ndim not in ((4, 5) if single else (5,)) or clips.shape[-4] != 3 or not clips.numel():
+        raise ValueError(f"clips have shape {tuple(clips.shape)}; {accepted}{_shape_advice(tuple(clips.shape))}")
+    if clips.dtype == torch.uint8:
+        return
     low, high = torch.stack(torch.aminmax(clips.detach())).tolist()
     if not (low >= 0 and high <= 1):  # NaN fails both
-        raise ValueError(f"clips have values from {low} to {high}; {accepted}")
+        raise ValueError(f"clips have values from {low} to {high}; {accepted}{_value_advice(low, high)}")
+
+
+def float_clips(clips: Tensor) -> Tensor:
+    """A batch (B, 3, F, H, W) of floats in [0, 1]: from such clips or uint8 ones, which become float32, or from one of
+    them (3, F, H, W). TypeError or ValueError for anything else."""
+    check_clips(clips, (*FLOATS, torch.uint8), single=True)
+    batch = clips if clips.ndim == 5 else clips[None]
+    return batch.float() / 255 if clips.dtype == torch.uint8 else batch
+
+
+def _shape_advice(shape: tuple[int, ...], layout: str | None = None) -> str:
+    """What clips of a refused shape look like, and what mends them.
+
+    layout: the one that was expected of a video; None: the clips are a classifier's, or an attack's.
+    """
+    if len(shape) not in (4, 5):
+        return ""
+    if layout == "BTCHW":
+        return "; this looks like (B, 3, F, H, W), layout='BCTHW'" if shape[-4] == 3 else ""
+    if shape[-3] == 3 and shape[-4] != 3:
+        mend = "pass layout='BTCHW' to purify, or video.transpose(-4, -3)"
+        if layout is None:
+            mend = "pass clips.transpose(-4, -3); adapters.VideoClassifier(model, layout='BTCHW') adapts a classifier"
+        return f"; this looks like (B, F, 3, H, W): {mend}"
+    if shape[-1] == 3:
+        return "; this looks like (B, F, H, W, 3): pass it with .movedim(-1, -4)"
+    return ""
+
+
+def _value_advice(low: float, high: float) -> str:
+    """What values outside [0, 1] look like, and what mends them."""
+    if low >= 0 and 2 < high <= 255:
+        return "; these look like 0..255: divide by 255, or pass uint8"
+    if -10 < low < -0.25 and high < 10:
+        normalizes = "adapters.VideoClassifier(model, mean=..., std=...) normalizes for a classifier"
+        return f"; these look normalized: pass them as they were before, {normalizes}"
+    if low >= -0.25 and high <= 2:
+        return "; .clamp(0, 1) removes what resizing adds"
+    return ""
 
 
 def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:

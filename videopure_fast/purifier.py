@@ -440,14 +440,21 @@ def purify(
     flow: str | Flow | None = None,
     decoder: str | os.PathLike[str] | None = None,
     config: PurifyConfig | None = None,
+    layout: str = "BCTHW",
+    return_votes: bool = False,
     **overrides: Any,
 ) -> Tensor:
     """Purify clips in one call; the loaded model is kept for the next.
 
-    video: (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8. The other arguments are those of
-    `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
+    Args:
+        video: (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8.
+        layout: "BTCHW" for videos (B, F, 3, H, W) or (F, 3, H, W), as Hugging Face's; the result has the same.
+        return_votes: as in a call of a Purifier.
+
+    The other arguments are those of `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
     """
-    check_video(video)
+    check_video(video, layout=layout)
+    check_flag("return_votes", return_votes)
     replace_config(PurifyConfig() if config is None else config, overrides)
     options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
     for name, value in options.items():
@@ -459,7 +466,9 @@ def purify(
     # A copy shares the models, and its settings are its own.
     purifier = copy.copy(_loaded(**options))
     purifier.config = replace_config(purifier.config if config is None else config, overrides)
-    return purifier(video)
+    if layout == "BCTHW":
+        return purifier(video, return_votes=return_votes)
+    return purifier(video.transpose(-4, -3), return_votes=return_votes).transpose(-4, -3).contiguous()
 
 
 @functools.lru_cache(maxsize=2)
