@@ -1,3 +1,4 @@
+import re
 import sys
 from types import SimpleNamespace
 
@@ -7,8 +8,15 @@ import torch
 from conftest import clips
 from torch import nn
 
-from videopure_fast import DefendedClassifier
-from videopure_fast.adapters import VideoClassifier, art_preprocessor, autoattack_model, foolbox_model, load_classifier
+from videopure_fast import DefendedClassifier, tiny
+from videopure_fast.adapters import (
+    VideoClassifier,
+    art_preprocessor,
+    autoattack_model,
+    class_names,
+    foolbox_model,
+    load_classifier,
+)
 
 EPS = 4 / 255
 HEADS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 5}
@@ -128,10 +136,10 @@ def test_bad_settings(options, message):
 
 def test_bad_clips_and_models():
     adapter = VideoClassifier(Small())
-    for wrong in ([1], clips(1, 3, 4, 8, 8).mul(255).byte(), clips(1, 3, 4, 8, 8).to_sparse()):
+    for wrong in ([1], clips(1, 3, 4, 8, 8).mul(255).int(), clips(1, 3, 4, 8, 8).to_sparse()):
         with pytest.raises(TypeError, match=r"accepted: dense tensors \(B, 3, F, H, W\) in \[0, 1\]"):
             adapter(wrong)
-    for shape in ((3, 4, 8, 8), (1, 4, 3, 8, 8), (0, 3, 4, 8, 8)):
+    for shape in ((3, 8, 8), (4, 3, 8, 8), (1, 4, 3, 8, 8), (0, 3, 4, 8, 8)):
         with pytest.raises(ValueError, match="have shape"):
             adapter(clips(*shape))
     for wrong in (clips(1, 3, 4, 8, 8) * 255, clips(1, 3, 4, 8, 8) - 0.5, clips(1, 3, 4, 8, 8) * float("nan")):
@@ -143,6 +151,70 @@ def test_bad_clips_and_models():
         VideoClassifier(Small(), input_name=3)
     with pytest.raises(ValueError, match="2 frames; accepted with alpha 4"):
         seen_by("slowfast", clips(1, 3, 2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "wrong, advice",
+    [
+        (
+            lambda x: x.transpose(1, 2),
+            "looks like (B, F, 3, H, W): pass clips.transpose(-4, -3); adapters.Video",
+        ),
+        (lambda x: x[0].transpose(0, 1), "looks like (B, F, 3, H, W): pass clips.transpose(-4, -3)"),
+        (lambda x: x.movedim(1, -1), "looks like (B, F, H, W, 3): pass it with .movedim(-1, -4)"),
+        (lambda x: x * 255, "look like 0..255: divide by 255, or pass uint8"),
+        (lambda x: (x * 255).half(), "look like 0..255"),
+        (
+            lambda x: 2 * x - 1,
+            "look normalized: pass them as they were before, adapters.VideoClassifier",
+        ),
+        (lambda x: x * 1.2 - 0.1, ".clamp(0, 1) removes what resizing adds"),
+    ],
+)
+def test_other_formats_are_named_with_what_mends_them(wrong, advice, purifier):
+    video = clips(2, 3, 4, 16, 16)
+    video[0, 0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    for adapter in (VideoClassifier(Small()), DefendedClassifier(Small(), purifier)):
+        with pytest.raises(ValueError, match=re.escape(advice)):
+            adapter(wrong(video))
+        with pytest.raises(ValueError, match="; accepted: dense tensors"):
+            adapter(wrong(video))
+
+
+def test_uint8_and_single_clips():
+    adapter, video = (
+        VideoClassifier(Small(), mean=0.5, std=0.5, frames=3, size=8),
+        (clips(2, 3, 4, 16, 16) * 255).byte(),
+    )
+    expected = adapter(video.float() / 255)
+    assert torch.equal(adapter(video), expected) and expected.shape == (2, 5)
+    torch.testing.assert_close(adapter(video[1]), expected[1])
+    torch.testing.assert_close(adapter(video[1].float() / 255), expected[1])
+    assert VideoClassifier(Small(), layout="BTCHW").layout == "BTCHW" and adapter(video[0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["BCTHW", "BTCHW", "slowfast"])
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+def test_models_get_clips_of_their_own_dtype(given, weights, layout):
+    seen = []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            seen.extend(x if isinstance(x, list) else [x])
+            return super().forward(seen[-1].mean((3, 4)).flatten(1)[:, :12])
+
+    video = clips(2, 3, 4, 8, 10)
+    video = (video * 255).byte() if given == torch.uint8 else video.to(given)
+    adapter = VideoClassifier(Model(12, 5).to(weights), layout=layout, mean=0.5, std=0.25, size=8)
+    logits = adapter(video)
+    assert {x.dtype for x in seen} == {weights}
+    assert logits.dtype == (torch.float32 if given == torch.uint8 else given)
+    floats = video.double() / 255 if given == torch.uint8 else video.double()
+    exact = seen_by(layout, floats, mean=0.5, std=0.25, size=8)
+    step = max(torch.finfo(dtype).eps for dtype in (weights, torch.float32 if given == torch.uint8 else given))
+    for x, wide in zip(seen, exact if isinstance(exact, list) else [exact], strict=True):
+        torch.testing.assert_close(x.double(), wide, rtol=step, atol=4 * step)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +308,24 @@ def test_huggingface_explains_what_is_missing():
     model.config, model.main_input_name = SimpleNamespace(num_frames=4), "x"
     with pytest.raises(ValueError, match="none of image_size, crop_size: pass size="):
         VideoClassifier.huggingface(model, mean=None, std=None)
+
+
+def test_class_names():
+    model = build_huggingface("VideoMAE")
+    adapter = VideoClassifier.huggingface(model, mean=None, std=None)
+    assert (
+        class_names(adapter)
+        == class_names(nn.DataParallel(model))
+        == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4")
+    )
+    model.config = SimpleNamespace(id2label={"1": "b", "0": "a", "10": "k", **{str(i): str(i) for i in range(2, 10)}})
+    assert class_names(model) == ("a", "b", *"23456789", "k") == class_names(adapter)
+    assert class_names(tiny.load_classifier()) == tiny.CLASSES
+    assert class_names(Small()) is None
+    for table, label in (({1: "a", 2: "b"}, "2"), ({"x": "a"}, "x"), ({0: "a", 2: "b"}, "2")):
+        model.config = SimpleNamespace(id2label=table)
+        with pytest.raises(ValueError, match=f"id2label has the label '{label}'; accepted: 0 to {len(table) - 1}"):
+            class_names(model)
 
 
 def test_an_adapted_classifier_is_defended(purifier):

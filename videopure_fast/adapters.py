@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import tiny
-from .inputs import check_clips, check_count, check_logits, check_number
+from .defense.classifier import DefendedClassifier, weights_dtype
+from .inputs import check_count, check_logits, check_number, float_clips
 from .purifier import Purifier
 from .straight_through import straight_through
 
@@ -31,7 +32,9 @@ _MAX_FRAMES, _MAX_SIDE = 2**16, 2**14  # sizes may come from a downloaded config
 class VideoClassifier(nn.Module):
     """Clips (B, 3, F, H, W), floats in [0, 1] -> logits (B, K), differentiable, by a model that takes another format.
 
-    The steps, in order: choose frames, resize, multiply by `scale`, normalize, and change the layout.
+    Clips may also be uint8, or one clip (3, F, H, W) with logits (K,). The steps, in order: choose frames, resize,
+    multiply by `scale`, normalize, change the layout, and cast to the dtype of the model's weights. Logits have the
+    clips' dtype, float32 for uint8.
 
     Args:
         model: takes the prepared clips; returns logits (B, K) as a tensor or as the attribute `.logits`.
@@ -111,15 +114,24 @@ class VideoClassifier(nn.Module):
             model, layout="BTCHW", scale=scale, mean=mean, std=std, frames=frames, size=size, input_name=input_name
         )
 
+    any_dtype = True  # of clips: the model is given its own
+
     def forward(self, clips: Tensor) -> Tensor:
-        check_clips(clips)
-        prepared = self.prepare(clips)
-        output = self.model(prepared) if self.input_name is None else self.model(**{self.input_name: prepared})
+        batch = float_clips(clips)
+        dtype = weights_dtype(self.model) or batch.dtype
+        # Clips are prepared in float32 or more, and narrowed when they are normalized.
+        wide = torch.promote_types(torch.promote_types(batch.dtype, dtype), torch.float32)
+        prepared = self.prepare(batch.to(wide))
+        given = prepared.to(dtype) if isinstance(prepared, Tensor) else [pathway.to(dtype) for pathway in prepared]
+        output = self.model(given) if self.input_name is None else self.model(**{self.input_name: given})
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None:
             raise TypeError(f"the model must return a tensor or have .logits, got {type(output).__name__}")
-        check_logits(logits, len(clips))
-        return logits
+        check_logits(logits, len(batch))
+        if logits.dtype != batch.dtype:
+            logits = logits.to(batch.dtype)
+            check_logits(logits, len(batch))  # a narrower dtype may overflow
+        return logits if clips.ndim == 5 else logits[0]
 
     def prepare(self, clips: Tensor) -> Tensor | list[Tensor]:
         """Clips (B, 3, F, H, W) -> the model's input: one tensor, or the pathways [slow, fast]."""
@@ -172,6 +184,31 @@ def load_classifier(
     if not isinstance(model, nn.Module):
         raise TypeError(f"classifier {name!r} is a {type(model).__name__}; accepted: a torch.nn.Module")
     return model.eval().requires_grad_(False)
+
+
+def class_names(classifier: nn.Module) -> tuple[str, ...] | None:
+    """The names of a classifier's labels, from the `config.id2label` of a transformers model, which a VideoClassifier,
+    a DefendedClassifier or DataParallel may wrap; None where it has none.
+
+    ValueError for an id2label that does not number its names from 0 on.
+    """
+    for kind, inner in (
+        (DefendedClassifier, "classifier"),
+        (nn.DataParallel, "module"),
+        (VideoClassifier, "model"),
+        (nn.DataParallel, "module"),
+    ):
+        classifier = getattr(classifier, inner) if isinstance(classifier, kind) else classifier
+    if isinstance(classifier, tiny.ActionClassifier):
+        return tiny.CLASSES
+    table = getattr(getattr(classifier, "config", None), "id2label", None)
+    if not isinstance(table, Mapping) or not table:
+        return None
+    numbered = {str(label): str(name) for label, name in table.items()}  # the keys of a file of JSON are texts
+    labels = [str(label) for label in range(len(numbered))]
+    if unknown := [label for label in numbered if label not in labels]:
+        raise ValueError(f"the classifier's id2label has the label {unknown[0]!r}; accepted: 0 to {len(labels) - 1}")
+    return tuple(numbered[label] for label in labels)
 
 
 def art_preprocessor(purifier: Purifier, *, gradient: str = "exact", batch_size: int = 8) -> PreprocessorPyTorch:

@@ -6,6 +6,7 @@ from conftest import build_purifier, clips
 from torch import nn
 
 from videopure_fast import DefendedClassifier, Purifier
+from videopure_fast.adapters import VideoClassifier
 from videopure_fast.attacks import pgd
 from videopure_fast.attacks.base import majority_vote
 from videopure_fast.defense.classifier import settled
@@ -142,9 +143,9 @@ class Growing(nn.Module):
 
 def test_bad_input(defended):
     for wrong, error in (
-        (clips(3, 4, 16, 16), ValueError),
+        (clips(4, 3, 16, 16), ValueError),
         (clips(1, 3, 4, 16, 16) * 2, ValueError),
-        ((clips(1, 3, 4, 16, 16) * 255).byte(), TypeError),
+        ((clips(1, 3, 4, 16, 16) * 255).int(), TypeError),
         ([1], TypeError),
     ):
         with pytest.raises(error, match=r"\(B, 3, F, H, W\)"):
@@ -164,6 +165,105 @@ def test_bad_input(defended):
         DefendedClassifier(Linear(), defended.purifier, gradient="surrogate", surrogate=3)
     with pytest.raises(TypeError, match="early_stop must be a bool, got 'no'"):
         DefendedClassifier(Linear(), defended.purifier, early_stop="no")
+
+
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("gradient", ["exact", "bpda", "surrogate"])
+def test_a_classifier_gets_clips_of_its_dtype(weights, gradient, purifier):
+    seen = []
+
+    class Watched(Linear):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    defended = DefendedClassifier(Watched().to(weights), purifier, gradient=gradient).eval()
+    video = clips(2, 3, 4, 16, 16).requires_grad_()
+    votes = purifier(video.detach(), return_votes=True)
+    expected = torch.stack([defended.classifier(vote.to(weights)) for vote in votes.unbind(1)], 1).float()
+    logits = defended.vote_logits(video)
+    assert set(seen) == {weights} and logits.dtype == torch.float32 == defended(video).dtype
+    torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(defended.predict(video), majority_vote(expected))
+    (found,) = torch.autograd.grad(logits[..., 0].sum(), video)
+    assert found.dtype == torch.float32 and found.isfinite().all() and found.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_clips_of_any_dtype_meet_a_float32_classifier(dtype, defended):
+    video = clips(2, 3, 4, 16, 16).to(dtype)
+    votes = defended.purifier(video, return_votes=True).float()
+    expected = torch.stack([defended.classifier(vote) for vote in votes.unbind(1)], 1)
+    logits = defended.vote_logits(video)
+    assert logits.dtype == dtype == defended(video).dtype
+    torch.testing.assert_close(logits, expected.to(dtype))
+    assert torch.equal(defended.vote_labels(video), expected.argmax(-1))
+    assert torch.equal(defended.predict(video), majority_vote(expected))
+
+
+def test_logits_beyond_a_narrow_dtype_are_refused_but_not_their_labels(purifier):
+    class Loud(Linear):
+        def forward(self, x):
+            return 1e6 * super().forward(x)
+
+    defended, video = DefendedClassifier(Loud(), purifier).eval(), clips(1, 3, 4, 16, 16).half()
+    with pytest.raises(ValueError, match="logits are not finite"):
+        defended(video)
+    assert torch.equal(defended.predict(video), majority_vote(defended.vote_logits(video.float())))
+
+
+def test_uint8_and_single_clips(defended):
+    video = (clips(2, 3, 4, 16, 16) * 255).byte()
+    floats = video.float() / 255
+    for method in (defended, defended.vote_logits, defended.vote_labels, defended.predict):
+        expected = method(floats)
+        assert torch.equal(method(video), expected)
+        for one in (video[1], floats[1]):
+            torch.testing.assert_close(method(one), expected[1])
+            assert method(one).shape == expected.shape[1:]
+    random = DefendedClassifier(defended.classifier, build_purifier(method="ddim")).eval()
+    drawn = [random(clip, generator=torch.Generator().manual_seed(1)) for clip in (video[:1], video[0])]
+    torch.testing.assert_close(drawn[0][0], drawn[1])
+
+
+class Frames(nn.Module):
+    """(B, F, 3, H, W) -> 5 logits, by a convolution of frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x):
+        return self.conv(x.flatten(0, 1)).mean((2, 3)).unflatten(0, x.shape[:2]).mean(1)
+
+
+def test_a_classifier_of_another_format_is_told_its_adapter(purifier):
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+    video = clips(1, 3, 4, 16, 16)
+    with pytest.raises(
+        ValueError, match=r"\(Frames\) fails on clips .*takes \(B, F, 3, H, W\): .*layout='BTCHW'\) adapts"
+    ):
+        DefendedClassifier(Frames(), purifier)(video)
+    sizes = {"num_frames": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = VideoMAEForVideoClassification(VideoMAEConfig(image_size=16, patch_size=8, intermediate_size=16, **sizes))
+    with pytest.raises(ValueError, match=r"fails on clips .*VideoClassifier.huggingface\(model, mean=..., std=...\)"):
+        DefendedClassifier(model.eval(), purifier).predict(video)
+    with pytest.raises(RuntimeError, match="of one's own"):
+        DefendedClassifier(Fails(), purifier)(video)
+    with pytest.raises(torch.OutOfMemoryError):
+        DefendedClassifier(Fails(torch.OutOfMemoryError), purifier)(video)
+    defended = DefendedClassifier(VideoClassifier(Frames(), layout="BTCHW"), purifier)
+    assert defended(video).shape == (1, 5)
+
+
+class Fails(nn.Module):
+    def __init__(self, kind=RuntimeError):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        raise self.kind("of one's own")
 
 
 @pytest.mark.parametrize("early_stop", [False, True])
