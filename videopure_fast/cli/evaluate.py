@@ -28,7 +28,7 @@ _CLASSIFIER, _CLIPS, _ATTACKER, _DEFENSE, _REPORT = (
     f"The {name}" for name in ("classifier", "clips", "attacker", "defense", "report")
 )
 
-DatasetName = Literal["tiny", "ucf101", "kinetics400", "something-something-v2"]
+DatasetName = Literal["tiny", "folder", "ucf101", "kinetics400", "something-something-v2"]
 AttackName = Literal["pgd", "mim", "apgd"]
 LossName = Literal["ce", "dlr", "margin"]
 
@@ -111,13 +111,17 @@ def evaluate(
         ),
     ] = None,
     dataset: Annotated[
-        DatasetName,
+        DatasetName | None,
         typer.Option(
-            help="Where clips come from; all but tiny take --videos and --annotations.", rich_help_panel=_CLIPS
+            show_default="folder with --videos, else tiny",
+            help="Where clips come from: tiny is drawn, folder has a folder for each class, and the others are read by "
+            "their --annotations.",
+            rich_help_panel=_CLIPS,
         ),
-    ] = "tiny",
+    ] = None,
     videos: Annotated[
-        Path | None, typer.Option(help="The data set's folder of videos.", rich_help_panel=_CLIPS)
+        Path | None,
+        typer.Option(help="The data set's folder of videos: FOLDER/class/video.mp4.", rich_help_panel=_CLIPS),
     ] = None,
     annotations: Annotated[
         Path | None,
@@ -132,25 +136,27 @@ def evaluate(
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="Kinetics: the classifier's class names, one a line, where the CSV has not all of them.",
+            help="Folders and Kinetics: the classifier's class names, one a line, where the data set has not all.",
             rich_help_panel=_CLIPS,
         ),
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(min=2, show_default="32", help="Frames of a data set's clip.", rich_help_panel=_CLIPS),
+        typer.Option(
+            min=2, show_default="32; 16 for the packaged classifier", help="Frames of a clip.", rich_help_panel=_CLIPS
+        ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(show_default="2", help="Every stride-th frame of a video is taken.", rich_help_panel=_CLIPS),
+        typer.Option(show_default="2; 1", help="Every stride-th frame of a video is taken.", rich_help_panel=_CLIPS),
     ] = None,
     resize: Annotated[
         int | None,
-        typer.Option(show_default="256", help="Pixels of a video's shorter side.", rich_help_panel=_CLIPS),
+        typer.Option(show_default="256; 32", help="Pixels of a video's shorter side.", rich_help_panel=_CLIPS),
     ] = None,
     crop: Annotated[
         int | None,
-        typer.Option(show_default="224", help="Side of the square cut from its center.", rich_help_panel=_CLIPS),
+        typer.Option(show_default="224; 32", help="Side of the square cut from its center.", rich_help_panel=_CLIPS),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode videos.", rich_help_panel=_CLIPS)] = 0,
     threat: Annotated[
@@ -202,8 +208,15 @@ def evaluate(
         ),
     ] = None,
     clips: Annotated[
-        int, typer.Option(min=1, max=_MOST_CLIPS, help="Attacked for each seed.", rich_help_panel=_CLIPS)
-    ] = 32,
+        int | None,
+        typer.Option(
+            min=1,
+            max=_MOST_CLIPS,
+            show_default="32, or all where there are less",
+            help="Attacked for each seed.",
+            rich_help_panel=_CLIPS,
+        ),
+    ] = None,
     seeds: Annotated[
         int,
         typer.Option(min=1, max=_MOST_SEEDS, help="Each has clips and draws of its own.", rich_help_panel=_CLIPS),
@@ -237,6 +250,7 @@ def evaluate(
     ```
       videopure-fast evaluate --clips 8 --eps 4
       videopure-fast evaluate --threat gray-box --threat bpda --threat exact --clips 128 --seeds 3
+      videopure-fast evaluate --classifier my_models:video_classifier --videos FOLDER
       videopure-fast evaluate --classifier my_models:video_classifier --dataset ucf101 --videos UCF-101 \\
         --annotations ucfTrainTestlist --model ali-vilab/text-to-video-ms-1.7b --batch 1
       videopure-fast evaluate --classifier MCG-NJU/videomae-base-finetuned-kinetics --mean 0.485,0.456,0.406 \\
@@ -247,7 +261,7 @@ def evaluate(
 
     from .. import tiny
     from ..evaluation import benchmark, standard_threat
-    from ..evaluation.benchmark import DEFAULT_DEFENSES, DEFAULT_THREATS, make_plan
+    from ..evaluation.benchmark import DEFAULT_COUNT, DEFAULT_DEFENSES, DEFAULT_THREATS, default_count, make_plan
     from ..files import make_folder
     from ..purifier import Purifier
 
@@ -260,12 +274,18 @@ def evaluate(
         sys.path.append(os.getcwd())  # where "module:function" is looked for; a console script's path lacks it
     gradient: dict[str, Any] = {"attack": attack, "steps": steps, "step_size": step_size / 255, "loss": loss}
     gradient |= {"eot": eot, "restarts": restarts, "queries": queries}
+    if dataset is None:
+        dataset = "tiny" if videos is None else "folder"
     # Threat refuses unknown names. Typer has no lists of literals.
     chosen = cast("Sequence[ThreatModel]", threat or DEFAULT_THREATS)
-    threats = [standard_threat(name, clips, **gradient) for name in chosen]
+    threats = [standard_threat(name, clips or DEFAULT_COUNT, **gradient) for name in chosen]
     if any(one.threat_model == "transfer" for one in threats) != (surrogate_classifier is not None):
         raise ValueError("--threat transfer and --surrogate-classifier, the classifier to attack for it, go together")
-    options: dict[str, Any] = {"threats": threats, "count": clips, "eps": [size / 255 for size in sizes]}
+    options: dict[str, Any] = {
+        "threats": threats,
+        "count": clips or DEFAULT_COUNT,
+        "eps": [size / 255 for size in sizes],
+    }
     options |= {"defenses": _defenses(defense or DEFAULT_DEFENSES, depth or ())}
     options |= {"seeds": range(seeds), "batch": batch, "repeats": repeats}
     make_plan(**options)  # reports bad options before the models are loaded
@@ -273,7 +293,9 @@ def evaluate(
     sampling = {"frames": frames, "stride": stride, "resize": resize, "crop": crop}
     files = {"videos": videos, "annotations": annotations, "labels": labels, "classes": classes}
     _check_options(dataset, sampling | files)
-    source = None if dataset == "tiny" else _dataset(dataset, files, sampling)
+    source = None if dataset == "tiny" else _dataset(dataset, files, sampling, classifier)
+    if source is not None and clips is None:
+        options["count"] = default_count(len(source), range(seeds))
     make_folder(out)
     purifier = Purifier.from_pretrained(model, device=device, dtype=None if dtype is None else getattr(torch, dtype))
     defended, surrogate = (_classifier(name, colors, purifier) for name in (classifier, surrogate_classifier))
@@ -321,6 +343,7 @@ def _defenses(names: Sequence[str], depths: Sequence[int]) -> tuple[str, ...]:
 # The options that each data set needs. All but the packaged clips accept those of sampling too.
 _NEEDED: dict[DatasetName, tuple[str, ...]] = {
     "tiny": (),
+    "folder": ("videos",),
     "ucf101": ("videos", "annotations"),
     "kinetics400": ("videos", "annotations"),
     "something-something-v2": ("videos", "annotations", "labels"),
@@ -333,16 +356,24 @@ def _check_options(dataset: DatasetName, options: dict[str, Any]) -> None:
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise ValueError(f"--dataset {dataset} needs {' and '.join(missing)}")
     accepted = needed if dataset == "tiny" else (*needed, "frames", "stride", "resize", "crop")
-    accepted += ("classes",) if dataset == "kinetics400" else ()
+    accepted += ("classes",) if dataset in ("folder", "kinetics400") else ()
     if ignored := [f"--{name}" for name in given if name not in accepted]:
         raise ValueError(f"--dataset {dataset} takes no {' or '.join(ignored)}")
 
 
-def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int | None]) -> VideoDataset:
+# Frames and pixels of the clips of which the packaged classifier was trained.
+_TINY_SAMPLING = {"frames": 16, "stride": 1, "resize": 32, "crop": 32}
+
+
+def _dataset(
+    name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int | None], classifier: str
+) -> VideoDataset:
     from ..data.annotations import read_lines
     from ..data.datasets import ClipSampling, VideoDataset
 
-    chosen = ClipSampling(**{option: value for option, value in sampling.items() if value is not None})
+    usual = _TINY_SAMPLING if classifier == "tiny" else {}
+    chosen = ClipSampling(**usual | {option: value for option, value in sampling.items() if value is not None})
+    classes = None if files["classes"] is None else read_lines(files["classes"])
     places = [path for option in _NEEDED[name] if (path := files[option]) is not None]
     if name == "ucf101":
         videos, splits = places
@@ -350,8 +381,9 @@ def _dataset(name: DatasetName, files: dict[str, Path | None], sampling: dict[st
     if name == "something-something-v2":
         videos, annotations, labels = places
         return VideoDataset.something_something_v2(videos, annotations, labels, sampling=chosen)
+    if name == "folder":
+        return VideoDataset.folder(places[0], classes=classes, sampling=chosen)
     videos, annotations = places
-    classes = None if files["classes"] is None else read_lines(files["classes"])
     return VideoDataset.kinetics400(videos, annotations, classes=classes, sampling=chosen)
 
 

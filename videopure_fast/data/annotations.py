@@ -7,15 +7,18 @@ of the folder of the videos. (Links inside that folder are the user's own, and a
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one
+_SHOWN, _LONGEST = 4, 80  # names in a message, and letters of one
 
 
 def read_lines(path: Path) -> list[str]:
@@ -44,10 +47,15 @@ def read_kinetics_rows(path: Path) -> list[dict[str, str]]:
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV that can be read: {error}") from error
     if not needed <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path} has the columns {reader.fieldnames}; accepted: {', '.join(sorted(needed))}")
+        seen = "is empty" if reader.fieldnames is None else f"has the columns {', '.join(reader.fieldnames)}"
+        raise ValueError(f"{path} {seen}; accepted: {', '.join(sorted(needed))}, and others")
+    columns = len(reader.fieldnames or ())
     for i, row in enumerate(rows):
-        if None in row or any(row[key] is None for key in needed):
-            raise ValueError(f"{path}: row {i + 1} has more or fewer values than the header")
+        values = sum(row[key] is not None for key in row if key is not None) + len(row.get(None, ()))
+        if values > columns or any(row[key] is None for key in needed):
+            raise ValueError(
+                f"{path}: row {i + 1} has more or fewer values than the header, {values}; accepted: {columns}"
+            )
     return rows
 
 
@@ -57,17 +65,47 @@ def read_ucf101_classes(path: Path) -> dict[str, int]:
     for line in read_lines(path):
         match = re.fullmatch(r"([0-9]{1,9})\s+(.+)", line)
         if match is None:
-            raise ValueError(f"{path} must have lines of a number and a class, got {line!r}")
+            raise ValueError(f"{path} must have lines of a number and a class, as 1 Archery, got {line!r}")
         numbered.append((match[2], int(match[1]) - 1))
-    return _check_numbered(numbered, path)
+    return _check_numbered(numbered, path, first=1)
 
 
 def read_something_classes(path: Path) -> dict[str, int]:
     """The label of each template, from a dict such as {"Approaching something with your camera": "0"}."""
     entries = read_json(path, dict)
-    if not all(isinstance(number, str) and re.fullmatch("[0-9]{1,9}", number) for number in entries.values()):
-        raise ValueError(f"{path} must give each template a number as a text")
-    return _check_numbered([(name, int(number)) for name, number in entries.items()], path)
+    for name, number in entries.items():
+        if not isinstance(number, str) or not re.fullmatch("[0-9]{1,9}", number):
+            seen = f"{name!r} has {_short(number)}, of type {type(number).__name__}"
+            raise ValueError(f'{path} must give each template a number as a text, as "0"; {seen}')
+    return _check_numbered([(name, int(number)) for name, number in entries.items()], path, first=0)
+
+
+def read_texts(entry: Any, keys: Sequence[str], what: str) -> list[str]:
+    """The texts of an entry of a JSON file under these keys; ValueError, which begins with `what`, without them."""
+    accepted = f"{what} must have the texts {' and '.join(keys)}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{accepted}, got {_short(entry)}, of type {type(entry).__name__}")
+    for key in keys:
+        if key not in entry:
+            raise ValueError(f"{accepted}, got {some(list(map(str, entry))) or 'nothing'}")
+        if not isinstance(entry[key], str):
+            raise ValueError(f"{accepted}, got {key} {_short(entry[key])}, of type {type(entry[key]).__name__}")
+    return [entry[key] for key in keys]
+
+
+def some(names: Iterable[str], near: str | None = None) -> str:
+    """A few of many names, for a message, with their number. near: a name like which the first ones should be."""
+    names = list(names)
+    first = names if near is None else [*difflib.get_close_matches(near, names, _SHOWN), *names]
+    shown = list(dict.fromkeys(first))[:_SHOWN]
+    left = len(names) - len(shown)
+    return ", ".join(map(_short, shown)) + (f", and {left} more" if left > 0 else "")
+
+
+def _short(value: object) -> str:
+    """A value for a message, abridged."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def path_inside(root: Path, name: str, source: Path) -> Path:
@@ -78,6 +116,8 @@ def path_inside(root: Path, name: str, source: Path) -> Path:
     foreign = PureWindowsPath(name)  # it takes both / and \ for separators
     if foreign.anchor or ".." in foreign.parts or not foreign.parts or "\0" in name:
         raise ValueError(f"{source}: {name!r} leads out of {root}; accepted: relative paths without ..")
+    if "\\" in name:
+        raise ValueError(f"{source}: {name!r} has a backslash; accepted: paths with /")
     return root / name
 
 
@@ -90,9 +130,9 @@ def unique_samples(samples: Iterable[tuple[Path, int]], source: Path) -> list[tu
     lines = 0
     for lines, (path, label) in enumerate(samples, 1):  # noqa: B007
         if labels.setdefault(path, label) != label:
-            raise ValueError(f"{source} gives {path} two labels, {labels[path]} and {label}")
+            raise ValueError(f"{source} gives {path} two labels, {labels[path]} and {label}; accepted: one")
     if not labels:
-        raise ValueError(f"{source} lists no videos")
+        raise ValueError(f"{source} lists no videos; accepted: one or more")
     if lines > len(labels):
         warnings.warn(f"{source} repeats {lines - len(labels)} of its videos; each counts once", stacklevel=3)
     return list(labels.items())
@@ -112,9 +152,17 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _check_numbered(pairs: list[tuple[str, int]], path: Path) -> dict[str, int]:
-    """Names to labels, in the order of labels; ValueError unless these are 0, 1, 2, ... and no name repeats."""
+def _check_numbered(pairs: list[tuple[str, int]], path: Path, first: int) -> dict[str, int]:
+    """Names to labels, in the order of labels; ValueError unless these are 0, 1, 2, ... and no name repeats.
+
+    first: the number that label 0 has in the file.
+    """
     pairs = sorted(pairs, key=lambda pair: pair[1])
-    if [label for _, label in pairs] != list(range(len(pairs))) or len(dict(pairs)) != len(pairs):
-        raise ValueError(f"{path} must number its classes without gaps, and each once")
+    accepted = f"{path} must number its classes without gaps, and each once"
+    for place, (name, label) in enumerate(pairs):
+        if label != place:
+            raise ValueError(f"{accepted}; {name!r} has {label + first} where {place + first} is expected")
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{accepted}; {name!r} is there {count} times")
     return dict(pairs)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,57 +15,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..inputs import check_count, check_generator, check_number
+from ..inputs import check_count, check_generator
 from .annotations import (
     path_inside,
     read_json,
     read_kinetics_rows,
     read_lines,
     read_something_classes,
+    read_texts,
     read_ucf101_classes,
+    some,
     unique_samples,
 )
-from .video import probe, read_frames, working_size
+from .folders import class_folders, videos_below
+from .sources import SAMPLING, ClipSampling, ClipSource, WrongLabelError, as_floats, read_clip
+
+__all__ = ["Batch", "ClipSampling", "Sample", "VideoDataset", "check_class_names", "draws", "load"]
 
 _PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class ClipSampling:
-    """Which frames and pixels of a video become a clip (3, frames, crop, crop).
-
-    Attributes:
-        frames: number of frames in a clip. A video that is too short repeats its last frame.
-        stride: distance between frames of a clip, in frames of the video.
-        resize: length of the shorter side after resizing, in pixels, even, 16 or more; the aspect is kept
-            (`video.working_size`).
-        crop: side of the square that is cut from the center, in pixels, at most `resize`.
-    """
-
-    frames: int = 32
-    stride: int = 2
-    resize: int = 256
-    crop: int = 224
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            check_count(field.name, getattr(self, field.name))
-        working_size(self.resize, self.resize, self.resize)
-        if self.crop > self.resize:
-            raise ValueError(f"crop {self.crop} is more than resize {self.resize}, the shorter side")
-
-    def indices(self, total: int, place: float = 0.5) -> list[int]:
-        """Indices of a clip's frames in a video of `total` frames. place in [0, 1): 0 is the earliest start, 0.5 the
-        center."""
-        check_count("total", total)
-        check_number("place", place)
-        if place >= 1:
-            raise ValueError(f"place must be less than 1, got {place}")
-        starts = max(1, total - (self.frames - 1) * self.stride)
-        return [min(int(place * starts) + i * self.stride, total - 1) for i in range(self.frames)]
-
-
-_SAMPLING = ClipSampling()
 
 
 class Sample(NamedTuple):
@@ -84,7 +50,7 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-class VideoDataset(Dataset[tuple[Tensor, int]]):
+class VideoDataset(ClipSource):
     """Labeled videos: item i is the center clip (3, frames, crop, crop), float32 in [0, 1], and its label, an int.
 
     Attributes:
@@ -92,6 +58,9 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         classes: name of each label.
         sampling: which frames and pixels become a clip.
         skipped: path of each file that `load` could not read, and the reason.
+
+    `VideoDataset.folder` reads class folders, the others official annotations; `mapped.MappedDataset` takes a data set
+    of torch or Hugging Face.
 
     An item raises FileNotFoundError or ValueError for a file that `video.probe` refuses; `load` skips such files.
     """
@@ -101,21 +70,39 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         samples: Sequence[tuple[Path, int]],
         classes: Sequence[str],
         *,
-        sampling: ClipSampling = _SAMPLING,
+        sampling: ClipSampling = SAMPLING,
     ) -> None:
         if not isinstance(sampling, ClipSampling):
             raise TypeError(f"sampling must be a ClipSampling, got {type(sampling).__name__}")
         self.samples = [Sample(Path(path), label) for path, label in samples]
-        self.classes = tuple(classes)
-        if len(set(self.classes)) != len(self.classes) or not all(self.classes):
-            raise ValueError("classes must be names, none blank and none twice")
+        self.classes: tuple[str, ...] = check_class_names(classes)
         self.sampling = sampling
-        self.skipped: dict[Path, str] = {}
+        self.skipped = {}
         if not self.samples:
             raise ValueError("there are no videos in the list")
         for path, label in self.samples:
             if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self.classes):
                 raise ValueError(f"{path} has label {label!r}; accepted: 0 to {len(self.classes) - 1}")
+
+    @classmethod
+    def folder(
+        cls, videos: _PathLike, *, classes: Sequence[str] | None = None, sampling: ClipSampling = SAMPLING
+    ) -> VideoDataset:
+        """Class folders: `videos` holds a folder for each class, with its videos or folders of them.
+
+        Classes are the folders in alphabetical order, as in torchvision's ImageFolder, and files those whose names end
+        as videos do. Hidden files and folders are left out; a UserWarning names other files that are.
+
+        classes: the name of each label, of which the folders may be some; None: the folders' names.
+        """
+        root = _folder(videos)
+        folders = class_folders(root)
+        classes = folders if classes is None else check_class_names(classes)
+        labels = {name: label for label, name in enumerate(classes)}
+        if unknown := [name for name in folders if name not in labels]:
+            raise ValueError(f"{root} has a folder {unknown[0]!r}, which is no class; accepted: {some(classes)}")
+        samples = ((path, labels[name]) for name in folders for path in videos_below(root, name))
+        return cls(unique_samples(samples, root), classes, sampling=sampling)
 
     @classmethod
     def ucf101(
@@ -125,7 +112,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         *,
         split: str = "test",
         fold: int = 1,
-        sampling: ClipSampling = _SAMPLING,
+        sampling: ClipSampling = SAMPLING,
     ) -> VideoDataset:
         """UCF-101: `videos` holds a folder for each class, `splits` classInd.txt, trainlist01.txt, testlist01.txt, ...
 
@@ -141,11 +128,16 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
                 name, stated = line, None
                 if len(parts := line.rsplit(None, 1)) == 2 and re.fullmatch("[0-9]{1,9}", parts[1]):
                     name, stated = parts
-                path, label = path_inside(videos, name, source), labels.get(name.split("/")[0])
-                if label is None:
-                    raise ValueError(f"{source}: {name} is in no class of classInd.txt")
+                path, (home, slash, _) = path_inside(videos, name, source), name.partition("/")
+                if not slash:
+                    raise ValueError(f"{source}: {name!r} is in no class's folder; accepted: <class>/<file>, with /")
+                if home not in labels:
+                    known = some(labels, home)
+                    raise ValueError(f"{source}: {name} is in no class of classInd.txt; accepted: {known}")
+                label = labels[home]
                 if stated is not None and int(stated) != label + 1:
-                    raise ValueError(f"{source}: {name} has label {stated}, its class {label + 1}")
+                    seen = f"{name} has label {stated}, its class {label + 1}"
+                    raise ValueError(f"{source}: {seen}; accepted: the number of its class in classInd.txt")
                 yield path, label
 
         return cls(unique_samples(parse(), source), list(labels), sampling=sampling)
@@ -158,7 +150,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         *,
         split: str | None = None,
         classes: Sequence[str] | None = None,
-        sampling: ClipSampling = _SAMPLING,
+        sampling: ClipSampling = SAMPLING,
     ) -> VideoDataset:
         """Kinetics: `annotations` is a CSV file with label, youtube_id, time_start, time_end and, perhaps, split.
 
@@ -170,10 +162,14 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
             file lacks some classes of the model.
         """
         videos, source = _folder(videos), Path(annotations)
-        rows = [row for row in read_kinetics_rows(source) if split is None or row.get("split") == split]
+        every = read_kinetics_rows(source)
+        rows = [row for row in every if split is None or row.get("split") == split]
         if not rows:
-            raise ValueError(f"{source} has no rows" + ("" if split is None else f" of split {split!r}"))
-        classes = sorted({row["label"] for row in rows}) if classes is None else list(classes)
+            splits = sorted({row["split"] for row in every if row.get("split")})
+            known = f"; accepted: {some(splits) or 'None, since no row states a split'}" if every else ""
+            of_split = "" if split is None else f" of split {split!r}"
+            raise ValueError(f"{source} has no rows{of_split}{known}")
+        classes = sorted({row["label"] for row in rows}) if classes is None else check_class_names(classes)
         labels = {name: label for label, name in enumerate(classes)}
         folders: dict[str, Path] = {}
 
@@ -181,13 +177,15 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
             for row in rows:
                 name = row["label"]
                 if name not in labels:
-                    raise ValueError(f"{source}: label {name!r} is none of the {len(labels)} classes")
+                    seen = f"label {name!r} is none of the {len(labels)} classes"
+                    raise ValueError(f"{source}: {seen}; accepted: {some(labels, name)}")
                 if name not in folders:
                     named = [path_inside(videos, spelling, source) for spelling in (name, name.replace(" ", "_"))]
                     folders[name] = next(filter(os.path.isdir, named), videos)
                 times = row["time_start"], row["time_end"]
                 if not all(re.fullmatch("[0-9]{1,6}", time) for time in times):
-                    raise ValueError(f"{source}: {row['youtube_id']} is from {times[0]!r} to {times[1]!r} seconds")
+                    seen = f"{row['youtube_id']!r} is from {times[0]!r} to {times[1]!r} seconds"
+                    raise ValueError(f"{source}: {seen}; accepted: whole seconds, as 10 and 20, of 6 digits at most")
                 file = f"{row['youtube_id']}_{int(times[0]):06d}_{int(times[1]):06d}.mp4"
                 yield path_inside(folders[name], file, source), labels[name]
 
@@ -200,7 +198,7 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
         annotations: _PathLike,
         labels: _PathLike,
         *,
-        sampling: ClipSampling = _SAMPLING,
+        sampling: ClipSampling = SAMPLING,
     ) -> VideoDataset:
         """Something-Something V2: `annotations` is a split's JSON file, `labels` is labels.json, files `<id>.webm`."""
         videos, source = _folder(videos), Path(annotations)
@@ -208,12 +206,11 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
 
         def parse() -> Iterator[tuple[Path, int]]:
             for i, entry in enumerate(read_json(source, list)):
-                name, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("id", "template"))
-                if not (isinstance(name, str) and isinstance(template, str)):
-                    raise ValueError(f"{source}: entry {i} must have the texts id and template")
+                name, template = read_texts(entry, ("id", "template"), f"{source}: entry {i}")
                 template = re.sub(r"[\[\]]", "", template)
                 if template not in numbers:
-                    raise ValueError(f"{source}: {name} has the template {template!r}, which is not in {labels}")
+                    seen = f"{name} has the template {template!r}, which is not in {labels}"
+                    raise ValueError(f"{source}: {seen}; accepted: {some(numbers, template)}")
                 yield path_inside(videos, f"{name}.webm", source), numbers[template]
 
         return cls(unique_samples(parse(), source), sorted(numbers, key=numbers.__getitem__), sampling=sampling)
@@ -230,23 +227,29 @@ class VideoDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read(index).float() / 255, self.samples[index].label
-
     def read(self, index: int, place: float = 0.5) -> Tensor:
         """Read one clip of a video: (3, frames, crop, crop) uint8. place: as in `ClipSampling.indices`."""
-        video = probe(self.samples[index].path)
-        wanted, crop = self.sampling.indices(video.frames, place), self.sampling.crop
-        kept: dict[int, Tensor] = {}
-        for i, frame in enumerate(itertools.islice(read_frames(video, self.sampling.resize), wanted[-1] + 1)):
-            if i in wanted:
-                top, left = ((side - crop) // 2 for side in frame.shape[1:])
-                kept[i] = frame[:, top : top + crop, left : left + crop].clone()
-        return torch.stack([kept[i] for i in wanted], 1)
+        return read_clip(self.samples[index].path, self.sampling, place)
+
+    def read_labeled(self, index: int, place: float = 0.5) -> tuple[Tensor, int]:
+        return self.read(index, place), self.samples[index].label
+
+    def name(self, index: int) -> Path:
+        return self.samples[index].path
+
+
+def check_class_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes as a tuple; TypeError or ValueError unless they are texts, none blank and none twice."""
+    names = tuple(classes)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"classes must be names, got {wrong[0]!r}; accepted: a text for each label")
+    if wrong := [name for name, count in Counter(names).items() if count > 1 or not name.strip()]:
+        raise ValueError(f"classes must be names, none blank and none twice, got {wrong[0]!r}")
+    return names
 
 
 def load(
-    dataset: VideoDataset,
+    dataset: ClipSource,
     batch_size: int,
     workers: int = 0,
     *,
@@ -262,8 +265,9 @@ def load(
     generator: source of random start frames, equal for any number of workers; None starts each clip so that it lies in
         the center of its video.
     """
-    if not isinstance(dataset, VideoDataset):
-        raise TypeError(f"dataset must be a VideoDataset, got {type(dataset).__name__}")
+    if not isinstance(dataset, ClipSource):
+        accepted = "accepted: a VideoDataset, or a MappedDataset for another data set"
+        raise TypeError(f"dataset must be a VideoDataset, got {type(dataset).__name__}; {accepted}")
     check_count("batch_size", batch_size)
     check_count("workers", workers, least=0)
     indices = range(len(dataset)) if indices is None else list(indices)
@@ -277,7 +281,7 @@ def load(
     return _batches(dataset, DataLoader(jobs, batch_size=batch_size, num_workers=workers, collate_fn=list))
 
 
-def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
+def draws(dataset: ClipSource, clips: int, workers: int = 0) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
     """The source of clips of an evaluation: (seed, start, count) -> clips (count, 3, F, H, W) and labels (count,).
 
     The videos are shuffled once; seed s has the videos from s * clips to (s + 1) * clips of that order, so that no two
@@ -297,46 +301,48 @@ def draws(dataset: VideoDataset, clips: int, workers: int = 0) -> Callable[[int,
             raise ValueError(f"{clips} clips for each seed from 0 to {seed} are more than the {len(order)} videos")
         for batch in load(dataset, count, workers, indices=order[first : first + count]):
             return batch.clips, batch.labels
-        side = dataset.sampling.crop
-        return torch.empty(0, 3, dataset.sampling.frames, side, side), torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, *dataset.clip_shape), torch.empty(0, dtype=torch.int64)
 
     return draw
 
 
-class _Jobs(Dataset[tuple[int, Tensor | str]]):
-    """Items (index of a sample, its clip as uint8 or the reason why it cannot be read).
+_Read = tuple[int, tuple[Tensor, int] | str]  # an item's index, and its clip and label or the reason why it has none
 
-    Clips stay uint8 here because worker processes send them; floats would be four times as large.
+
+class _Jobs(Dataset[_Read]):
+    """Items that are read, or the reason why not.
+
+    Clips of files stay uint8 here because worker processes send them; floats would be four times as large.
     """
 
-    def __init__(self, dataset: VideoDataset, jobs: list[tuple[int, float]]) -> None:
+    def __init__(self, dataset: ClipSource, jobs: list[tuple[int, float]]) -> None:
         self.dataset, self.jobs = dataset, jobs
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, job: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, job: int) -> _Read:
         index, place = self.jobs[job]
         try:
-            return index, self.dataset.read(index, place)
+            return index, self.dataset.read_labeled(index, place)
+        except WrongLabelError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # torchcodec's are RuntimeErrors
             return index, str(error).strip().partition("\n")[0]
 
 
-def _batches(dataset: VideoDataset, loader: Iterable[list[tuple[int, Tensor | str]]]) -> Iterator[Batch]:
+def _batches(dataset: ClipSource, loader: Iterable[list[_Read]]) -> Iterator[Batch]:
     """Batches of the clips that could be read; the others are warned of and go to dataset.skipped."""
     for results in loader:
-        read = [(index, clip) for index, clip in results if isinstance(clip, Tensor)]
+        read = [(index, *found) for index, found in results if not isinstance(found, str)]
         for index, reason in results:
             if isinstance(reason, str):
-                path = dataset.samples[index].path
-                dataset.skipped[path] = reason
-                warnings.warn(f"skipped {path}: {reason}", stacklevel=2)
+                name = dataset.name(index)
+                dataset.skipped[name] = reason
+                warnings.warn(f"skipped {name}: {reason}", stacklevel=2)
         if read:
-            clips = torch.stack([clip for _, clip in read]).float() / 255
-            indices = [index for index, _ in read]
-            labels = [dataset.samples[index].label for index in indices]
-            yield Batch(clips, torch.tensor(labels), torch.tensor(indices))
+            indices, clips, labels = zip(*read, strict=True)
+            yield Batch(as_floats(torch.stack(clips)), torch.tensor(labels), torch.tensor(indices))
 
 
 def _folder(path: _PathLike) -> Path:

@@ -7,20 +7,23 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters import class_names
 from ..attacks.base import check_labeled
-from ..data.datasets import VideoDataset, draws
+from ..data.datasets import draws
+from ..data.mapped import MappedDataset, is_map_style
+from ..data.sources import ClipSource, as_floats
 from ..defense.registry import Defense, build_defenses, find_defense
 from ..inputs import check_count
 from ..purifier import Purifier
 from . import runner
 from .checks import checks_work, sanity_checks
+from .classifier import align_classifier
 from .plan import Plan, Threat, ThreatModel, standard_threat
 from .record import clips_digest, weights_digest
 from .report import Report
@@ -34,7 +37,7 @@ DEFAULT_COUNT = 32
 def benchmark(
     classifier: nn.Module,
     purifier: Purifier,
-    clips: Tensor | tuple[Tensor, Tensor] | VideoDataset | Draw,
+    clips: Tensor | tuple[Tensor, Tensor] | ClipSource | Draw | Any,
     labels: Tensor | None = None,
     *,
     threats: ThreatModel | Threat | Sequence[ThreatModel | Threat] = DEFAULT_THREATS,
@@ -59,9 +62,12 @@ def benchmark(
         report.plot("accuracy.svg")
 
     Args:
-        classifier: clips (B, 3, F, H, W) in [0, 1] -> logits (B, K), in eval mode, on the purifier's device.
+        classifier: clips (B, 3, F, H, W) in [0, 1] -> logits (B, K), in eval mode, on the purifier's device, in any
+            dtype. Where it has class names, as a transformers model does, they are compared with `classes`: its labels
+            are put into their order, whatever case, blanks and punctuation; it may know further classes.
         purifier: from which the defenses are made.
-        clips: clips (N, 3, F, H, W) in [0, 1] with `labels` (N,) int64, or both as a tuple; a VideoDataset; or a
+        clips: clips (N, 3, F, H, W), floats in [0, 1] or uint8, with `labels` (N,) int64, or both as a tuple; a
+            VideoDataset; a map-style data set of torch or Hugging Face, as `data.mapped.MappedDataset` takes it; or a
             function (seed, start, count) -> clips and labels that returns equal ones for equal arguments.
         threats: one or several threat models by name, which `plan.standard_threat` turns into attacks, or Threat
             objects, which attack at most `count` clips. Clean clips are always measured.
@@ -69,20 +75,22 @@ def benchmark(
         defenses: names, as `defense.find_defense` takes them, or Defense objects by name. The last one is checked
             and pictured.
         surrogate: the attacker's own classifier; the threat model "transfer" needs it.
-        count: clips of each seed; by default all clips of tensors divided by the seeds, and 32 of other sources.
+        count: clips of each seed; by default all clips of tensors divided by the seeds, and 32 of other sources, or
+            all where a data set has less.
         seeds: how many, or which; each has its own clips and random numbers.
         batch: clips in memory at once.
         repeats: predictions of each clip by a randomized defense.
         record: a JSON file that keeps what is done, so that an interrupted call continues there; its folder is made if
             absent. None: nothing is kept.
-        classes: names by label; a data set has its own.
+        classes: names by label; those of a data set are its own, unless given here.
         source: a description of models and clips, saved in the record. A record with another one is refused, so name
             here what your draw function returns.
         workers: processes that decode a data set's videos.
         checks: also check gradients and attacks of the last defense, on two clips.
         progress: show a progress bar, in which the checks have their part.
 
-    TypeError or ValueError for bad arguments before any attack, and for a record of another evaluation.
+    TypeError or ValueError for bad arguments before any attack, for class names of which the classifier lacks some, and
+    for a record of another evaluation.
     """
     for name, value, kind in (("classifier", classifier, nn.Module), ("purifier", purifier, Purifier)):
         if not isinstance(value, kind):
@@ -96,7 +104,7 @@ def benchmark(
         if not isinstance(defense, Defense):
             raise TypeError(f"the defense {name!r} is a {type(defense).__name__}; accepted: a defense.Defense")
     numbers = _seeds(seeds)
-    data = _data(clips, labels, count, numbers, workers)
+    data = _data(clips, labels, count, numbers, workers, classes)
     plan = make_plan(threats, data.per_seed, eps=eps, defenses=defenses, seeds=numbers, batch=batch, repeats=repeats)
     device = purifier.unet.device
 
@@ -106,20 +114,26 @@ def benchmark(
 
     classes = data.classes if classes is None else classes
     sample = draw(numbers[0], 0, min(2, data.per_seed))[0] if data.sample is None else data.sample.to(device)
-    for role, module in (("classifier", classifier), ("surrogate", surrogate)):
-        if module is not None and len(sample):
-            _check_classifier(role, module, sample, None if classes is None else len(classes))
+    rival = None
+    if surrogate is not None:
+        unnamed = classes is None and class_names(surrogate) is not None
+        labels_of = class_names(classifier) if unnamed else classes  # at least both classifiers have the same labels
+        rival = align_classifier("surrogate", surrogate, sample, labels_of)
+    aligned = align_classifier("classifier", classifier, sample, classes)
     modules = [None if module is None else weights_digest(module) for module in (classifier, surrogate, purifier)]
     identity = {**(source or {}), **data.identity, "digests": modules, "commit": purifier.commit_hash}
     identity |= {"dtype": str(purifier.unet.dtype), "config": asdict(purifier.config)}
+    orders = [None if found is None else found.order for found in (aligned, rival)]
+    identity |= {"labels": orders} if any(orders) else {}
     plan = replace(plan, source=json.dumps(identity))
-    context = EvalContext(classifier, own or build_defenses(purifier, plan.defenses), draw, surrogate)
+    models = own or build_defenses(purifier, plan.defenses), draw, None if rival is None else rival.classifier
+    context = EvalContext(aligned.classifier, *models)
     total = runner.work(plan, context) + (checks_work(plan, context) if checks else 0)
     with tempfile.TemporaryDirectory() as folder, runner.progress_bar(total, enabled=progress) as bar:
         path = Path(folder, "record.json") if record is None else record
         done = runner.evaluate(plan, context, path, skipped=data.skipped, bar=bar)
         found = sanity_checks(plan, context, bar=bar) if checks else []
-    return Report(done, context, classes=classes, checks=found)
+    return Report(done, context, classes=aligned.classes, checks=found)
 
 
 def make_plan(
@@ -149,6 +163,11 @@ def make_plan(
     return Plan("", (*clean, *given), names, sizes, tuple(seeds), batch, repeats)
 
 
+def default_count(total: int, seeds: Sequence[int]) -> int:
+    """Clips of each seed where none were asked for, of a data set of so many."""
+    return max(1, min(DEFAULT_COUNT, total // (max(seeds) + 1)))
+
+
 class _Data(NamedTuple):
     """Clips to draw from, `per_seed` for each seed.
 
@@ -175,14 +194,15 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _data(
-    clips: Tensor | tuple[Tensor, Tensor] | VideoDataset | Draw,
+    clips: Tensor | tuple[Tensor, Tensor] | ClipSource | Draw | Any,
     labels: Tensor | None,
     count: int | None,
     seeds: tuple[int, ...],
     workers: int,
+    classes: Sequence[str] | None,
 ) -> _Data:
     """The source of clips, with the number of clips of each seed."""
-    if isinstance(clips, tuple | list) and len(clips) == 2 and labels is None:
+    if isinstance(clips, tuple | list) and len(clips) == 2 and isinstance(clips[0], Tensor) and labels is None:
         clips, labels = clips
     if isinstance(clips, Tensor):
         if labels is None:
@@ -190,22 +210,28 @@ def _data(
         return _tensors(clips, labels, count, seeds)
     if labels is not None:
         raise ValueError(f"labels go with a tensor of clips, got clips of type {type(clips).__name__}")
-    count = DEFAULT_COUNT if count is None else count
-    check_count("count", count)
-    if isinstance(clips, VideoDataset):
+    if not isinstance(clips, ClipSource) and not callable(clips) and is_map_style(clips):
+        clips = MappedDataset(clips, classes=classes)
+    if isinstance(clips, ClipSource):
+        count = default_count(len(clips), seeds) if count is None else count
+        check_count("count", count)
         _check_enough(len(clips), count, seeds)
-        frames, side = clips.sampling.frames, clips.sampling.crop
-        sample = torch.full((2, 3, frames, side, side), 0.5)
+        sample = torch.full((2, *clips.clip_shape), 0.5)
         identity = {"videos": clips.digest, "sampling": asdict(clips.sampling)}
         return _Data(draws(clips, count, workers), count, identity, clips.classes, sample, clips.skipped)
+    count = DEFAULT_COUNT if count is None else count
+    check_count("count", count)
     if not callable(clips):
-        accepted = "a tensor with labels, (clips, labels), a VideoDataset, or a function (seed, start, count)"
-        raise TypeError(f"clips are a {type(clips).__name__}; accepted: {accepted}")
+        accepted = "a tensor with labels, (clips, labels), a VideoDataset, a map-style data set of videos and labels"
+        seen = f"{type(clips).__name__}; accepted: {accepted}, or a function (seed, start, count)"
+        raise TypeError(f"clips are a {seen}")
     return _Data(clips, count, {"draw": getattr(clips, "__qualname__", type(clips).__name__)})
 
 
 def _tensors(clips: Tensor, labels: Tensor, count: int | None, seeds: tuple[int, ...]) -> _Data:
     """Seed s draws from clips s * count to (s + 1) * count."""
+    if clips.dtype in (torch.uint8, torch.float16, torch.bfloat16):
+        clips = as_floats(clips)
     check_labeled(clips, labels)
     per_seed = len(clips) // (max(seeds) + 1) if count is None else count
     check_count("count", per_seed)
@@ -221,24 +247,3 @@ def _tensors(clips: Tensor, labels: Tensor, count: int | None, seeds: tuple[int,
 def _check_enough(total: int, count: int, seeds: tuple[int, ...]) -> None:
     if (max(seeds) + 1) * count > total:
         raise ValueError(f"{max(seeds) + 1} x {count} clips are needed, and there are {total}")
-
-
-def _check_classifier(role: str, module: nn.Module, clips: Tensor, classes: int | None) -> None:
-    """ValueError unless a classifier is on the device of the clips (B, 3, F, H, W) and returns logits (B, classes)."""
-    weights = next(chain(module.parameters(), module.buffers()), None)
-    if weights is not None and weights.device != clips.device:
-        raise ValueError(f"the {role} is on {weights.device} and the purifier on {clips.device}: move one of them")
-    name = f"the {role} ({type(module).__name__})"
-    try:
-        with torch.no_grad():
-            logits = module(clips)
-    except Exception as error:  # a classifier of the caller's may raise anything
-        raise ValueError(f"{name} fails on clips {tuple(clips.shape)}: {type(error).__name__}: {error}") from error
-    seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    wrong = not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(clips)
-    if wrong or (classes is not None and logits.shape[-1] != classes):
-        wanted = "K" if classes is None else classes
-        order = "" if classes is None else f" of {classes} classes, in the order of the class names"
-        raise ValueError(
-            f"{name} returns {seen} for {len(clips)} clips; accepted: logits ({len(clips)}, {wanted}){order}"
-        )
