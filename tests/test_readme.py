@@ -28,6 +28,13 @@ def test_python_blocks_compile_and_what_they_import_exists(block):
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
+def test_a_classifier_of_ones_own_is_fifteen_lines_that_run(capsys):
+    (block,) = (block for block in BLOCKS if "class Network" in block)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert "gray-box pgd" in capsys.readouterr().out
+
+
 def test_public_names_are_shown():
     imported = {
         (node.module, alias.name)

@@ -471,6 +471,39 @@ def test_evaluate_reads_a_data_set_and_a_classifier_of_ones_own(tmp_path, small_
     assert json.loads(report["plan"]["source"])["sampling"] == {"frames": 4, "stride": 2, "resize": 32, "crop": 24}
 
 
+def test_evaluate_takes_a_folder_of_class_folders(tmp_path, small_model, monkeypatch):
+    for name, level in (("Blue", (10, 20, 200)), ("green", (10, 200, 20)), ("RED", (200, 10, 20))):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        with VideoWriter(tmp_path / "videos" / name / "v.MP4", height=32, width=48, rate=10) as writer:
+            for _ in range(20):
+                writer.write(torch.tensor(level, dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 48))
+    (tmp_path / "my_colors.py").write_text(
+        "import torch, types\n"
+        "class Mean(torch.nn.Module):\n"
+        "    config = types.SimpleNamespace(id2label={'0': 'red', '1': 'green', '2': 'blue', '3': 'gray'})\n"
+        "    def forward(self, clips):\n"
+        "        return torch.nn.functional.pad(clips.mean((2, 3, 4)), (0, 1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    common = ("--no-checks", "--defense", "none", "--threat", "gray-box", "--steps", 1)
+    shape = ("--frames", 4, "--resize", 32, "--crop", 16)
+    given = ("evaluate", "--videos", "videos", "--classifier", "my_colors:Mean", *common, *shape)
+    result = run(*given, "--out", "named")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "named" / "report.json").read_text())
+    assert report["rows"][0]["accuracy"] == 1 and {row["n"] for row in report["rows"]} == {3}
+    assert json.loads(report["plan"]["source"])["dataset"] == "folder"
+    refused = run("evaluate", "--videos", "videos", *common, "--out", "tiny")  # the packaged classifier of motions
+    assert refused.exit_code == 1 and "label 0 of the data set, 'Blue', is none of" in str(refused.exception)
+    for name, motion in (("Blue", "Turn_Left"), ("green", "up"), ("RED", "zoom-in")):
+        (tmp_path / "videos" / name).rename(tmp_path / "videos" / motion)
+    result = run("evaluate", "--videos", "videos", *common, "--out", "tiny")
+    assert result.exit_code == 0, result.output
+    sampling = json.loads(json.loads((tmp_path / "tiny" / "report.json").read_text())["plan"]["source"])["sampling"]
+    assert sampling == {"frames": 16, "stride": 1, "resize": 32, "crop": 32}
+
+
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
     names = ("none", "median of 3 frames", "mean of 3 frames", "VAE round trip")
     options = ["--clips", 6, "--batch", 1, "--steps", 3, "--no-checks", "--threat", "bpda"]
@@ -525,7 +558,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_table(tmp_path):
         ),
         (("--classifier", "some/model"), "--mean and --std are of Hugging Face models, which need both"),
         (("--mean", "0.5"), "--mean and --std are of Hugging Face models, which need both"),
-        (("--videos", ".", "--crop", "112"), "--dataset tiny takes no --crop or --videos"),
+        (("--dataset", "tiny", "--videos", ".", "--crop", "112"), "--dataset tiny takes no --crop or --videos"),
+        (("--videos", "."), "has no folder; accepted: a folder for each class"),
+        (("--videos", "nowhere"), "there is no folder nowhere"),
+        (("--videos", ".", "--annotations", "."), "--dataset folder takes no --annotations"),
+        (("--dataset", "folder"), "--dataset folder needs --videos"),
         (
             ("--dataset", "ucf101", "--videos", ".", "--annotations", ".", "--labels", "."),
             "--dataset ucf101 takes no --labels",

@@ -48,7 +48,7 @@ def read_kinetics_rows(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} is not CSV that can be read: {error}") from error
     if not needed <= set(reader.fieldnames or ()):
         seen = "is empty" if reader.fieldnames is None else f"has the columns {', '.join(reader.fieldnames)}"
-        raise ValueError(f"{path} {seen}; accepted: {', '.join(sorted(needed))}, and others")
+        raise ValueError(f"{path} {seen}; accepted: {', '.join(sorted(needed))}, and perhaps others")
     columns = len(reader.fieldnames or ())
     for i, row in enumerate(rows):
         values = sum(row[key] is not None for key in row if key is not None) + len(row.get(None, ()))
