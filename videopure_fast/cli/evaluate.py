@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from .console import console
+from .datasets import DatasetName, build_dataset, check_options
 from .options import Device, Dtype, Model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..data.datasets import VideoDataset
     from ..evaluation.plan import ThreatModel
     from ..purifier import Purifier
 
@@ -28,7 +28,6 @@ _CLASSIFIER, _CLIPS, _ATTACKER, _DEFENSE, _REPORT = (
     f"The {name}" for name in ("classifier", "clips", "attacker", "defense", "report")
 )
 
-DatasetName = Literal["tiny", "folder", "ucf101", "kinetics400", "something-something-v2"]
 AttackName = Literal["pgd", "mim", "apgd"]
 LossName = Literal["ce", "dlr", "margin"]
 
@@ -292,8 +291,8 @@ def evaluate(
     colors = _colors((classifier, surrogate_classifier), mean, std)
     sampling = {"frames": frames, "stride": stride, "resize": resize, "crop": crop}
     files = {"videos": videos, "annotations": annotations, "labels": labels, "classes": classes}
-    _check_options(dataset, sampling | files)
-    source = None if dataset == "tiny" else _dataset(dataset, files, sampling, classifier)
+    check_options(dataset, sampling | files)
+    source = None if dataset == "tiny" else build_dataset(dataset, files, sampling, classifier)
     if source is not None and clips is None:
         options["count"] = default_count(len(source), range(seeds))
     make_folder(out)
@@ -338,53 +337,6 @@ def _defenses(names: Sequence[str], depths: Sequence[int]) -> tuple[str, ...]:
     if idle := [depth for depth in depths if not any(name.endswith(f", T={depth}") for name in names)]:
         raise ValueError(f"--depth {idle[0]} is of no defense asked for; say --defense 'videopure, T={idle[0]}'")
     return tuple(names)
-
-
-# The options that each data set needs. All but the packaged clips accept those of sampling too.
-_NEEDED: dict[DatasetName, tuple[str, ...]] = {
-    "tiny": (),
-    "folder": ("videos",),
-    "ucf101": ("videos", "annotations"),
-    "kinetics400": ("videos", "annotations"),
-    "something-something-v2": ("videos", "annotations", "labels"),
-}
-
-
-def _check_options(dataset: DatasetName, options: dict[str, Any]) -> None:
-    """ValueError where a data set lacks an option, or would ignore one."""
-    needed, given = _NEEDED[dataset], [name for name, value in options.items() if value is not None]
-    if missing := [f"--{name}" for name in needed if name not in given]:
-        raise ValueError(f"--dataset {dataset} needs {' and '.join(missing)}")
-    accepted = needed if dataset == "tiny" else (*needed, "frames", "stride", "resize", "crop")
-    accepted += ("classes",) if dataset in ("folder", "kinetics400") else ()
-    if ignored := [f"--{name}" for name in given if name not in accepted]:
-        raise ValueError(f"--dataset {dataset} takes no {' or '.join(ignored)}")
-
-
-# Frames and pixels of the clips of which the packaged classifier was trained.
-_TINY_SAMPLING = {"frames": 16, "stride": 1, "resize": 32, "crop": 32}
-
-
-def _dataset(
-    name: DatasetName, files: dict[str, Path | None], sampling: dict[str, int | None], classifier: str
-) -> VideoDataset:
-    from ..data.annotations import read_lines
-    from ..data.datasets import ClipSampling, VideoDataset
-
-    usual = _TINY_SAMPLING if classifier == "tiny" else {}
-    chosen = ClipSampling(**usual | {option: value for option, value in sampling.items() if value is not None})
-    classes = None if files["classes"] is None else read_lines(files["classes"])
-    places = [path for option in _NEEDED[name] if (path := files[option]) is not None]
-    if name == "ucf101":
-        videos, splits = places
-        return VideoDataset.ucf101(videos, splits, sampling=chosen)
-    if name == "something-something-v2":
-        videos, annotations, labels = places
-        return VideoDataset.something_something_v2(videos, annotations, labels, sampling=chosen)
-    if name == "folder":
-        return VideoDataset.folder(places[0], classes=classes, sampling=chosen)
-    videos, annotations = places
-    return VideoDataset.kinetics400(videos, annotations, classes=classes, sampling=chosen)
 
 
 def _draw_tiny(seed: int, start: int, count: int) -> tuple[Tensor, Tensor]:
