@@ -100,7 +100,9 @@ class VideoDataset(ClipSource):
         classes = folders if classes is None else check_class_names(classes)
         labels = {name: label for label, name in enumerate(classes)}
         if unknown := [name for name in folders if name not in labels]:
-            raise ValueError(f"{root} has a folder {unknown[0]!r}, which is no class; accepted: {some(classes)}")
+            raise ValueError(
+                f"{root} has a folder {unknown[0]!r}, which is no class; accepted: {some(classes, unknown[0])}"
+            )
         samples = ((path, labels[name]) for name in folders for path in videos_below(root, name))
         return cls(unique_samples(samples, root), classes, sampling=sampling)
 

@@ -21,7 +21,7 @@ from .sources import SAMPLING, ClipSampling, ClipSource, WrongLabelError, as_flo
 from .video import working_size
 
 _ACCEPTED = 'accepted: items (video, label), or with the keys "video" and "label"'
-_TRIED = 8  # items, before a data set is refused
+_TRIED = 8  # items that are read before a data set is refused, and data sets that may be inside each other
 _VIDEOS = "accepted: tensors (3, F, H, W), paths of video files, their bytes, and torchcodec's decoders"
 
 
@@ -30,6 +30,9 @@ class _Columns(NamedTuple):
 
     video: str
     label: str
+
+
+_USUAL = _Columns("video", "label")
 
 
 class MappedDataset(ClipSource):
@@ -130,9 +133,11 @@ class MappedDataset(ClipSource):
         """An item's video and label. TypeError for items of another form."""
         item = self._dataset[index]
         if isinstance(item, Mapping):
-            if missing := [key for key in self._columns if key not in item]:
+            # A transform may name things anew.
+            columns = self._columns if all(key in item for key in self._columns) else _USUAL
+            if missing := [key for key in columns if key not in item]:
                 raise TypeError(f"item {index} has no {missing[0]!r} but {some(map(str, item))}; {_ACCEPTED}")
-            return item[self._columns.video], item[self._columns.label]
+            return item[columns.video], item[columns.label]
         if isinstance(item, (tuple, list)) and len(item) in (2, 3):
             return item[0], item[-1]
         raise TypeError(f"item {index} is a {type(item).__name__}; {_ACCEPTED}")
@@ -197,7 +202,9 @@ def is_map_style(dataset: Any) -> bool:
 
 def _inside(dataset: Any) -> Iterator[Any]:
     """A data set and those that it wraps, as torch's Subset does."""
-    while dataset is not None:
+    for _ in range(_TRIED):
+        if dataset is None:
+            return
         yield dataset
         dataset = getattr(dataset, "dataset", None)
 
@@ -210,15 +217,13 @@ def _features(dataset: Any) -> Any:
 def _columns(features: Mapping[str, Any]) -> _Columns:
     """The column of videos and that of labels: those of these types, or named "video" and "label"."""
     found = []
-    for kind, usual in (("Video", ("video",)), ("ClassLabel", ("label", "labels"))):
-        named = [name for name in usual if name in features]
+    for kind, usual in zip(("Video", "ClassLabel"), _USUAL, strict=True):
+        named = [name for name in (usual, f"{usual}s") if name in features]
         typed = [name for name, feature in features.items() if type(feature).__name__ == kind]
         if len(typed) > 1 and not set(named) & set(typed):
-            raise ValueError(
-                f"the data set has the {kind} columns {some(typed)}; accepted: one, or one named {usual[0]}"
-            )
+            raise ValueError(f"the data set has the {kind} columns {some(typed)}; accepted: one, or one named {usual}")
         both = [name for name in typed if name in named] or typed or named
-        found.append(both[0] if both else usual[0])
+        found.append(both[0] if both else usual)
     return _Columns(*found)
 
 
@@ -229,8 +234,8 @@ def _undecoded(dataset: Any, column: str) -> Any:
     alone: that may need the decoders.
     """
     feature: Any = (_features(dataset) or {}).get(column)
-    plain = (getattr(dataset, "format", None) or {}).get("type") is None
-    if type(feature).__name__ != "Video" or not feature.decode or not plain:
+    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+    if type(feature).__name__ != "Video" or not feature.decode or transformed:
         return dataset
     return dataset.cast_column(column, type(feature)(decode=False))
 
