@@ -59,7 +59,7 @@ HEADER = "label,youtube_id,time_start,time_end,split\n"
         (f"{HEADER}abseiling,aaaaaaaaaaa,10\n", "row 1 has more or fewer values than the header, 3; accepted: 5"),
         (f"{HEADER}a,b,1,2,val\na,b,1,2,val,,\n", "row 2 has more or fewer values than the header, 7; accepted: 5"),
         (HEADER, "val.csv has no rows"),
-        ("", "val.csv is empty; accepted: label, time_end, time_start, youtube_id, and others"),
+        ("", "val.csv is empty; accepted: label, time_end, time_start, youtube_id, and perhaps others"),
         ("label,id\nx,y\n", "val.csv has the columns label, id; accepted: label, time_end, time_start, youtube_id"),
         (f"{HEADER}a,..\\b,1,2,val\n", "leads out of"),
         (f"{HEADER}a,b\\c,1,2,val\n", "has a backslash; accepted: paths with /"),
@@ -105,7 +105,7 @@ def test_kinetics_splits_and_classes(tmp_path):
         ("78687", "entry 0 must have the texts id and template, got '78687', of type str"),
         ({"id": "1", "template": "Turning [x] up"}, "1 has the template 'Turning x up', which is not in"),
         ({"id": "1", "template": "Turning [x] up"}, "; accepted: 'Turning x upside down'"),
-        ({"id": ["9"] * 100, "template": "T"}, "'9', '..., of type list"),
+        ({"id": ["9"] * 100, "template": "T"}, "..., of type list"),
     ],
 )
 def test_something_something(entry, message, tmp_path):
