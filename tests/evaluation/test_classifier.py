@@ -160,8 +160,8 @@ class Frames(nn.Module):
 def test_classifiers_of_another_format_are_told_their_adapter(purifier):
     with pytest.raises(
         ValueError,
-        match=r"(?s)the classifier \(Frames\) fails on clips \(2, 3, 4, 16, 16\): AssertionError: 4 channels.*; it takes "
-        r"\(B, F, 3, H, W\): adapters.VideoClassifier\(model, layout='BTCHW'\) adapts it",
+        match=r"(?s)the classifier \(Frames\) fails on clips \(2, 3, 4, 16, 16\): AssertionError: 4 channels.*; "
+        r"it takes \(B, F, 3, H, W\): adapters.VideoClassifier\(model, layout='BTCHW'\) adapts it",
     ):
         benchmark(Frames().eval(), purifier, CLIPS, LABELS, **QUICK)
     adapted = VideoClassifier(Frames(), layout="BTCHW").eval()
