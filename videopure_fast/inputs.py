@@ -128,7 +128,8 @@ def _shape_advice(shape: tuple[int, ...], layout: str | None = None) -> str:
 def _value_advice(low: float, high: float) -> str:
     """What values outside [0, 1] look like, and what mends them."""
     if low >= 0 and 2 < high <= 255:
-        return "; these look like 0..255: divide by 255, or pass uint8"
+        adapts = "adapters.VideoClassifier(model, scale=255) adapts a classifier of such values"
+        return f"; these look like 0..255: divide by 255, or pass uint8; {adapts}"
     if -10 < low < -0.25 and high < 10:
         normalizes = "adapters.VideoClassifier(model, mean=..., std=...) normalizes for a classifier"
         return f"; these look normalized: pass them as they were before, {normalizes}"
