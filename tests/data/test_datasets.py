@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from videopure_fast.data import annotations, datasets
+from videopure_fast.data import annotations, sources
 from videopure_fast.data.datasets import Batch, ClipSampling, VideoDataset, draws, load
 from videopure_fast.data.video_writer import VideoWriter
 
@@ -215,7 +215,7 @@ def test_a_decoder_of_torchcodecs_that_fails_midway_skips_its_file(tmp_path, mon
     """Its errors are RuntimeErrors of several lines."""
     paths = [write(tmp_path / name, frames=30) for name in ("a.mp4", "b.mp4", "c.mp4")]
     dataset = VideoDataset([(path, 0) for path in paths], ["a"], sampling=SMALL)
-    decoded = datasets.read_frames
+    decoded = sources.read_frames
 
     def read_frames(video, size):
         for i, frame in enumerate(decoded(video, size)):
@@ -223,7 +223,7 @@ def test_a_decoder_of_torchcodecs_that_fails_midway_skips_its_file(tmp_path, mon
                 raise RuntimeError("Could not receive frame from decoder: Invalid data\nException raised from C++")
             yield frame
 
-    monkeypatch.setattr(datasets, "read_frames", read_frames)
+    monkeypatch.setattr(sources, "read_frames", read_frames)
     with pytest.warns(UserWarning, match="skipped .*b.mp4: Could not receive frame from decoder: Invalid data$"):
         (batch,) = load(dataset, 3)
     assert batch.indices.tolist() == [0, 2] and list(dataset.skipped) == [paths[1]]
