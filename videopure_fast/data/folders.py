@@ -9,7 +9,18 @@ from pathlib import Path
 
 from .annotations import some
 
-VIDEO_ENDS = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mts", ".ts", ".webm")  # of files that `video` reads
+VIDEO_ENDS = (
+    ".avi",
+    ".gif",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mts",
+    ".ts",
+    ".webm",
+)  # of files that `video` reads
 
 
 def class_folders(root: Path) -> list[str]:
