@@ -32,6 +32,7 @@ ROOMS = (
         "frozen",
         "stages",
         "purifier",
+        "functional",
         "attacks",
         "defense",
         "adapters",

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from . import tiny
     from .config import PurifyConfig
     from .defense.classifier import DefendedClassifier
+    from .functional import purify
     from .ops.backend import use_backend
-    from .purifier import Purifier, purify
+    from .purifier import Purifier
 
 __version__ = "0.1.0"
 __all__ = ["DefendedClassifier", "Purifier", "PurifyConfig", "purify", "tiny", "use_backend"]
@@ -20,7 +21,7 @@ _MODULES = {
     "DefendedClassifier": "defense.classifier",
     "Purifier": "purifier",
     "PurifyConfig": "config",
-    "purify": "purifier",
+    "purify": "functional",
     "use_backend": "ops.backend",
 }
 

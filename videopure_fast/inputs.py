@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import MOST_FLOAT, PurifyConfig, brief
 
 LEAST_SIDE = 16  # smallest height and width of a video, in pixels
+_MOST_WARMED = 2**32  # values of a gray video: 16 GiB
 MOST_FRAMES = 1024  # largest number of frames of a window
 _LEAST_SCALE = 1e-6  # of latents; the largest is its inverse: with more, they would overflow in half precision
 # Who reads which field of diffusers' configurations; a scheduler's are in schedule.py.
@@ -75,6 +76,18 @@ def check_video(video: Tensor, *, layout: str = "BCTHW") -> None:
         if low < 0 or high > 1:
             seen = f"video has values from {low} to {high}; accepted: floats in [0, 1], or uint8"
             raise ValueError(seen + _value_advice(low, high))
+
+
+def gray_video(shape: Sequence[int]) -> Tensor:
+    """A video of this shape. TypeError or ValueError unless it is one that a purifier takes."""
+    accepted = "accepted: the video's, (B, 3, F, H, W) or (3, F, H, W)"
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+        raise TypeError(f"shape must be integers, got {shape!r}; {accepted}")
+    if min(shape, default=0) < 1 or math.prod(shape) > _MOST_WARMED:
+        raise ValueError(f"shape is {tuple(shape)}; {accepted}, of 1 to 2^32 values")
+    video = torch.full(tuple(shape), 0.5, device="cpu")
+    check_video(video)
+    return video
 
 
 def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS, *, single: bool = False) -> None:
@@ -352,3 +365,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         seen = str(error).strip().partition("\n")[0]
         raise ValueError(f"device {str(device)!r} cannot be used: {seen}") from error
     return image.device
+
+
+def resolve_dtype(dtype: Any, other: Any, device: torch.device) -> torch.dtype:
+    """The dtype of models: float16 on an accelerator, else float32, if `dtype` is None. other: by its other name.
+
+    ValueError for two that differ, or one of another kind.
+    """
+    if other is not None and dtype != other:
+        raise ValueError(f"dtype is {dtype!r} and torch_dtype, its other name, {other!r}: give one of them")
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {brief(dtype)}")
+    chosen: torch.dtype = dtype
+    return chosen

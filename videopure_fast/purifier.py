@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import PurifyConfig
-from .inputs import check_callback, check_flag, check_video, replace_config, resolve_device
+from .inputs import check_callback, check_flag, check_video, gray_video, replace_config, resolve_device, resolve_dtype
 from .models.flow import Flow, flow_name, load_flow, no_flow
 from .models.hub import HubOptions, commit_hash
 from .models.prior import (
@@ -40,7 +37,7 @@ from .runtime import compile_ahead, readback
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
 from .runtime.replay import is_observed
-from .runtime.spans import EvaluationCounter, listening, unheard
+from .runtime.spans import progress_bar, unheard
 from .sampling import Callback, Generators
 from .stages import PurifierStages
 from .windows import cross_fade, window_starts
@@ -49,7 +46,6 @@ if TYPE_CHECKING:
     from .measure.profile import Profile
 
 _logger = logging.getLogger("videopure_fast")
-_MOST_WARMED = 2**32  # values of a video that `warmup` makes: 16 GiB
 # The kinds of calls of each UNet whose kernels are known to be in Triton's cache, or were left to their launches.
 _rehearsed: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
@@ -120,13 +116,7 @@ class Purifier(PurifierStages):
         it. All but `revision` and `variant` serve the decoder too. `commit_hash` of the purifier is what was loaded.
         """
         place = resolve_device(device)
-        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
-            raise ValueError(f"dtype is {dtype!r} and torch_dtype, its other name, {torch_dtype!r}: give one of them")
-        dtype = torch_dtype if dtype is None else dtype
-        if dtype is None:
-            dtype = torch.float32 if place.type == "cpu" else torch.float16
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
+        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, torch_dtype, place)
         # Whatever can be wrong with the settings is found before a model is loaded.
         replace_config(PurifyConfig() if config is None else config, overrides)
         options = HubOptions(revision, token, cache_dir, local_files_only, variant)
@@ -245,9 +235,9 @@ class Purifier(PurifierStages):
         def make() -> LatentVotes:
             clips = self._preprocess(video if video.ndim == 5 else video[None])
             self._compile_ahead(clips.shape, last=last, progress=progress)
-            frames = clips.shape[2]
-            starts = window_starts(frames, self.max_frames, self.config.window_overlap)
-            with self._progress_bar(clips, len(starts), enabled=progress):
+            starts = window_starts(clips.shape[2], self.max_frames, self.config.window_overlap)
+            what = f"{self.config.method} {len(clips)}x{'x'.join(map(str, clips.shape[2:]))}"
+            with progress_bar(what, len(starts) * self.evaluations, enabled=progress):
                 windows = (clips[:, :, start : start + self.max_frames] for start in starts)
                 votes = [self._window_votes(window, last, generators, callback, capture) for window in windows]
             return LatentVotes(video, tuple(zip(starts, votes, strict=True)))
@@ -294,7 +284,7 @@ class Purifier(PurifierStages):
             return_votes, progress, capture: as in the calls to come. Those of a DefendedClassifier return votes.
         """
         began = time.perf_counter()
-        video = _gray_video(shape)
+        video = gray_video(shape)
         check_flag("return_votes", return_votes)
         check_flag("progress", progress)
         self._refresh()
@@ -327,16 +317,6 @@ class Purifier(PurifierStages):
         from .measure.profile import profile
 
         return profile(self, video, return_votes=return_votes, trace=trace)
-
-    @contextmanager
-    def _progress_bar(self, clips: Tensor, windows: int, *, enabled: bool) -> Iterator[None]:
-        if not enabled:
-            yield
-            return
-        what = f"{self.config.method} {len(clips)}x{'x'.join(map(str, clips.shape[2:]))}"
-        with tqdm(total=windows * self.evaluations, desc=what, unit="eval") as bar:
-            with listening(EvaluationCounter(bar.update)):
-                yield
 
     def _preprocess(self, clips: Tensor) -> Tensor:
         """Checked clips -> the models' device, floats in [0, 1], replicate-padded to multiples of the VAE's factor."""
@@ -417,60 +397,3 @@ class Purifier(PurifierStages):
         flow = beside.hand_over(flow)
         coefficients = self._schedule.vote_coefficients()
         return self._vote(states, noise_preds, target, flow, coefficients, 1 if last else None)
-
-
-def _gray_video(shape: Sequence[int]) -> Tensor:
-    """A video of this shape. TypeError or ValueError unless it is one that a purifier takes."""
-    accepted = "accepted: the video's, (B, 3, F, H, W) or (3, F, H, W)"
-    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
-        raise TypeError(f"shape must be integers, got {shape!r}; {accepted}")
-    if min(shape, default=0) < 1 or math.prod(shape) > _MOST_WARMED:
-        raise ValueError(f"shape is {tuple(shape)}; {accepted}, of 1 to 2^32 values")
-    video = torch.full(tuple(shape), 0.5, device="cpu")
-    check_video(video)
-    return video
-
-
-def purify(
-    video: Tensor,
-    model: str | os.PathLike[str] = "tiny",
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    flow: str | Flow | None = None,
-    decoder: str | os.PathLike[str] | None = None,
-    config: PurifyConfig | None = None,
-    layout: str = "BCTHW",
-    return_votes: bool = False,
-    **overrides: Any,
-) -> Tensor:
-    """Purify clips in one call; the loaded model is kept for the next.
-
-    Args:
-        video: (B, 3, F, H, W) or (3, F, H, W), floats in [0, 1] or uint8.
-        layout: "BTCHW" for videos (B, F, 3, H, W) or (F, 3, H, W), as Hugging Face's; the result has the same.
-        return_votes: as in a call of a Purifier.
-
-    The other arguments are those of `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
-    """
-    check_video(video, layout=layout)
-    check_flag("return_votes", return_votes)
-    replace_config(PurifyConfig() if config is None else config, overrides)
-    options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "flow": flow, "decoder": decoder}
-    for name, value in options.items():
-        try:
-            hash(value)
-        except TypeError as error:
-            seen = f"{name} is a {type(value).__name__}, which has no hash to keep the model by"
-            raise TypeError(f"{seen}; Purifier.from_pretrained needs none") from error
-    # A copy shares the models, and its settings are its own.
-    purifier = copy.copy(_loaded(**options))
-    purifier.config = replace_config(purifier.config if config is None else config, overrides)
-    if layout == "BCTHW":
-        return purifier(video, return_votes=return_votes)
-    return purifier(video.transpose(-4, -3), return_votes=return_votes).transpose(-4, -3).contiguous()
-
-
-@functools.lru_cache(maxsize=2)
-def _loaded(model: Any, **options: Any) -> Purifier:
-    return Purifier.from_pretrained(model, **options)

@@ -130,7 +130,8 @@ def test_more_than_an_hour_is_warned_of_before_it_begins(
     assert said in result.output and ("Warning: this is more than an hour" in result.output) is warned
 
 
-def test_the_estimate_is_near(monkeypatch):
+@pytest.mark.slow  # and alone: what it times, another process may slow down
+def test_the_estimate_is_near():
     """Within a factor of three, as promised, for one window and for several."""
     from videopure_fast.measure.estimate import estimate_seconds
 
@@ -142,6 +143,12 @@ def test_the_estimate_is_near(monkeypatch):
             model(clips(3, frames, 32, 32))
             taken.append(time.perf_counter() - started)
         assert 1 / 3 < estimated / min(taken) < 3
+
+
+def test_a_model_of_unknown_cost_has_no_estimate(monkeypatch):
+    from videopure_fast.measure.estimate import estimate_seconds
+
+    model = purifier.Purifier.from_pretrained("tiny", device="cpu")
     monkeypatch.setattr(type(model.unet), "forward", lambda *_, **__: {}["no such key"])
     assert estimate_seconds(model, 16, 32, 32) is None
 

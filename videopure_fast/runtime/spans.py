@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 
 @dataclass(eq=False)
@@ -98,3 +99,13 @@ class EvaluationCounter:
         if done:
             self._left -= done
             self._advance(done)
+
+
+@contextmanager
+def progress_bar(what: str, evaluations: int, *, enabled: bool) -> Iterator[None]:
+    """A bar over the UNet's evaluations within this block."""
+    if not enabled:
+        yield
+        return
+    with tqdm(total=evaluations, desc=what, unit="eval") as bar, listening(EvaluationCounter(bar.update)):
+        yield
