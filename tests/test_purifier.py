@@ -303,6 +303,14 @@ def test_cross_fading_equal_windows_gives_the_clip(frames, length, data):
     torch.testing.assert_close(torch.cat(pieces, -3), clip, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_each_window_draws_noise_of_its_own(method):
+    purifier = build_purifier(method=method, max_frames=4, window_overlap=0)
+    votes = purifier.latent_votes(torch.full((3, 12, 16, 16), 0.5))
+    a, b, c = (latents for _, latents in votes.windows)
+    assert not torch.equal(a, b) and not torch.equal(b, c) and not torch.equal(a, c)
+
+
 def test_long_clip_blends_its_windows(purifier):
     video = clips(1, 3, 13, 16, 16)
     votes = purifier(video, return_votes=True)

@@ -87,18 +87,21 @@ class FrozenModels(nn.Module):
             if look.changed:
                 self._chains.clear()
                 self._captures.clear()
-        readback.doubt(*look.doubts)
+        readback.flag_change(*look.doubts)
 
     def _computed(self, compute: Callable[[], Result], *tensors: Tensor, anew: bool = False) -> Result:
         """compute(), of the models as they are; again, if they are found to have changed when its results are there.
 
         FloatingPointError if what left a stage is not finite. tensors: as for `_inference`.
         """
-        with readback.reading() as left:
+        with readback.collecting() as flags:
             self._refresh(anew=anew)
             with self._inference(*tensors):
                 result = compute()
-        return result if left.unchanged() else self._computed(compute, *tensors, anew=True)
+        if flags.read():
+            return result
+        del result  # before another takes as much memory
+        return self._computed(compute, *tensors, anew=True)
 
     @contextmanager
     def _inference(self, *tensors: Tensor) -> Iterator[None]:

@@ -36,7 +36,8 @@ def purify(
         layout: "BTCHW" for videos (B, F, 3, H, W) or (F, 3, H, W), as Hugging Face's; the result has the same.
         return_votes: as in a call of a Purifier.
 
-    The other arguments are those of `Purifier.from_pretrained`; `overrides` are fields of PurifyConfig.
+    `model`, `device`, `dtype`, `flow`, `decoder` and `config` are as in `Purifier.from_pretrained`; `overrides` are
+    fields of PurifyConfig.
     """
     check_video(video, layout=layout)
     check_flag("return_votes", return_votes)

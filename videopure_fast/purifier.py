@@ -38,7 +38,7 @@ from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
 from .runtime.replay import is_observed
 from .runtime.spans import progress_bar, unheard
-from .sampling import Callback, Generators
+from .sampling import Callback, Generators, copied
 from .stages import PurifierStages
 from .windows import cross_fade, window_starts
 
@@ -161,8 +161,7 @@ class Purifier(PurifierStages):
         TypeError or ValueError for a pipeline of other parts.
         """
         models = models_of_pipe(pipe, prompt_embeds)
-        longest = getattr(models.unet.config, "motion_max_seq_length", None) or 32
-        given = {"flow": "raft", "scheduler_config": pipe.scheduler.config, "max_frames": min(32, longest)} | settings
+        given = {"flow": "raft", "scheduler_config": pipe.scheduler.config} | settings
         overrides = {field.name: given.pop(field.name) for field in fields(PurifyConfig) if field.name in given}
         purifier = cls(models.unet, models.vae, models.prompt_embeds, **given)
         purifier.config = replace_config(purifier.config, overrides)
@@ -193,7 +192,7 @@ class Purifier(PurifierStages):
             progress: show a progress bar over UNet evaluations; captured ones advance it together.
             callback: called as (stage, step, timestep, latents) after each step; stage "inversion" or "denoising",
                 latents (B, 4, F, h, w). Do not modify them. It needs eager steps: nothing is captured, which on a GPU
-                takes twice the time.
+                takes twice the time. It is called for all steps again where a write through `.data` is seen late.
             capture: overrides the purifier's own setting for this call.
 
         Returns the last vote, or with `return_votes` (B, V, 3, F, H, W) (no B for an unbatched clip), in the video's
@@ -233,13 +232,14 @@ class Purifier(PurifierStages):
         generators = self._generators(generator, len(video) if video.ndim == 5 else 1)
 
         def make() -> LatentVotes:
+            drawn = copied(generators)  # on through the windows
             clips = self._preprocess(video if video.ndim == 5 else video[None])
             self._compile_ahead(clips.shape, last=last, progress=progress)
             starts = window_starts(clips.shape[2], self.max_frames, self.config.window_overlap)
             what = f"{self.config.method} {len(clips)}x{'x'.join(map(str, clips.shape[2:]))}"
             with progress_bar(what, len(starts) * self.evaluations, enabled=progress):
                 windows = (clips[:, :, start : start + self.max_frames] for start in starts)
-                votes = [self._window_votes(window, last, generators, callback, capture) for window in windows]
+                votes = [self._window_votes(window, last, drawn, callback, capture) for window in windows]
             return LatentVotes(video, tuple(zip(starts, votes, strict=True)))
 
         return make
@@ -251,9 +251,9 @@ class Purifier(PurifierStages):
         """
         if not isinstance(votes, slice) or not range(latent_votes.num_votes)[votes]:
             raise ValueError(f"votes must be a slice of one or more of {latent_votes.num_votes} votes, got {votes!r}")
-        with readback.reading() as left, self._inference(latent_votes.video):
+        with readback.collecting() as flags, self._inference(latent_votes.video):
             clips = self._decode_votes(latent_votes, votes)
-        left.unchanged()
+        flags.read()
         return clips
 
     def _decode_votes(self, latent_votes: LatentVotes, votes: slice = slice(None)) -> Tensor:

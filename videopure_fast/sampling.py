@@ -238,6 +238,11 @@ def per_clip_generators(generator: Generators, clips: int) -> list[torch.Generat
     return forks
 
 
+def copied(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+    """Generators that draw the same, for a computation that may be done again."""
+    return [generator.clone_state() for generator in generators]
+
+
 def standard_normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise of like's shape, each clip's from its own CPU generator."""
     shape = like.shape[1:]

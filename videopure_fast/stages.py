@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,14 @@ from .models.vae import frames_at_once, scale_latents, unscale_latents
 from .runtime import readback
 from .runtime.checkpointing import checkpointed
 from .runtime.spans import span
-from .sampling import Callback, Chain, Generators, guide, per_clip_generators, prepare, standard_normal, vote
+from .sampling import Callback, Chain, Generators, copied, guide, per_clip_generators, prepare, standard_normal, vote
 from .schedule import Schedule, VoteCoefficients, read_scheduler
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_MOST_CHAINS = 16
-Result = TypeVar("Result")
+
+_USUAL_FRAMES = 32
 
 
 class PurifierStages(FrozenModels):
@@ -51,7 +51,8 @@ class PurifierStages(FrozenModels):
             (or window) with its F-1 pairs in order, in float32, on the padded clip.
         config: settings of the method.
         scheduler_config: a diffusers scheduler's configuration; its training schedule is read into `config`.
-        max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows.
+        max_frames: longest clip that the UNet sees at once; longer clips go through overlapping windows. By default
+            32, or as many as a motion model has positions for.
         decoder: diffusers AutoencoderTiny that decodes in the VAE's place: many times cheaper, and lossy.
         fast: evaluate the models channels last with fused ops; off, or for models that the fast forms do not know,
             diffusers' own forward runs.
@@ -84,7 +85,7 @@ class PurifierStages(FrozenModels):
         flow: str | Flow | None = None,
         config: PurifyConfig = PurifyConfig(),  # noqa: B008  (frozen)
         scheduler_config: Mapping[str, Any] | None = None,
-        max_frames: int = 32,
+        max_frames: int | None = None,
         decoder: nn.Module | None = None,
         fast: bool = True,
         attention: str = "sdpa",
@@ -95,7 +96,7 @@ class PurifierStages(FrozenModels):
         self._flow = (no_flow if flow is None else load_flow(flow),)
         self.capture = capture
         self._config = config  # for the check of max_frames
-        self.max_frames = max_frames
+        self.max_frames = min(_USUAL_FRAMES, self._most_frames) if max_frames is None else max_frames
         self.config = config  # checked before the scheduler's configuration is read into it
         self.config = read_scheduler(config, scheduler_config)
 
@@ -122,10 +123,15 @@ class PurifierStages(FrozenModels):
 
     @max_frames.setter
     def max_frames(self, max_frames: int) -> None:
-        longest = getattr(self.unet.config, "motion_max_seq_length", None) or MOST_FRAMES  # positions it has learned
-        check_count("max_frames", max_frames, least=2, most=longest)
+        check_count("max_frames", max_frames, least=2, most=self._most_frames)
         _check_overlap(self._config, max_frames)
         self._max_frames = max_frames
+
+    @property
+    def _most_frames(self) -> int:
+        """As many as the UNet has learned positions for, where it has any."""
+        most: int = getattr(self.unet.config, "motion_max_seq_length", None) or MOST_FRAMES
+        return most
 
     @property
     def config(self) -> PurifyConfig:
@@ -183,7 +189,7 @@ class PurifierStages(FrozenModels):
             latents = scale_latents(torch.cat(means).to(self._state_dtype), self.vae.config)
             latents = latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
             work.leave(latents)
-        readback.left("encode", latents, dtype=self._executor.vae_dtype)
+        readback.check_finite("encode", latents, dtype=self._executor.vae_dtype)
         return latents
 
     def denoise(
@@ -207,7 +213,7 @@ class PurifierStages(FrozenModels):
 
         def compute() -> tuple[Tensor, Tensor]:
             moved = latents.to(self._executor.device, self._state_dtype)
-            return self._run_chain(moved, generators, callback, capture)
+            return self._run_chain(moved, copied(generators), callback, capture)
 
         return self._computed(compute, latents)
 
@@ -240,7 +246,7 @@ class PurifierStages(FrozenModels):
         num_votes: int | None = None,
     ) -> Tensor:
         votes = vote(states, noise_preds, target, flow, coefficients, self.config, num_votes=num_votes)
-        readback.left("vote", votes, dtype=votes.dtype)
+        readback.check_finite("vote", votes, dtype=votes.dtype)
         return votes
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -259,7 +265,9 @@ class PurifierStages(FrozenModels):
             sides = (side * self.vae_factor for side in latents.shape[-2:])
             chunks = flat.split(self._frames_at_once(*sides))
             decoded = torch.cat([checkpointed(decode, chunk) for chunk in chunks])
-            readback.left("decode", decoded, dtype=self._executor.vae_dtype)  # before infinite values become 0 and 1
+            readback.check_finite(
+                "decode", decoded, dtype=self._executor.vae_dtype
+            )  # before infinite values become 0 and 1
             clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
             clips = clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
             work.leave(clips)
@@ -280,7 +288,7 @@ class PurifierStages(FrozenModels):
                 if not isinstance(flow, Tensor) or flow.shape != (len(clip) - 1, 2, *clip.shape[-2:]):
                     seen = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
                     raise ValueError(f"flow must return {(len(clip) - 1, 2, *clip.shape[-2:])}, got {seen}")
-                readback.left("flow", flow, dtype=flow.dtype)
+                readback.check_finite("flow", flow, dtype=flow.dtype)
                 flows.append(resize_flow(flow.to(clip), height, width))
             found = torch.stack(flows).to(self._state_dtype)
             work.leave(found)
@@ -296,15 +304,13 @@ class PurifierStages(FrozenModels):
             if capture and not eager:
                 results = self._captures(chain, target, first_activation=chain.first_activation(target))
             else:
-                # Copies: the call may be computed again.
-                noise_sampler = functools.partial(standard_normal, target, [one.clone_state() for one in generators])
-                latents = target
+                latents, noise_sampler = target, functools.partial(standard_normal, target, generators)
                 if chain.inversion is None:
                     signal, deviation = self._schedule.diffusion()
                     latents = signal * target + deviation * noise_sampler()
                 results = chain(latents, noise_sampler=noise_sampler, callback=callback)
             work.leave(*results)
-        readback.left("denoise", *results, dtype=self._executor.dtype)
+        readback.check_finite("denoise", *results, dtype=self._executor.dtype)
         return results
 
     def _feedback_votes(self, target: Tensor, flow: Tensor, callback: Callback | None) -> Tensor:
@@ -321,7 +327,7 @@ class PurifierStages(FrozenModels):
         chain = self._chain(target)
         with span("chain", target, evaluations=self.evaluations):
             states, noise_preds = chain(target, guidance_fn=guidance_fn, callback=callback)
-        readback.left("denoise", states, noise_preds, dtype=self._executor.dtype)
+        readback.check_finite("denoise", states, noise_preds, dtype=self._executor.dtype)
         # What was optimized already is only taken to its clean prediction; the final state has its turn now.
         coefficients = [*(step._replace(update=0.0) for step in steps), final]
         states = torch.stack([*optimized, states[-1]])

@@ -253,6 +253,10 @@ def test_a_motion_model_is_loaded_by_its_class(prior):
     unet.save_pretrained(prior / "unet")
     loaded = Purifier.from_pretrained(prior, device="cpu")
     assert type(loaded.unet) is UNetMotionModel
+    UNetMotionModel(**blocks, **heads, motion_max_seq_length=6).save_pretrained(prior / "unet")
+    (prior / "purifier.json").unlink()
+    assert Purifier.from_pretrained(prior, device="cpu", flow="none", window_overlap=2).max_frames == 6
+    unet.save_pretrained(prior / "unet")
     assert all(torch.equal(value, unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
 
 

@@ -208,6 +208,20 @@ def test_a_class_whose_forward_was_replaced(monkeypatch):
     monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *args, **options: 0.5 * own(self, *args, **options))
     expected = rebuilt(purifier, fast=False)(video)
     torch.testing.assert_close(purifier(video), expected, rtol=0, atol=2e-3)
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, latents: decode(self, 0.5 * latents))
+    torch.testing.assert_close(purifier(video), rebuilt(purifier, fast=False)(video), rtol=0, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*diffusers' own forward")
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_weights():
+    purifier, video = build_purifier(), clips(3, 4, 16, 16)
+    layer = attention(purifier.unet).to_q
+    dense = layer.weight.detach()
+    expected = purifier(video)
+    layer.weight = nn.Parameter(dense.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(purifier(video), expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*diffusers' own forward")
@@ -360,4 +374,4 @@ def test_a_look_at_as_many_weights_as_a_full_size_model_has():
     assert watch.look().changed and not watch.look().changed
     walk = min(timeit.repeat(lambda: [*unet.parameters(), *vae.parameters()], number=1, repeat=20))
     look = min(timeit.repeat(watch.look, number=1, repeat=20))
-    assert look < 1.5 * walk  # on one core of a server: 1.6 and 2.1 ms
+    assert look < 1.2 * walk  # on one core of a server: 1.6 and 2.1 ms

@@ -43,11 +43,11 @@ class Settings(NamedTuple):
 
     config: PurifyConfig
     flow: str | None
-    max_frames: int
+    max_frames: int | None
     scheduler_config: dict[str, Any] | None = None
 
 
-def find_prior(name: str | os.PathLike[str], options: HubOptions = HubOptions()) -> Path:  # noqa: B008  (immutable)
+def find_prior(name: str | os.PathLike[str], options: HubOptions) -> Path:
     """The folder of a prior. name: a packaged prior, a folder, or a Hugging Face repository, which is downloaded.
 
     options: for a repository. Raises FileNotFoundError if there is no such model or no network, ValueError for a folder
@@ -71,10 +71,11 @@ def read_settings(folder: Path) -> Settings:
     unknown = set(config) - {field.name for field in fields(PurifyConfig)}
     if unknown:
         raise ValueError(f"{path} has unknown settings: {brief(sorted(unknown))}")
-    max_frames = given.get("max_frames", 32)
+    max_frames = given.get("max_frames")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
-        check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
+        if max_frames is not None:
+            check_count("max_frames", max_frames, least=2, most=MOST_FRAMES)
         settings = Settings(PurifyConfig(**config), given.get("flow"), max_frames, read_json(scheduler))
         path = scheduler
         Schedule(read_scheduler(settings.config, settings.scheduler_config))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # The first values of each weight are compared: SAMPLED_VALUES of all together, but of each LEAST_SAMPLED at least.
 SAMPLED_VALUES, LEAST_SAMPLED = 2**15, 16
+_ENTRIES = ("forward", "encode", "decode")  # the methods by which a module is entered
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,7 +67,7 @@ class StateWatch:
         weights = chain.from_iterable(map(dict.values, self._weights_of))
         tensors = [*beside, *(weight for weight in weights if weight is not None)]
         # Moving to another device changes an address.
-        addresses = [_versions(tensors), *(list(map(read, tensors)) for read in (id, Tensor.data_ptr, _DTYPE))]
+        addresses = [list(map(id, tensors)), _pointers(tensors), _versions(tensors), list(map(_DTYPE, tensors))]
         if same and addresses == self._addresses:
             differ = [samples.differ() for samples in self._samples]
             if not any(known is True for known in differ):
@@ -86,7 +87,7 @@ class StateWatch:
     def _read_state(self) -> list[list[Any]]:
         return [
             list(map(type, self._modules)),
-            [kind.forward for kind in self._kinds],
+            [getattr(kind, name, None) for kind in self._kinds for name in _ENTRIES],
             list(chain.from_iterable(map(dict.values, self._attributes_of))),
             list(chain.from_iterable(map(dict.values, self._parts_of))),
             [any(self._empty), *_hooks_of_every_module()],
@@ -112,6 +113,13 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(_VERSION, tensors))
     except RuntimeError:  # tensors made in inference mode count none
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _pointers(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # sparse tensors have none
+        return [tensor.data_ptr() if tensor.layout == torch.strided else 0 for tensor in tensors]
 
 
 class _Samples:
@@ -178,8 +186,10 @@ def departure(model: Any) -> str | None:
 def _departure(module: nn.Module, kind: Any, attributes: dict[str, Any]) -> str | None:
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__name__}"
-    if kind.forward.__module__ != kind.__module__ and not kind.forward.__module__.startswith(("torch.", "diffusers.")):
-        return f"is a {kind.__name__}, whose forward was replaced"
+    for name in _ENTRIES:
+        entry = getattr(kind, name, None)
+        if entry is not None and not entry.__module__.startswith((kind.__module__, "torch.", "diffusers.")):
+            return f"is a {kind.__name__}, whose {name} was replaced"
     if any(getattr(module, name) for name in _HOOKS):
         return "has hooks"
     weights = (*module._parameters.values(), *module._buffers.values())

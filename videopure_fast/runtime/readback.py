@@ -24,7 +24,7 @@ class Readback:
     def add(self, flag: Tensor, meaning: str = "") -> None:
         self._flags.append((flag, meaning))
 
-    def unchanged(self) -> bool:
+    def read(self) -> bool:
         """Whether the models were as they had been. FloatingPointError if they were, and a result is not finite."""
         found: dict[str, bool] = {}
         by_device: dict[torch.device, list[tuple[Tensor, str]]] = defaultdict(list)
@@ -45,25 +45,24 @@ _current: ContextVar[Readback | None] = ContextVar("videopure_fast_readback", de
 
 
 @contextmanager
-def reading() -> Iterator[Readback]:
-    """What this block of this thread leaves."""
-    token = _current.set(Readback())
+def collecting() -> Iterator[Readback]:
+    """The flags that this block of this thread leaves."""
+    flags = Readback()
+    token = _current.set(flags)
     try:
-        current = _current.get()
-        assert current is not None
-        yield current
+        yield flags
     finally:
         _current.reset(token)
 
 
-def doubt(*flags: Tensor) -> None:
+def flag_change(*flags: Tensor) -> None:
     """Flags of which one is true if the models are not what they are taken for."""
     if (current := _current.get()) is not None:
         for flag in flags:
             current.add(flag)
 
 
-def left(stage: str, *results: Tensor, dtype: torch.dtype) -> None:
+def check_finite(stage: str, *results: Tensor, dtype: torch.dtype) -> None:
     """Results that leave a stage must be finite. dtype: in which it has computed."""
     current = _current.get()
     for result in results:
