@@ -208,7 +208,7 @@ def test_gradients_equal_diffusers(for_gpu):
     ("change", "reason"),
     [
         (lambda unet: unet.enable_freeu(1, 1, 1.2, 1.4), "b1 set to 1.2"),
-        (lambda unet: unet.enable_forward_chunking(1, 1), "_chunk_size"),
+        (lambda unet: unet.enable_forward_chunking(1, 1), "_chunk_dim set to 1"),
         (lambda unet: unet.conv_in.register_forward_hook(lambda *_: None), "hooks"),
         (
             lambda unet: setattr(unet, "conv_in", torch.nn.utils.parametrizations.weight_norm(unet.conv_in)),

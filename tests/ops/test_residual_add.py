@@ -12,7 +12,7 @@ from videopure_fast.ops.backend import OPS
 
 # Frames that the Triton form normalizes in one kernel, and in two. Channels and groups: groups over several blocks of
 # channels, groups of one channel, a single channel.
-SMALL, LARGE = (2, 2, 5, 9), (1, 2, 19, 28)
+SMALL, LARGE = (2, 2, 5, 9), (1, 1, 19, 28)
 CHANNELS = [(80, 8), (70, 2), (24, 24), (1, 1)]
 
 

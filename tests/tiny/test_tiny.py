@@ -67,7 +67,7 @@ def test_its_own_settings(purifier):
 
 def test_a_fooled_classifier_is_right_again(purifier, tmp_path):
     """A broken purifier fails: none 0.0, the VAE alone far below, and even chance would be 0.125."""
-    threats = (Threat("none", clips=32), Threat("gray-box", "pgd", {"steps": 10, "step_size": 2 / 255}, 32))
+    threats = (Threat("none", clips=16), Threat("gray-box", "pgd", {"steps": 10, "step_size": 2 / 255}, 16))
     plan = Plan("packaged", threats, ("none", "VAE round trip", "videopure"), eps=(4 / 255,), seeds=(21,))
     context = EvalContext(tiny.load_classifier(), build_defenses(purifier), sample)
     rows = table(evaluate(plan, context, tmp_path / "record.json"))
