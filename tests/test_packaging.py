@@ -124,6 +124,13 @@ def test_import_is_cheap():
     assert initialized == "False"
 
 
+def test_test_files_have_names_of_their_own():
+    """pytest imports each by its name alone, but for its own conftest.py: two of one name end the collection."""
+    files = (path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py"))
+    names = [path.name for path in files if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
 def test_public_names_are_there():
     for name in videopure_fast.__all__:
         assert getattr(videopure_fast, name) is not None
