@@ -74,6 +74,20 @@ def test_a_link_is_followed_and_stays(tmp_path, lead):
         assert link.is_symlink() and target.read_text() == content and list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("kept", ["blob", "blob.txt", "blob.png"])
+def test_the_partial_file_of_a_link_has_the_links_extension(tmp_path, kept):
+    """By which libraries choose the format, whatever the file is called to which it leads."""
+    link, target = tmp_path / "accuracy.svg", tmp_path / kept
+    link.symlink_to(kept)
+    stale = tmp_path / ".blob-0123abcd.partial.svg"  # of a killed process
+    stale.write_text("half")
+    check_writable(link)
+    with atomic_write(link) as partial:
+        assert partial.suffix == ".svg" and not stale.exists()
+        partial.write_text("<svg/>")
+    assert target.read_text() == "<svg/>" and sorted(tmp_path.iterdir()) == sorted([link, target])
+
+
 def test_the_usual_permissions_hold(tmp_path):
     before = os.umask(0o027)
     try:

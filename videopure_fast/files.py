@@ -33,7 +33,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(target).st_mode):
                 raise ValueError(f"cannot write {path}: it is no regular file")
-        partial, lock = _make_partial(target)
+        partial, lock = _make_partial(target, Path(path).suffix)
         _remove(partial, lock)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
@@ -66,14 +66,15 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a partial file's path in the folder of `path`, with the same extension, for the block to write.
+    """Yield a partial file's path in the folder of the file that is written, for the block to write.
 
-    The partial file replaces `path`, or the file to which that links, when the block succeeds, and is deleted when it
-    raises. Those that killed processes left of the same file are deleted first.
+    That file is `path`, or where it links; the partial file has the extension of `path`, by which libraries choose the
+    format. It replaces the file when the block succeeds, and is deleted when it raises. Those that killed processes
+    left of the same path are deleted first.
     """
     target = resolve_output(path)
-    remove_stale_partials(target)
-    partial, lock = _make_partial(target)
+    remove_stale_partials(path)
+    partial, lock = _make_partial(target, Path(path).suffix)
     try:
         yield partial
         os.replace(partial, target)
@@ -82,11 +83,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_stale_partials(path: str | os.PathLike[str]) -> None:
-    """Delete the partial files of this file whose process is gone: nobody holds the lock on them."""
+    """Delete the partial files of this path whose process is gone: nobody holds the lock on them."""
     if fcntl is None:
         return
     target = resolve_output(path)
-    partials = re.compile(rf"\.{re.escape(target.stem[:_STEM])}-[0-9a-f]{{8}}\.partial{re.escape(target.suffix)}")
+    stem, suffix = re.escape(target.stem[:_STEM]), re.escape(Path(path).suffix)
+    partials = re.compile(rf"\.{stem}-[0-9a-f]{{8}}\.partial{suffix}")
     names: list[str] = []
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         names = os.listdir(target.parent)
@@ -101,14 +103,14 @@ def remove_stale_partials(path: str | os.PathLike[str]) -> None:
                 os.close(lock)
 
 
-def _make_partial(target: Path) -> tuple[Path, int | None]:
-    """A new empty file for what will replace the target, and the descriptor that holds its lock.
+def _make_partial(target: Path, suffix: str) -> tuple[Path, int | None]:
+    """A new empty file, with this extension, for what will replace the target, and the descriptor of its lock.
 
     The lock ends with the process, however that ends, and is seen from other containers and machines too. The file is
     not one of tempfile: only its owner could read that, and the renamed file would keep those permissions.
     """
     while True:
-        partial = target.with_name(f".{target.stem[:_STEM]}-{secrets.token_hex(4)}.partial{target.suffix}")
+        partial = target.with_name(f".{target.stem[:_STEM]}-{secrets.token_hex(4)}.partial{suffix}")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if fcntl is None:  # an open file could not be renamed on Windows
             os.close(descriptor)
