@@ -236,6 +236,20 @@ def test_labels_beyond_the_classes_end_the_loading():
         MappedDataset(HuggingFace({"one": [1], "two": [2]}, columns))
 
 
+def test_bytes_that_are_no_video_are_called_the_video(path):
+    """Not by the name of a temporary copy, with which neither reasons nor digests would repeat."""
+    content = path.read_bytes()
+    pairs = [(content, 0), (b"", 1), (b"x" * 50, 1), (content[:-900], 1), (b"OggS" * 20, 1)]
+    mapped = MappedDataset(pairs, sampling=SMALL)
+    assert mapped.digest == MappedDataset(pairs, sampling=SMALL).digest
+    assert mapped.digest != MappedDataset([*pairs[:2], pairs[0], *pairs[3:]], sampling=SMALL).digest
+    with pytest.warns(UserWarning, match="skipped item 1: the video is empty"):
+        assert len(next(load(mapped, 5)).clips) == 1
+    assert len(mapped.skipped) == 4 and all(reason.startswith("the video ") for reason in mapped.skipped.values())
+    with pytest.raises(ValueError, match="^item 0: the video is empty"):
+        MappedDataset(pairs[1:], sampling=SMALL)
+
+
 def test_digests_and_draws(path):
     first, same, other = (MappedDataset(pairs).digest for pairs in (PAIRS, list(PAIRS), PAIRS[::-1]))
     assert first == same != other and first != MappedDataset(PAIRS, classes=["a", "b"]).digest

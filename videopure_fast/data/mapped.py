@@ -108,8 +108,8 @@ class MappedDataset(ClipSource):
             for index in sorted({0, len(self) // 2, len(self) - 1}):
                 try:
                     clip, label = self.read_labeled(index)
-                except (OSError, ValueError, RuntimeError) as error:
-                    found.update(str(error).encode())
+                except (OSError, ValueError, RuntimeError):
+                    found.update(b"unreadable")
                 else:
                     found.update(repr(label).encode() + as_floats(clip).cpu().numpy().tobytes())
         return found.hexdigest()[:16]
@@ -176,10 +176,7 @@ class MappedDataset(ClipSource):
         elif isinstance(video, (bytes, bytearray)):
             path, content = None, video
         if content is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder, "video")
-                copy.write_bytes(content)
-                return read_clip(copy, self.sampling, place)
+            return _read_bytes(content, self.sampling, place)
         if isinstance(path, str) and "://" in path and self._given is not self._dataset:
             video = self._given[index][self._columns.video]  # torchcodec's decoder reads from afar
         elif isinstance(path, (str, os.PathLike)):
@@ -250,6 +247,17 @@ def _classes(dataset: Any, features: Mapping[str, Any], label: str) -> Sequence[
         if label in features and features[label].dtype == "string" and hasattr(one, "unique"):
             return sorted(one.unique(label))
     return None
+
+
+def _read_bytes(content: bytes | bytearray, sampling: ClipSampling, place: float) -> Tensor:
+    """A clip (3, frames, crop, crop) uint8 of a video file's bytes. ValueError for what is no video."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "video")
+        copy.write_bytes(content)
+        try:
+            return read_clip(copy, sampling, place)
+        except (OSError, ValueError, RuntimeError) as error:  # without a name that is another in each run
+            raise ValueError(str(error).replace(str(copy), "the video")) from error
 
 
 def _decoded(decoder: Any, sampling: ClipSampling, place: float) -> Tensor:
