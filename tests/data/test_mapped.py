@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -221,6 +222,26 @@ class Stream:
 def test_other_data_sets_are_refused(dataset, error, message):
     with pytest.raises(error, match=re.escape(message)):
         MappedDataset(dataset)
+
+
+@pytest.mark.parametrize(
+    ("seen", "error"),
+    [
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), ValueError),
+        (av.InvalidDataError(1, "Invalid data", "a.mp4"), ValueError),
+        (av.FileNotFoundError(2, "No such file", "a.mp4"), FileNotFoundError),
+        (PermissionError(13, "Permission denied", "a.mp4"), ValueError),
+        (RuntimeError("no decoder"), ValueError),
+    ],
+)
+def test_errors_of_every_kind_say_which_item(seen, error):
+    class Raising(Torch):
+        def __getitem__(self, index):
+            raise seen
+
+    with pytest.raises(error, match=re.escape(f"item 0: {seen}")) as caught:
+        MappedDataset(Raising())
+    assert type(caught.value) is error and caught.value.__cause__ is seen
 
 
 def test_labels_beyond_the_classes_end_the_loading():

@@ -116,18 +116,21 @@ class MappedDataset(ClipSource):
 
     def _first_clip(self) -> Tensor:
         """The clip of the first item that can be read, which must be among the first few; its errors say why not."""
-        reason: Exception | None = None
+        reason: tuple[int, Exception] | None = None
         for index in range(min(len(self), _TRIED)):
             try:
                 clip, _ = self.read_labeled(index)
             except (OSError, ValueError, RuntimeError) as error:
-                reason = reason or type(error)(f"item {index}: {error}")
+                reason = reason or (index, error)
                 continue
             if _is_array(self._parts(index)[0]) and not torch.equal(clip, self.read_labeled(index)[0]):
                 raise ValueError(f"item {index} differs from reading to reading; accepted: no random transforms")
             return clip
         assert reason is not None
-        raise reason
+        index, cause = reason
+        # Not of the error's own kind: some, such as UnicodeDecodeError, are not made from a message.
+        kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else ValueError
+        raise kind(f"item {index}: {cause}") from cause
 
     def _parts(self, index: int) -> tuple[Any, Any]:
         """An item's video and label. TypeError for items of another form."""
