@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from videopure_fast import machine
 from videopure_fast.files import atomic_write
 from videopure_fast.machine import PeakMemory, nvidia_smi
+from videopure_fast.measure import estimate
 from videopure_fast.measure import profile as profiling
 from videopure_fast.measure.profile import measure_roofline
 
@@ -213,3 +214,12 @@ def test_what_nvidia_smi_tells_and_what_it_does_not(monkeypatch):
     monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
     nothing = dict.fromkeys(fields)
     assert nvidia_smi(torch.device("cuda"), **fields) == nvidia_smi(torch.device("cpu"), **fields) == nothing
+
+
+def test_the_estimate_counts_every_evaluation_of_every_prompt(monkeypatch):
+    """At a FLOP a second: what another evaluation adds for one prompt, each evaluation adds for a second prompt."""
+    one, two, longer = build_purifier(), build_purifier(prompts=2), build_purifier(inversion_steps=2)
+    monkeypatch.setattr(estimate, "_SHARE_OF_PRODUCTS", 1.0)
+    monkeypatch.setattr(estimate, "measure_roofline", lambda *_: SimpleNamespace(matrix=1))
+    alone, guided, more = (estimate.estimate_seconds(purifier, 8, 16, 16) for purifier in (one, two, longer))
+    assert guided - alone == one.evaluations * (more - alone) / (longer.evaluations - one.evaluations) > 0

@@ -35,7 +35,7 @@ def estimate_seconds(purifier: Purifier, frames: int, height: int, width: int) -
 
 @torch.no_grad()
 def _window_flops(purifier: Purifier, frames: int, height: int, width: int) -> int:
-    """FLOPs of a window: it is encoded, each evaluation predicts its noise, and one vote is decoded."""
+    """FLOPs of a window: it is encoded, each evaluation predicts noise for every prompt, and one vote is decoded."""
     factor = purifier.vae_factor
     rows, columns = (-(-side // factor) for side in (height, width))
     unet, vae = _on_meta(purifier.unet), _on_meta(purifier.vae)
@@ -49,7 +49,8 @@ def _window_flops(purifier: Purifier, frames: int, height: int, width: int) -> i
     with FlopCounterMode(display=False) as frame:
         vae.encode(empty(1, vae.config.in_channels, rows * factor, columns * factor))
         vae.decode(latents[:, :, 0])
-    return purifier.evaluations * evaluation.get_total_flops() + frames * frame.get_total_flops()
+    passes = purifier.evaluations * len(purifier._prompts)
+    return passes * evaluation.get_total_flops() + frames * frame.get_total_flops()
 
 
 def _on_meta(model: nn.Module) -> Any:
