@@ -310,7 +310,7 @@ def test_huggingface_explains_what_is_missing():
         VideoClassifier.huggingface(model, mean=None, std=None)
 
 
-def test_class_names():
+def test_class_names(purifier):
     model = build_huggingface("VideoMAE")
     adapter = VideoClassifier.huggingface(model, mean=None, std=None)
     assert (
@@ -320,6 +320,9 @@ def test_class_names():
     )
     model.config = SimpleNamespace(id2label={"1": "b", "0": "a", "10": "k", **{str(i): str(i) for i in range(2, 10)}})
     assert class_names(model) == ("a", "b", *"23456789", "k") == class_names(adapter)
+    defended = DefendedClassifier(nn.DataParallel(adapter), purifier)
+    for wrapped in (defended, nn.DataParallel(defended), nn.DataParallel(nn.DataParallel(adapter))):
+        assert class_names(wrapped) == class_names(model)
     assert class_names(tiny.load_classifier()) == tiny.CLASSES
     assert class_names(Small()) is None
     for table, label in (({1: "a", 2: "b"}, "2"), ({"x": "a"}, "x"), ({0: "a", 2: "b"}, "2")):

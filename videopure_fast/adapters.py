@@ -187,18 +187,14 @@ def load_classifier(
 
 
 def class_names(classifier: nn.Module) -> tuple[str, ...] | None:
-    """The names of a classifier's labels, from the `config.id2label` of a transformers model, which a VideoClassifier,
-    a DefendedClassifier or DataParallel may wrap; None where it has none.
+    """The names of a classifier's labels, from the `config.id2label` of a transformers model, which VideoClassifier,
+    DefendedClassifier and DataParallel may wrap in any order; None where it has none.
 
     ValueError for an id2label that does not number its names from 0 on.
     """
-    for kind, inner in (
-        (DefendedClassifier, "classifier"),
-        (nn.DataParallel, "module"),
-        (VideoClassifier, "model"),
-        (nn.DataParallel, "module"),
-    ):
-        classifier = getattr(classifier, inner) if isinstance(classifier, kind) else classifier
+    wrappers = {DefendedClassifier: "classifier", nn.DataParallel: "module", VideoClassifier: "model"}
+    while kind := next((kind for kind in wrappers if isinstance(classifier, kind)), None):
+        classifier = getattr(classifier, wrappers[kind])
     if isinstance(classifier, tiny.ActionClassifier):
         return tiny.CLASSES
     table = getattr(getattr(classifier, "config", None), "id2label", None)
