@@ -11,6 +11,7 @@ from conftest import build_purifier, clips
 from torch import Tensor, nn
 
 from videopure_fast.evaluation.checks import (
+    _EFFORT_STEPS,
     effort_check,
     gradient_check,
     order_checks,
@@ -89,6 +90,22 @@ def test_an_attack_that_goes_on_must_gain_more_than_noise(broken):
     assert not effort_check(broken, *batch(), eps=8 / 255, steps=6).passed
     with pytest.raises(ValueError, match="steps must be 2 or more, got 1"):
         effort_check(CLASSIFIER, *batch(), eps=8 / 255, steps=1)
+
+
+@pytest.mark.parametrize("steps", [2, 3, _EFFORT_STEPS, 10])
+def test_the_last_loss_of_an_attack_that_goes_on_is_at_the_full_eps(steps):
+    """Else an attack of less than eps would be compared with noise of eps."""
+    x, labels = batch()
+    attacked = []
+
+    def straight(given: Tensor) -> Tensor:
+        if given.requires_grad:
+            attacked.append((given.detach() - x).abs())
+        return given.mean((2, 3, 4)) * torch.tensor([1.0, 2, 3])
+
+    effort_check(straight, x, labels % 3, eps=8 / 255, steps=steps)
+    assert len(attacked) == steps and attacked[0].max() == 0
+    torch.testing.assert_close(attacked[-1], torch.full_like(x, 8 / 255))
 
 
 def fragile(x: Tensor) -> Tensor:

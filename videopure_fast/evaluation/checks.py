@@ -41,7 +41,7 @@ _GAIN = 3  # least ratio of an attack's gain in the loss to that of noise
 _SIGNIFICANCE = 0.025  # one-sided probability that an order which holds is reported as broken
 _CHECKED_CLIPS = 2
 _SOURCE_CLIPS = 32
-_EFFORT_STEPS, _NOISE_DRAWS = 4, 4
+_EFFORT_STEPS, _NOISE_DRAWS = 5, 4  # PGD computes the loss before each step: four steps go before the last loss
 _REACH_EPS, _REACH_STEPS = (8 / 255, 16 / 255, 64 / 255, 1.0), 10
 _DOUBLE = 2.0  # purifications in float32 that take as long as one in float64
 _LONG = 120  # seconds beyond which the checks say how long they may take
@@ -148,8 +148,9 @@ def effort_check(
     model: Callable[[Tensor], Tensor], clips: Tensor, labels: Tensor, *, eps: float, steps: int = 10
 ) -> Check:
     """Attack `model` by PGD in small steps: the mean loss must rise several times more than by noise of the same size,
-    since noise too raises the loss of rightly classified clips."""
+    since noise too raises the loss of rightly classified clips. The last loss is that at the full eps."""
     check_count("steps", steps, least=2)  # PGD computes the loss before each step, and not after the last one
+    step_size = eps / (min(steps, _EFFORT_STEPS) - 1)
     losses: list[float] = []
 
     def watched(logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def effort_check(
         losses.append(loss.mean().item())
         return loss
 
-    pgd(model, clips, labels, loss=watched, eps=eps, step_size=eps / 4, steps=steps, random_start=False)
+    pgd(model, clips, labels, loss=watched, eps=eps, step_size=step_size, steps=steps, random_start=False)
     gain, half = losses[-1] - losses[0], losses[len(losses) // 2]
     with torch.no_grad():
         noisy = [model(_noisy(clips, eps, seed)) for seed in range(_NOISE_DRAWS)]
