@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 from videopure_fast import cli
 from videopure_fast.cli import environment
@@ -117,7 +116,8 @@ def test_nonsense_in_the_environment_is_refused_at_the_start(tmp_path, monkeypat
     monkeypatch.setenv(name, value)
     status, stderr = embedded(monkeypatch, capsys, *command)
     assert status == 1 and stderr.startswith("error: ") and stderr.count("\n") == 1
-    assert name in stderr and repr(value) in stderr or "backend" in stderr.lower()
+    wrong = value.rpartition(",")[2] if name == "VIDEOPURE_FAST_BACKEND" else value  # its last name, if it has several
+    assert name in stderr and repr(wrong) in stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -302,4 +302,4 @@ def test_a_thread_may_run_a_command(monkeypatch, capsys):
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [0] and "backend reference" in capsys.readouterr().out and torch.__version__
+    assert found == [0] and "backend reference" in capsys.readouterr().out
