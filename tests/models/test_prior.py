@@ -58,11 +58,11 @@ def rewrite(path, change):
 
 
 def refusal(folder, error=ValueError, **arguments):
-    """What `from_pretrained` says, in one line, in a second."""
-    began = time.perf_counter()
+    """What `from_pretrained` says, in one line, in a second of processor time: others may use the cores as well."""
+    began = time.process_time()
     with pytest.raises(error) as caught:
         Purifier.from_pretrained(folder, device="cpu", **arguments)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert "\n" not in str(caught.value) and "unsafe" not in str(caught.value) and len(str(caught.value)) < 1000
     return str(caught.value)
 
