@@ -131,6 +131,13 @@ def test_test_files_have_names_of_their_own():
     assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
 
 
+def test_fuzzers_run_only_when_asked_for():
+    for path in (ROOT / "tests" / "fuzz").glob("test_*.py"):
+        text = path.read_text()
+        assert text.count("@pytest.mark.fuzz\n") == text.count("\ndef test_") > 0, f"{path.name}: not all are fuzz"
+        assert "mark.slow" not in text, f"{path.name}: make test-slow would run it too"
+
+
 def test_public_names_are_there():
     for name in videopure_fast.__all__:
         assert getattr(videopure_fast, name) is not None

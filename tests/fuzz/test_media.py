@@ -109,7 +109,7 @@ def rewrite(paths):
     return video.frames
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_damaged_files_end_by_frames_or_a_sentence(tmp_path):
     intact = {suffix: encode(tmp_path / f"intact.{suffix}", *codecs) for suffix, codecs in CODECS.items()}
     arguments = []

@@ -223,7 +223,7 @@ def with_text_encoder(folder):
     encoder.save_pretrained(folder / "text_encoder")
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_mutated_folders_are_loaded_or_refused(tmp_path):
     plain, encoding = tmp_path / "plain", tmp_path / "encoding"
     build_purifier(flow="none").save_pretrained(plain)
@@ -239,7 +239,7 @@ def test_mutated_folders_are_loaded_or_refused(tmp_path):
     judge(run_isolated(load_folder, folders, seconds=SECONDS, memory=MEMORY), FOLDERS)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_mutated_records_are_read_or_refused(tmp_path):
     record = Record(tmp_path / "record.json", PLAN)
     for batch in PLAN.batches():
