@@ -24,7 +24,8 @@ from videopure_fast.evaluation.tables import table
 FOLDERS, RECORDS = 200, 100
 SECONDS = 10
 MEMORY = 4 << 30
-REFUSALS = (ValueError, TypeError, OSError, ImportError)  # the last: of a flow that is not installed
+REFUSALS = (ValueError, ImportError)  # the last: of a flow that is not installed
+INTERNAL = ("NoneType", "Traceback", "unsafe")  # what no sentence about a folder says
 PLAN = Plan(
     "source", (standard_threat("none", 4), standard_threat("bpda", 4)), ("none", "videopure"), seeds=(0,), batch=2
 )
@@ -191,16 +192,30 @@ def read_record(folder):
     return isolated_in(folder, read)
 
 
+def is_sentence(message):
+    """One line that is not too long, and not an error from within; after its own words it may quote a library's."""
+    own = message.partition(" cannot be read: ")[0]
+    internal = "object has no attribute" in own or any(words in message for words in INTERNAL)
+    return own.strip() and "\n" not in message and len(message) < 2000 and not internal
+
+
 def judge(outcomes, known):
     """Every outcome is a result or a refusal in a sentence, and there are some of both."""
     faults, results = [], 0
     for seed, outcome in enumerate(outcomes):
         results += outcome.kind == "result"
-        sentence = outcome.kind == "Refused" and outcome.value.strip() and "\n" not in outcome.value
-        if outcome.kind != "result" and not (sentence and len(outcome.value) < 2000 and "unsafe" not in outcome.value):
+        if outcome.kind != "result" and not (outcome.kind == "Refused" and is_sentence(outcome.value)):
             faults.append(f"mutant {seed}: {outcome.kind}: {str(outcome.value)[:500]}")
     assert not faults, "\n".join(faults)
     assert 0 < results < known
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize(
+    "message", ["'NoneType' object is not iterable", "'list' object has no attribute 'lower'", "Traceback", "a\nb", " "]
+)
+def test_an_error_from_within_is_no_refusal(message):
+    assert is_sentence("prior/vae cannot be read: it has no config.json") and not is_sentence(message)
 
 
 def with_text_encoder(folder):
