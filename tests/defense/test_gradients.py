@@ -167,7 +167,11 @@ def test_a_defense_says_what_it_is():
         ({"surrogate": {"inversion_steps": 1}}, ValueError, "surrogate settings need gradient='surrogate'"),
         ({"gradient": "surrogate", "surrogate": {"steps": 1}}, TypeError, "unknown settings steps"),
         ({"gradient": "surrogate", "surrogate": {"inversion_steps": -1}}, ValueError, "inversion_steps must satisfy"),
-        ({"gradient": "surrogate", "surrogate": {"sign_temperature": -1}}, ValueError, "must be 0, or 1e-30 or more, got -1"),
+        (
+            {"gradient": "surrogate", "surrogate": {"sign_temperature": -1}},
+            ValueError,
+            "must be 0, or 1e-30 or more, got -1",
+        ),
     ],
 )
 def test_bad_options_are_refused(purifier, options, error, message):
