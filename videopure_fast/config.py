@@ -110,7 +110,7 @@ class PurifyConfig:
         last = self.inversion_steps * (self.num_train_timesteps // self.num_inference_steps) + self.steps_offset
         if self.steps_offset < 1 or last >= self.num_train_timesteps:
             raise ValueError(
-                f"steps_offset {brief(self.steps_offset)} makes the timesteps end at {brief(last)}; "
+                f"steps_offset {brief(self.steps_offset)} makes the timesteps go from there to {brief(last)}; "
                 f"accepted: within 1..{self.num_train_timesteps - 1}"
             )
 

@@ -81,10 +81,18 @@ class FrozenModels(nn.Module):
 
     def _refresh(self, *, anew: bool = False) -> None:
         """Drop what was made of models or prompts that have changed since. anew: as if they had."""
-        prompts = (self.prompt_embeds, self.negative_prompt_embeds)
+        if self._executor.models != (self.unet, self.vae):  # others were assigned
+            check_models(self.unet, self.vae)
+            check_decoder(self.vae, self.decoder)
+            self.requires_grad_(False)
+            self._executor = self._executor.of(self.unet, self.vae)
+        prompts = [prompt for prompt in (self.prompt_embeds, self.negative_prompt_embeds) if prompt is not None]
         with self._executor.lock:
-            look = self._executor.refresh([prompt for prompt in prompts if prompt is not None], anew=anew)
+            look = self._executor.refresh(prompts, anew=anew)
             if look.changed:
+                if any(module.training for module in self.modules()):
+                    self.eval()
+                    self._executor.refresh(prompts)
                 self._chains.clear()
                 self._captures.clear()
         readback.flag_change(*look.doubts)

@@ -39,6 +39,7 @@ from .runtime.cuda_graph import SideStream
 from .runtime.replay import is_observed
 from .runtime.spans import progress_bar, unheard
 from .sampling import Callback, Generators, copied
+from .schedule import without
 from .stages import PurifierStages
 from .windows import cross_fade, window_starts
 
@@ -134,8 +135,8 @@ class Purifier(PurifierStages):
             models.prompt_embeds,
             negative_prompt_embeds=models.negative_prompt_embeds,
             flow=estimator,
-            config=settings.config if config is None else config,
-            scheduler_config=settings.scheduler_config,
+            config=replace_config(settings.config if config is None else config, overrides),
+            scheduler_config=without(settings.scheduler_config, overrides),
             max_frames=settings.max_frames,
             decoder=None if decoder is None else load_decoder(decoder, dtype=dtype, options=options),
             fast=fast,
@@ -143,7 +144,6 @@ class Purifier(PurifierStages):
             capture=capture,
         )
         purifier.commit_hash = commit_hash(folder)
-        purifier.config = replace_config(purifier.config, overrides)
         purifier.to(device=place, dtype=dtype)
         if place.type != "cpu":
             for model in (purifier.unet, purifier.vae):
@@ -161,11 +161,12 @@ class Purifier(PurifierStages):
         TypeError or ValueError for a pipeline of other parts.
         """
         models = models_of_pipe(pipe, prompt_embeds)
-        given = {"flow": "raft", "scheduler_config": pipe.scheduler.config} | settings
+        scheduler = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
+        given: dict[str, Any] = {"flow": "raft", "config": PurifyConfig(), "scheduler_config": scheduler, **settings}
         overrides = {field.name: given.pop(field.name) for field in fields(PurifyConfig) if field.name in given}
-        purifier = cls(models.unet, models.vae, models.prompt_embeds, **given)
-        purifier.config = replace_config(purifier.config, overrides)
-        return purifier
+        given["config"] = replace_config(given["config"], overrides)
+        given["scheduler_config"] = without(given["scheduler_config"], overrides)
+        return cls(models.unet, models.vae, models.prompt_embeds, **given)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write everything that `from_pretrained` needs to a new folder; a flow callable of your own is not saved."""

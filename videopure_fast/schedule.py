@@ -7,7 +7,7 @@ at the last step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -134,6 +134,13 @@ _ACCEPTED: dict[str, Any] = {
     "clip_sample": False,
     "thresholding": False,
 }
+
+
+def without(scheduler_config: Any, chosen: Collection[str]) -> Any:
+    """A scheduler's configuration without the fields for which something else was chosen."""
+    if not isinstance(scheduler_config, Mapping):
+        return scheduler_config
+    return {name: value for name, value in scheduler_config.items() if name not in chosen}
 
 
 def read_scheduler(config: PurifyConfig, scheduler_config: Mapping[str, Any] | None) -> PurifyConfig:

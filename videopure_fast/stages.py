@@ -67,9 +67,9 @@ class PurifierStages(FrozenModels):
     They may be changed at any time. Every call sees new weights, a load, a cast, a fused LoRA, an average that is
     copied through `.data`, hooks, processors, replaced forwards, FreeU, slicing and tiling, on any inner module. What
     its fast forms do not know runs in diffusers' own forward, with one warning, and uncaptured where it is the caller's
-    code. Three changes are not seen: a write through `.data` that leaves the first 16 values of every weight as they
-    were, a change within an object that a module refers to, such as a processor's own state, and one while a call runs.
-    Call `refresh()` after the first two.
+    code. Not seen are a write through `.data` that leaves the first 16 values of every weight as they were, and a
+    change within an object that a module refers to, such as a processor's own state: call `refresh()` after them. Nor
+    are methods of classes that are replaced, but for forward, encode and decode, and changes while a call runs.
     A result that is not finite is never returned: FloatingPointError names the stage and the dtype.
     The sampler's state, the votes and their arithmetic are float32 at least. float32 means float32: TF32 and
     autocast are off while the purifier runs.

@@ -158,8 +158,8 @@ CONSOLE_SCRIPT = ("-c", "import sys; from videopure_fast.cli import main; sys.ex
 @pytest.mark.parametrize(
     ("start", "variables", "rounds"),
     [
-        (("-m", "videopure_fast"), {}, "10000"),
-        (CONSOLE_SCRIPT, {}, "10000"),
+        (("-m", "videopure_fast"), {}, "5000"),
+        (CONSOLE_SCRIPT, {}, "5000"),
         (CONSOLE_SCRIPT, {"OMP_WAIT_POLICY": "passive"}, "0"),
     ],
 )
@@ -167,7 +167,7 @@ def test_the_openmp_runtime_spins_for_a_bounded_time(start, variables, rounds):
     done = program("info", start=start, OMP_DISPLAY_ENV="verbose", **variables)
     assert done.returncode == 0, done.stderr
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {rounds}
-    said = [*variables.items()] or [("GOMP_SPINCOUNT", "10000")]
+    said = [*variables.items()] or [("GOMP_SPINCOUNT", "5000")]
     assert "waiting threads" in done.stdout and all("=".join(pair) in done.stdout for pair in said)
 
 
@@ -182,12 +182,12 @@ def test_the_extension_runs_in_the_runtime_that_torch_has_loaded():
 def test_a_library_user_keeps_the_runtimes_own_way(monkeypatch):
     for name in WAITING:
         monkeypatch.delenv(name, raising=False)
-    assert "GOMP_SPINCOUNT=10000 suits a shared machine" in environment.wait_policy()
+    assert "GOMP_SPINCOUNT=5000 suits a shared machine" in environment.wait_policy()
     with environment.as_program():  # torch is loaded already: its runtime reads nothing anymore
         assert not any(name in os.environ for name in WAITING)
     monkeypatch.delitem(sys.modules, "torch")
     with environment.as_program():
-        assert os.environ["GOMP_SPINCOUNT"] == "10000"
+        assert os.environ["GOMP_SPINCOUNT"] == "5000"
     assert not any(name in os.environ for name in WAITING)
 
 

@@ -481,6 +481,18 @@ def test_a_pipeline_becomes_a_purifier_that_shares_its_parts(tmp_path):
     assert Purifier.from_pretrained(tmp_path / "saved", device="cpu").config == wanted
 
 
+def test_settings_of_a_pipelines_purifier_come_before_its_schedulers(tmp_path):
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    pipe = pipeline(tmp_path, scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"))
+    purifier = Purifier.from_pipe(pipe, flow="none", max_frames=4, window_overlap=1, steps_offset=1)
+    assert (purifier.max_frames, purifier.config.window_overlap, purifier.config.steps_offset) == (4, 1, 1)
+    assert purifier.config.beta_start == pipe.scheduler.config.beta_start
+    pipe = pipeline(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler' has no betas"):
+        Purifier.from_pipe(pipe, flow="none")
+
+
 def test_a_pipeline_of_animatediff_becomes_a_purifier(tmp_path):
     from diffusers import AnimateDiffPipeline
 

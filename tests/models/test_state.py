@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import timeit
 
 import pytest
@@ -222,6 +223,45 @@ def test_sparse_weights():
     expected = purifier(video)
     layer.weight = nn.Parameter(dense.to_sparse_csr(), requires_grad=False)
     torch.testing.assert_close(purifier(video), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*diffusers' own forward")
+def test_a_wrapped_forward_of_a_class(monkeypatch):
+    purifier, video = build_purifier(), clips(3, 4, 16, 16)
+    purifier(video)
+    own = ResnetBlock2D.forward
+    halved = functools.wraps(own)(lambda self, *args, **options: 0.5 * own(self, *args, **options))
+    monkeypatch.setattr(ResnetBlock2D, "forward", halved)
+    for one in (purifier, rebuilt(purifier)):
+        torch.testing.assert_close(one(video), rebuilt(purifier, fast=False)(video), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("model", ["unet", "vae"])
+def test_models_that_are_assigned(model, used):
+    purifier, video = build_purifier(), clips(3, 4, 16, 16)
+    twin = purifier.with_config(spatial_weight=1.0)
+    if used:
+        purifier(video), twin(video)
+    other = copy.deepcopy(getattr(purifier, model)).train().requires_grad_(True)
+    scale_data(other.parameters())
+    setattr(purifier, model, other)
+    for one in (purifier, twin):
+        assert torch.equal(one(video), rebuilt(one)(video))
+    assert not other.training and not any(weight.requires_grad for weight in other.parameters())
+    purifier.double()
+    assert purifier.encode(video[None]).dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:.*diffusers' own forward")
+def test_models_stay_in_eval_mode():
+    purifier, video = build_purifier(), clips(3, 4, 16, 16)
+    purifier.unet.conv_in.register_forward_hook(lambda *_: None)
+    expected = purifier(video)
+    purifier.unet.train()
+    purifier.vae.encoder.train()
+    assert torch.equal(purifier(video), expected) and torch.equal(purifier(video), expected)
+    assert not any(module.training for module in purifier.modules())
 
 
 @pytest.mark.filterwarnings("ignore:.*diffusers' own forward")

@@ -42,6 +42,14 @@ class ModelExecutor:
         self._capturable: bool | None = None
         self.lock = threading.RLock()  # held while forms, or what was made of them, are dropped or made
 
+    @property
+    def models(self) -> tuple[nn.Module, nn.Module]:
+        return self._modules
+
+    def of(self, unet: nn.Module, vae: nn.Module) -> ModelExecutor:
+        """An executor of other models, with the same settings."""
+        return ModelExecutor(unet, vae, fast=self._fast, attention_fn=self._attention_fn)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own modules, and makes its own forms, when it needs them."""
         made: dict[str, Any] = {"_watch": None, "_forms": None, "_place": None, "_capturable": None, "lock": None}

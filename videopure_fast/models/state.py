@@ -188,7 +188,9 @@ def _departure(module: nn.Module, kind: Any, attributes: dict[str, Any]) -> str 
         return f"is a {type(module).__module__}.{type(module).__name__}"
     for name in _ENTRIES:
         entry = getattr(kind, name, None)
-        if entry is not None and not entry.__module__.startswith((kind.__module__, "torch.", "diffusers.")):
+        # Where it was defined: what wraps a method bears that method's name and module.
+        home = getattr(entry, "__globals__", {}).get("__name__", "torch.")
+        if not home.startswith(("torch.", "diffusers.", kind.__module__)):
             return f"is a {kind.__name__}, whose {name} was replaced"
     if any(getattr(module, name) for name in _HOOKS):
         return "has hooks"
