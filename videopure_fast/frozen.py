@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .inputs import check_decoder, check_embeddings, check_models
+from .inputs import check_decoder, check_embeddings, check_flag, check_models
 from .models.executor import ModelExecutor
 from .models.transformers import attention_function
 from .ops.backend import full_float32
@@ -39,6 +39,7 @@ class FrozenModels(nn.Module):
         attention: str,
     ) -> None:
         super().__init__()
+        check_flag("fast", fast)
         check_models(unet, vae)
         check_decoder(vae, decoder)
         check_embeddings(unet, prompt_embeds, negative_prompt_embeds)

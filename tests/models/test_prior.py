@@ -13,6 +13,7 @@ import torch
 from conftest import TINY_DECODER, build_purifier, clips
 from diffusers import AutoencoderTiny, DDIMScheduler, UNetMotionModel
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 from videopure_fast import Purifier, PurifyConfig
 from videopure_fast.models.hub import commit_hash, pick_weights
@@ -491,6 +492,24 @@ def test_settings_of_a_pipelines_purifier_come_before_its_schedulers(tmp_path):
     pipe = pipeline(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler' has no betas"):
         Purifier.from_pipe(pipe, flow="none")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: prune.l1_unstructured(unet.conv_in, "weight", 0.5),
+        lambda unet: unet.enable_freeu(0.9, 0.2, 1.5, 1.6),
+        lambda unet: unet.conv_in.register_forward_hook(lambda *_: None),
+    ],
+)
+def test_models_with_more_than_weights_are_not_saved(change, tmp_path):
+    purifier = build_purifier()
+    change(purifier.unet)
+    with pytest.raises(
+        ValueError, match="UNet3DConditionModel with more than weights and configuration is not saved: "
+    ):
+        purifier.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pipeline_of_animatediff_becomes_a_purifier(tmp_path):

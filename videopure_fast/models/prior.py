@@ -24,6 +24,7 @@ from ..inputs import MOST_FRAMES, check_count
 from ..schedule import Schedule, read_scheduler
 from .checkpoint import check_layers, file_names, first_line, load_module, read_json, stored_sizes
 from .hub import HubOptions, MissingWeights, check_options, download, pick_part
+from .state import departure
 
 _PACKAGED = {"tiny": Path(__file__).parents[1] / "tiny" / "weights"}
 _DECODERS = {"taesd": "madebyollin/taesd"}
@@ -157,8 +158,14 @@ def encode_empty_prompt(tokenizer: Any, encoder: Any) -> Tensor:
 def save_prior(models: Models, settings: Settings, folder: str | os.PathLike[str]) -> None:
     """Write a folder that `find_prior` accepts and that needs neither network nor text encoder to be loaded.
 
-    The folder is renamed into place when it is complete. FileExistsError if it exists already.
+    The folder is renamed into place when it is complete. FileExistsError if it exists already; ValueError for models
+    that are not what their configuration makes, as with hooks, wrapped layers or FreeU.
     """
+    for model in (models.unet, models.vae):
+        if reason := departure(model):
+            raise ValueError(
+                f"a {type(model).__name__} with more than weights and configuration is not saved: {reason}"
+            )
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; give a new folder")
