@@ -64,6 +64,11 @@ def test_links_are_followed_and_not_in_circles(tmp_path):
     assert found == [("a/1.mp4", 0), ("a/2.mp4", 0), ("b/one.mp4", 1)]
 
 
+def test_classes_may_have_the_names_of_splits(tmp_path):
+    touch(tmp_path, "train/1.mp4", "test/2.mp4")
+    assert VideoDataset.folder(tmp_path).classes == ("test", "train")
+
+
 def test_given_classes_are_the_labels(tmp_path):
     touch(tmp_path, "b/1.mp4", "d/1.mp4")
     dataset = VideoDataset.folder(tmp_path, classes=["d", "a", "b"])
@@ -77,6 +82,7 @@ def test_given_classes_are_the_labels(tmp_path):
     [
         ((), "has no folder; accepted: a folder for each class, as "),
         (("1.mp4", "2.mp4"), "has '1.mp4', '2.mp4'; accepted: a folder for each class"),
+        (("test/a/1.mp4", "Train/a/2.mp4"), "has the splits 'Train', 'test', not classes; accepted: one of them, as"),
         (("a/1.mp4", "b/notes.txt"), "b is a class without videos, it has 'notes.txt'; accepted: files in .avi, .gif"),
         (("a/1.mp4", "b/.keep"), "b is a class without videos, it has nothing; accepted"),
     ],

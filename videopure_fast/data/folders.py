@@ -9,18 +9,9 @@ from pathlib import Path
 
 from .annotations import some
 
-VIDEO_ENDS = (
-    ".avi",
-    ".gif",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mts",
-    ".ts",
-    ".webm",
-)  # of files that `video` reads
+# Of names of files that `video` reads.
+VIDEO_ENDS = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mts", ".ts", ".webm")
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def class_folders(root: Path) -> list[str]:
@@ -31,6 +22,12 @@ def class_folders(root: Path) -> list[str]:
     if not found:
         seen = some(stray) or "no folder"
         raise ValueError(f"{root} has {seen}; accepted: a folder for each class, as {root}/archery/clip.mp4")
+    if {name.lower() for name in found} <= _SPLITS and not any(
+        _is_video(inner.name) for name in found for inner in (root / name).iterdir()
+    ):
+        raise ValueError(
+            f"{root} has the splits {some(found)}, not classes; accepted: one of them, as {root / found[0]}"
+        )
     if stray:
         warnings.warn(f"{root}: {some(stray)} left out, since they are in no class's folder", stacklevel=3)
     return found
