@@ -414,4 +414,4 @@ def test_a_look_at_as_many_weights_as_a_full_size_model_has():
     assert watch.look().changed and not watch.look().changed
     walk = min(timeit.repeat(lambda: [*unet.parameters(), *vae.parameters()], number=1, repeat=20))
     look = min(timeit.repeat(watch.look, number=1, repeat=20))
-    assert look < 1.2 * walk  # on one core of a server: 1.6 and 2.1 ms
+    assert look < 1.2 * walk  # on two cores of a server: 1.6 and 2.1 ms

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
@@ -47,6 +47,8 @@ class StateWatch:
         self._kinds: list[Any] = []  # their classes
         # Each module's attributes; by name, its weights; its children and hooks; of these dictionaries, the empty ones.
         self._attributes_of: list[dict[str, Any]] = []
+        # What reads those that are not of every module, and the modules that have the same ones.
+        self._own: list[tuple[Any, list[dict[str, Any]]]] = []
         self._weights_of: list[dict[str, Any]] = []
         self._parts_of: list[dict[Any, Any]] = []
         self._empty: list[dict[Any, Any]] = []
@@ -59,8 +61,11 @@ class StateWatch:
 
         Thousands of modules and weights are read by iterators in C.
         """
-        state = self._read_state()
-        same = bool(self._modules) and _equal(state, self._state)
+        try:
+            state = self._read_state()
+            same = bool(self._modules) and _equal(state, self._state)
+        except KeyError:  # an attribute is gone
+            same = False
         if not same:
             self._list_modules()
             state = self._read_state()
@@ -79,6 +84,11 @@ class StateWatch:
         modules = [module for model in self._models for module in model.modules()]
         self._modules, self._kinds = modules, list(dict.fromkeys(map(type, modules)))
         self._attributes_of = [vars(module) for module in modules]
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for attributes in self._attributes_of:
+            names = tuple(name for name in attributes if name == "training" or name not in _INTERNAL)
+            alike.setdefault(names, []).append(attributes)
+        self._own = [(itemgetter(*names), group) for names, group in alike.items()]
         weights = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
         parts = [getattr(module, name) for module in modules for name in ("_modules", *_HOOKS)]
         self._weights_of, self._parts_of = [one for one in weights if one], [one for one in parts if one]
@@ -88,7 +98,8 @@ class StateWatch:
         return [
             list(map(type, self._modules)),
             [getattr(kind, name, None) for kind in self._kinds for name in _ENTRIES],
-            list(chain.from_iterable(map(dict.values, self._attributes_of))),
+            list(map(len, self._attributes_of)),
+            *(list(map(own, group)) for own, group in self._own),
             list(chain.from_iterable(map(dict.values, self._parts_of))),
             [any(self._empty), *_hooks_of_every_module()],
         ]
