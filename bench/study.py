@@ -37,7 +37,7 @@ from videopure_fast.evaluation.checks import (
 from videopure_fast.evaluation.figures import draw_accuracy
 from videopure_fast.evaluation.plan import Plan, Threat, ThreatModel
 from videopure_fast.evaluation.record import Record, weights_digest
-from videopure_fast.evaluation.runner import EvalContext, evaluate, progress_bar
+from videopure_fast.evaluation.runner import EvalContext, evaluate, evaluation_bar
 from videopure_fast.evaluation.runner import work as evaluation_work
 from videopure_fast.evaluation.tables import table
 from videopure_fast.files import atomic_write
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
         if surrogate is not None:
             check_models(work / "models.json", attacker=surrogate)
         context = EvalContext(classifier, available, draw, surrogate)
-        with progress_bar(evaluation_work(todo[name], context), enabled=True) as bar:
+        with evaluation_bar(evaluation_work(todo[name], context), enabled=True) as bar:
             evaluate(todo[name], context, record_of(name, work), bar=bar)
     checks = work / "checks.json"
     sane = sanity(purifier, classifier, checks) if options.only in (None, "checks") or checks.exists() else []

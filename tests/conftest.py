@@ -64,6 +64,12 @@ def build_purifier(*, dtype=torch.float32, max_frames=8, prompts=1, flow=shift_f
     ).to(dtype)
 
 
+def rebuilt(purifier, **options):
+    """Another purifier of the same models and settings."""
+    settings = {"flow": purifier.flow, "config": purifier.config, "max_frames": purifier.max_frames, **options}
+    return Purifier(purifier.unet, purifier.vae, purifier.prompt_embeds, **settings)
+
+
 def walk(purifier, latents, steps, guidance_scale, *, first_frame_noise=False, noise_sampler=None):
     """All states of a loop over `steps`, the first included, and all noise predictions, at float32 that is float32."""
     unet = purifier._executor.unet

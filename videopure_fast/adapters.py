@@ -52,6 +52,8 @@ class VideoClassifier(nn.Module):
     TypeError or ValueError for settings or clips that differ from the above, and for outputs that are no logits.
     """
 
+    any_dtype = True  # of clips: the model is given its own
+
     def __init__(
         self,
         model: nn.Module,
@@ -113,8 +115,6 @@ class VideoClassifier(nn.Module):
         return cls(
             model, layout="BTCHW", scale=scale, mean=mean, std=std, frames=frames, size=size, input_name=input_name
         )
-
-    any_dtype = True  # of clips: the model is given its own
 
     def forward(self, clips: Tensor) -> Tensor:
         batch = float_clips(clips)

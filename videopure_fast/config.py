@@ -12,15 +12,14 @@ _MOST_TIMESTEPS = 100_000  # the table is made anew for every configuration
 MOST_FLOAT = 1e9  # of a float setting: the product of three of them, and of latents, is finite in float32
 _LEAST_TEMPERATURE = 1e-30  # float32 knows it
 _MOST_DECODED = 2**31 - 1  # frames at once
-_LONGEST_SHOWN = 200  # characters of a value in a message
 
 
-def brief(value: object) -> str:
-    """The value as a message shows it: at most a line."""
+def brief(value: object, longest: int = 200) -> str:
+    """The value as a message shows it, in so many characters at most."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     shown = repr(value)
-    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,13 @@ class FrozenModels(nn.Module):
         del result  # before another takes as much memory
         return self._computed(compute, *tensors, anew=True)
 
+    def _checked(self, compute: Callable[[], Result], *tensors: Tensor) -> Result:
+        """compute(), which needs no look at the models; else as `_computed`."""
+        with readback.collecting() as flags, self._inference(*tensors):
+            result = compute()
+        flags.read()
+        return result
+
     @contextmanager
     def _inference(self, *tensors: Tensor) -> Iterator[None]:
         """A graph only if grad mode is on and one of the tensors needs it; float32 is float32."""

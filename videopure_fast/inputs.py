@@ -111,12 +111,17 @@ def check_clips(clips: Tensor, dtypes: Sequence[torch.dtype] = FLOATS, *, single
         raise ValueError(f"clips have values from {low} to {high}; {accepted}{_value_advice(low, high)}")
 
 
+def as_floats(clips: Tensor) -> Tensor:
+    """float32 in [0, 1], from uint8 or from floats in [0, 1]."""
+    return clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
+
+
 def float_clips(clips: Tensor) -> Tensor:
     """A batch (B, 3, F, H, W) of floats in [0, 1]: from such clips or uint8 ones, which become float32, or from one of
     them (3, F, H, W). TypeError or ValueError for anything else."""
     check_clips(clips, (*FLOATS, torch.uint8), single=True)
     batch = clips if clips.ndim == 5 else clips[None]
-    return batch.float() / 255 if clips.dtype == torch.uint8 else batch
+    return as_floats(batch) if clips.dtype == torch.uint8 else batch
 
 
 def _shape_advice(shape: tuple[int, ...], layout: str | None = None) -> str:

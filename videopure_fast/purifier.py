@@ -33,7 +33,7 @@ from .models.prior import (
 )
 from .models.weights import lay_out_in_place
 from .ops import backend
-from .runtime import compile_ahead, readback
+from .runtime import compile_ahead
 from .runtime.allocator import tune_allocator
 from .runtime.cuda_graph import SideStream
 from .runtime.replay import is_observed
@@ -252,10 +252,7 @@ class Purifier(PurifierStages):
         """
         if not isinstance(votes, slice) or not range(latent_votes.num_votes)[votes]:
             raise ValueError(f"votes must be a slice of one or more of {latent_votes.num_votes} votes, got {votes!r}")
-        with readback.collecting() as flags, self._inference(latent_votes.video):
-            clips = self._decode_votes(latent_votes, votes)
-        flags.read()
-        return clips
+        return self._checked(lambda: self._decode_votes(latent_votes, votes), latent_votes.video)
 
     def _decode_votes(self, latent_votes: LatentVotes, votes: slice = slice(None)) -> Tensor:
         video, starts = latent_votes.video, [start for start, _ in latent_votes.windows]

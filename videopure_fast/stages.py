@@ -232,7 +232,7 @@ class PurifierStages(FrozenModels):
                 raise ValueError(f"{name} has {len(tensor)} of {len(coefficients)} states; accepted: as of `denoise`")
         self._check_latents("target", target)
         check_count("num_votes", len(states) if num_votes is None else num_votes, most=len(states))
-        return self._computed(
+        return self._checked(
             lambda: self._vote(states, noise_preds, target, flow, coefficients, num_votes), states, noise_preds, target
         )
 
@@ -265,9 +265,8 @@ class PurifierStages(FrozenModels):
             sides = (side * self.vae_factor for side in latents.shape[-2:])
             chunks = flat.split(self._frames_at_once(*sides))
             decoded = torch.cat([checkpointed(decode, chunk) for chunk in chunks])
-            readback.check_finite(
-                "decode", decoded, dtype=self._executor.vae_dtype
-            )  # before infinite values become 0 and 1
+            # Before infinite values become 0 and 1.
+            readback.check_finite("decode", decoded, dtype=self._executor.vae_dtype)
             clips = (decoded.to(self._state_dtype) / 2 + 0.5).clamp(0, 1)
             clips = clips.unflatten(0, frames.shape[:-3]).transpose(-4, -3)
             work.leave(clips)
@@ -276,7 +275,7 @@ class PurifierStages(FrozenModels):
     def latent_flow(self, clips: Tensor) -> Tensor:
         """Flow of clips (B, 3, F, H, W) in [0, 1] at latent resolution: (B, F-1, 2, h, w) in latent pixels."""
         check_clips(clips)
-        return self._computed(lambda: self._latent_flow(clips))
+        return self._checked(lambda: self._latent_flow(clips))
 
     def _latent_flow(self, clips: Tensor) -> Tensor:
         height, width = (side // self.vae_factor for side in clips.shape[-2:])

@@ -18,6 +18,7 @@ from videopure_fast import cli
 from videopure_fast.cli import environment
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else 0
 WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 
 
@@ -154,7 +155,9 @@ def test_info_refuses_nonsense_before_torch_is_loaded():
 CONSOLE_SCRIPT = ("-c", "import sys; from videopure_fast.cli import main; sys.exit(main())")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU's runtime reports what it has read")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only on Linux does torch have GNU's OpenMP, which prints what it read"
+)
 @pytest.mark.parametrize(
     ("start", "variables", "rounds"),
     [
@@ -171,7 +174,7 @@ def test_the_openmp_runtime_spins_for_a_bounded_time(start, variables, rounds):
     assert "waiting threads" in done.stdout and all("=".join(pair) in done.stdout for pair in said)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists a process's libraries in /proc")
 def test_the_extension_runs_in_the_runtime_that_torch_has_loaded():
     pytest.importorskip("videopure_fast._C")
     code = "import torch, videopure_fast._C; print(open('/proc/self/maps').read())"
@@ -223,12 +226,10 @@ def best(process: subprocess.Popen) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs two cores of its own")
+@pytest.mark.skipif(CORES < 2, reason="needs two cores, and a system that binds processes to them")
 def test_a_busy_neighbor_slows_a_clip_less_than_four_times():
     """The best clip of three runs, alone and beside an endless one, on the same two cores in the same test."""
     allowed = os.sched_getaffinity(0)
-    if len(allowed) < 2:
-        pytest.skip("needs two cores")
     os.sched_setaffinity(0, sorted(allowed)[:2])
     try:
         alone = min(best(purifying(4)) for _ in range(3))

@@ -1,6 +1,5 @@
 """Folders of videos by class."""
 
-import os
 import re
 
 import pytest
@@ -52,7 +51,6 @@ def test_a_folder_of_one_class_and_files_that_are_no_videos(tmp_path):
     assert batch.labels.tolist() == [0] and list(dataset.skipped) == [tmp_path / "only/broken.mp4"]
 
 
-@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links here")
 def test_links_are_followed_and_not_in_circles(tmp_path):
     touch(tmp_path, "store/1.mp4", "store/2.mp4")
     videos = tmp_path / "videos"

@@ -275,6 +275,17 @@ def test_unusual_rates_are_written(tmp_path, suffix, rate):
     assert float(probe(writer.path).rate) == pytest.approx(float(rate), rel=0.01 if suffix == ".webm" else 1e-3)
 
 
+@pytest.mark.parametrize("frames", [2, 3, 6, 7, 9])
+@pytest.mark.parametrize("suffix", [".avi", ".webm"])
+def test_short_videos_of_a_fast_rate_are_read_again(tmp_path, suffix, frames):
+    """These containers leave out how long the last frame is shown, here more than a tenth of all."""
+    path = tmp_path / f"fast{suffix}"
+    with VideoWriter(path, height=32, width=32, rate=1000) as writer:
+        for _ in range(frames):
+            writer.write(torch.zeros(3, 32, 32, dtype=torch.uint8))
+    assert probe(path).frames == frames
+
+
 @pytest.mark.parametrize(
     "pictures, sound, message", [(0.4, 0, "is without the 0.42.* s of sound"), (0, 0.5, "0.4.* s early"), (0, 0, None)]
 )

@@ -81,7 +81,7 @@ def test_what_was_done_before_is_done_in_the_bar(purifier, tmp_path, capsys):
 
 
 def test_the_bars_clock_goes_on(capsys):
-    with runner.progress_bar(8, enabled=True) as bar:
+    with runner.evaluation_bar(8, enabled=True) as bar:
         bar.set_description_str("evaluate gray-box, ddim_inversion, T=20")
         bar.update(2)
         time.sleep(2.3)  # a long batch

@@ -8,7 +8,7 @@ import timeit
 
 import pytest
 import torch
-from conftest import build_purifier, clips
+from conftest import build_purifier, clips, rebuilt
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
@@ -16,18 +16,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from videopure_fast import Purifier
 from videopure_fast.models import state
 from videopure_fast.models.state import StateWatch, departure
 from videopure_fast.models.unet import FastUNet, PlainUNet
 from videopure_fast.models.vae import FastVAE, PlainVAE
-from videopure_fast.runtime.captures import Captures
-
-
-def rebuilt(purifier, **options):
-    settings = {"flow": purifier.flow, "config": purifier.config, "max_frames": purifier.max_frames, **options}
-    return Purifier(purifier.unet, purifier.vae, purifier.prompt_embeds, **settings)
-
 
 # What a user may do to a module, and that an evaluation over weights alone would not honor.
 
@@ -354,8 +346,6 @@ def test_a_change_that_is_read_back_late_is_computed_again(config, monkeypatch):
     for purifier in (used, fresh):
         scale_data(purifier.unet.parameters())
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    runs = []
-    monkeypatch.setattr(Captures, "__call__", lambda self, function, x, **_: runs.append(1) or function(x))
     results = [one(video, generator=generator) for one, generator in zip((used, fresh), generators, strict=True)]
     assert torch.equal(*results)
     assert generators[0].get_state().equal(generators[1].get_state())
@@ -414,4 +404,4 @@ def test_a_look_at_as_many_weights_as_a_full_size_model_has():
     assert watch.look().changed and not watch.look().changed
     walk = min(timeit.repeat(lambda: [*unet.parameters(), *vae.parameters()], number=1, repeat=20))
     look = min(timeit.repeat(watch.look, number=1, repeat=20))
-    assert look < 1.2 * walk  # on two cores of a server: 1.6 and 2.1 ms
+    assert look < 1.2 * walk

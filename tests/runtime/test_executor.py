@@ -6,18 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_DECODER, build_purifier, clips
+from conftest import TINY_DECODER, build_purifier, clips, rebuilt
 from diffusers import AutoencoderTiny
 
 from videopure_fast import Purifier
 from videopure_fast.models.executor import ModelExecutor
 from videopure_fast.models.unet import FastUNet, PlainUNet
 from videopure_fast.models.vae import FastVAE
-
-
-def rebuilt(purifier, **options):
-    settings = {"flow": purifier.flow, "config": purifier.config, "max_frames": purifier.max_frames, **options}
-    return Purifier(purifier.unet, purifier.vae, purifier.prompt_embeds, **settings)
 
 
 def test_fast_and_plain_forms_agree(purifier):

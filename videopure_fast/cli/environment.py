@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # OpenMP's threads spin while they wait for each other, in GNU's runtime for 300,000 rounds. Beside another busy process
-# they spin in vain for whole time slices: on two cores a clip then takes 9 s instead of 0.5 s. With 5,000 rounds it
-# takes 1.3 s, and 4 % longer alone; with 10,000 it is 1.8 s, with 3,000 1.1 s but 12 % longer alone. The extension's
-# loops run in the runtime that torch has loaded, so this holds for them too. Intel's and LLVM's runtimes, such as macOS
-# has, ignore the variable: their threads yield while they spin, and KMP_BLOCKTIME, which bounds that, is left to the
-# user.
+# they spin in vain for whole time slices. Fewer rounds cost a little alone, and much less beside a neighbor; so many
+# hold a clip within four times its time alone. The extension's loops run in the runtime that torch has loaded, so this
+# holds for them too. Intel's and LLVM's runtimes, such as macOS has, ignore the variable: their threads yield while
+# they spin, and KMP_BLOCKTIME, which bounds that, is left to the user.
 _BOUNDED_SPIN = {"GOMP_SPINCOUNT": "5000"}
 
 _NUMBERS = (r"[1-9]\d{0,3}(\s*,\s*[1-9]\d{0,3})*", "a whole number from 1 to 9999")

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..config import brief
+
 MAX_ANNOTATIONS = 2**26  # bytes of one file, about twice the largest official one
 _SHOWN, _LONGEST = 4, 80  # names in a message, and letters of one
 
@@ -75,7 +77,7 @@ def read_something_classes(path: Path) -> dict[str, int]:
     entries = read_json(path, dict)
     for name, number in entries.items():
         if not isinstance(number, str) or not re.fullmatch("[0-9]{1,9}", number):
-            seen = f"{name!r} has {_short(number)}, of type {type(number).__name__}"
+            seen = f"{name!r} has {brief(number, _LONGEST)}, of type {type(number).__name__}"
             raise ValueError(f'{path} must give each template a number as a text, as "0"; {seen}')
     return _check_numbered([(name, int(number)) for name, number in entries.items()], path, first=0)
 
@@ -84,12 +86,14 @@ def read_texts(entry: Any, keys: Sequence[str], what: str) -> list[str]:
     """The texts of an entry of a JSON file under these keys; ValueError, which begins with `what`, without them."""
     accepted = f"{what} must have the texts {' and '.join(keys)}"
     if not isinstance(entry, dict):
-        raise ValueError(f"{accepted}, got {_short(entry)}, of type {type(entry).__name__}")
+        raise ValueError(f"{accepted}, got {brief(entry, _LONGEST)}, of type {type(entry).__name__}")
     for key in keys:
         if key not in entry:
             raise ValueError(f"{accepted}, got {some(list(map(str, entry))) or 'nothing'}")
         if not isinstance(entry[key], str):
-            raise ValueError(f"{accepted}, got {key} {_short(entry[key])}, of type {type(entry[key]).__name__}")
+            raise ValueError(
+                f"{accepted}, got {key} {brief(entry[key], _LONGEST)}, of type {type(entry[key]).__name__}"
+            )
     return [entry[key] for key in keys]
 
 
@@ -99,13 +103,7 @@ def some(names: Iterable[str], near: str | None = None) -> str:
     first = names if near is None else [*difflib.get_close_matches(near, names, _SHOWN), *names]
     shown = list(dict.fromkeys(first))[:_SHOWN]
     left = len(names) - len(shown)
-    return ", ".join(map(_short, shown)) + (f", and {left} more" if left > 0 else "")
-
-
-def _short(value: object) -> str:
-    """A value for a message, abridged."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return ", ".join(brief(name, _LONGEST) for name in shown) + (f", and {left} more" if left > 0 else "")
 
 
 def path_inside(root: Path, name: str, source: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..inputs import check_count, check_generator
+from ..inputs import as_floats, check_count, check_generator
 from .annotations import (
     path_inside,
     read_json,
@@ -28,7 +28,7 @@ from .annotations import (
     unique_samples,
 )
 from .folders import class_folders, videos_below
-from .sources import SAMPLING, ClipSampling, ClipSource, WrongLabelError, as_floats, read_clip
+from .sources import SAMPLING, ClipSampling, ClipSource, WrongLabelError, read_clip
 
 __all__ = ["Batch", "ClipSampling", "Sample", "VideoDataset", "check_class_names", "draws", "load"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .annotations import some
 
-# Of names of files that `video` reads.
+# `video` reads files whose names end so.
 VIDEO_ENDS = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mts", ".ts", ".webm")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inputs import check_video
+from ..inputs import as_floats, check_video
 from .annotations import some
 from .datasets import check_class_names
-from .sources import SAMPLING, ClipSampling, ClipSource, WrongLabelError, as_floats, cut_clip, read_clip
+from .sources import SAMPLING, ClipSampling, ClipSource, WrongLabelError, cut_clip, read_clip
 from .video import working_size
 
 _ACCEPTED = 'accepted: items (video, label), or with the keys "video" and "label"'

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..inputs import check_count, check_number
+from ..inputs import as_floats, check_count, check_number
 from .video import probe, read_frames, working_size
 
 
@@ -99,11 +99,6 @@ class ClipSource(Dataset[tuple[Tensor, int]], ABC):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         clip, label = self.read_labeled(index)
         return as_floats(clip), label
-
-
-def as_floats(clips: Tensor) -> Tensor:
-    """float32 in [0, 1], from uint8 or from floats in [0, 1]."""
-    return clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
 
 
 def read_clip(path: Path, sampling: ClipSampling, place: float = 0.5) -> Tensor:

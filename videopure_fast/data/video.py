@@ -91,8 +91,8 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     The whole file is decoded because headers may state a wrong length, and because a damaged frame should be found
     before hours of work, not after. Of several video streams the one with the most pixels is read; cover pictures are
     ignored. Nothing is repaired: a file is refused if its decoder reports an error or a corrupt frame, or if its frames
-    end more than 10 % before the stated duration. Damage that still decodes cannot be detected; this concerns GIF most,
-    which has no checksums, and the end of MPEG-TS, which states no duration.
+    end more than 10 %, and more than a frame, before the stated duration. Damage that still decodes cannot be detected;
+    this concerns GIF most, which has no checksums, and the end of MPEG-TS, which states no duration.
 
     Raises FileNotFoundError, or ValueError for anything that is not an intact video of 2 frames or more, each of
     8192x8192 pixels at most, in one orientation that only turns or mirrors.

@@ -176,7 +176,7 @@ class VideoWriter:
         self._audio: AudioStream | None = None
         self._packets: Iterator[Packet] = iter(())
         self._packet: Packet | None = None
-        # Of the last packet that was written. Sound before time 0, its priming, would move the pictures of an AVI.
+        # The decoding time of the last packet. Sound before time 0, its priming, would move the pictures of an AVI.
         self._audio_dts = -(2**62) if self._format.varying else -1
         self._origin = Fraction(0) if self._source is None else self._source.start  # becomes the output's time 0
         audio = None

@@ -42,6 +42,8 @@ class DefendedClassifier(nn.Module):
     TypeError or ValueError for arguments of other types or values.
     """
 
+    any_dtype = True  # of clips: each model is given its own
+
     def __init__(
         self,
         classifier: nn.Module,
@@ -71,8 +73,6 @@ class DefendedClassifier(nn.Module):
         self._surrogate = {"inversion_steps": 1, "sign_temperature": 0.1} if surrogate is None else dict(surrogate)
         if gradient == "surrogate":
             purifier.with_config(**self._surrogate)  # raises now for bad settings, not at the first backward pass
-
-    any_dtype = True  # of clips: each model is given its own
 
     def forward(self, clips: Tensor, *, generator: Generators = None) -> Tensor:
         return self.vote_logits(clips, generator=generator).mean(-2)

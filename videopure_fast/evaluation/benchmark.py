@@ -17,9 +17,9 @@ from ..adapters import class_names
 from ..attacks.base import check_labeled
 from ..data.datasets import draws
 from ..data.mapped import MappedDataset, is_map_style
-from ..data.sources import ClipSource, as_floats
+from ..data.sources import ClipSource
 from ..defense.registry import Defense, build_defenses, find_defense
-from ..inputs import check_count
+from ..inputs import as_floats, check_count
 from ..purifier import Purifier
 from . import runner
 from .checks import checks_work, sanity_checks
@@ -129,7 +129,7 @@ def benchmark(
     models = own or build_defenses(purifier, plan.defenses), draw, None if rival is None else rival.classifier
     context = EvalContext(aligned.classifier, *models)
     total = runner.work(plan, context) + (checks_work(plan, context) if checks else 0)
-    with tempfile.TemporaryDirectory() as folder, runner.progress_bar(total, enabled=progress) as bar:
+    with tempfile.TemporaryDirectory() as folder, runner.evaluation_bar(total, enabled=progress) as bar:
         path = Path(folder, "record.json") if record is None else record
         done = runner.evaluate(plan, context, path, skipped=data.skipped, bar=bar)
         found = sanity_checks(plan, context, bar=bar) if checks else []

@@ -306,7 +306,7 @@ def sanity_checks(plan: Plan, context: EvalContext, *, bar: tqdm | None = None) 
     """The checks that need work, for the plan's last defense, on two clips.
 
     They use the defense's exact gradient, or BPDA's where it has none. A check that raises counts as failed. bar: a
-    `runner.progress_bar`, of whose total `checks_work` is a part.
+    `runner.evaluation_bar`, of whose total `checks_work` is a part.
     """
     name, eps = plan.defenses[-1], plan.eps[-1]
     defense, classifier, count = context.defenses[name], context.classifier, plan.threats[0].clips

@@ -62,8 +62,8 @@ def evaluate(
     """Do those batches of a plan that its record lacks, and return the record.
 
     path: the record's file, continued where it exists. skipped: path -> reason, to which the draw function adds clips
-    that cannot be read (`VideoDataset.skipped`); the record keeps it. bar: a `progress_bar`, of whose total `work` is a
-    part. TypeError or ValueError for a bad plan, context, path or setting of an attack, before any attack runs.
+    that cannot be read (`VideoDataset.skipped`); the record keeps it. bar: an `evaluation_bar`, of whose total `work`
+    is a part. TypeError or ValueError for a bad plan, context, path or setting of an attack, before any attack runs.
     """
     for name, value, kind in (("plan", plan, Plan), ("context", context, EvalContext)):
         if not isinstance(value, kind):
@@ -111,7 +111,7 @@ def evaluate(
 
 
 @contextmanager
-def progress_bar(total: float, *, enabled: bool) -> Iterator[tqdm]:
+def evaluation_bar(total: float, *, enabled: bool) -> Iterator[tqdm]:
     """A bar over `total` units of work, as of `work`, that fits a terminal of 80 columns.
 
     It is drawn anew every second, so that its clock goes on while a batch takes long.

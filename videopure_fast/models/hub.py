@@ -105,7 +105,7 @@ def _wanted(files: list[str], name: str, variant: str | None, parts: tuple[str, 
     for part in parts:
         inside = [file.removeprefix(part) for file in files if file.startswith(part)]
         try:
-            picked = pick_part(inside, variant, where=f"{name}/{part}".rstrip("/"), needed=part == parts[0])
+            picked, _ = pick_part(inside, variant, where=f"{name}/{part}".rstrip("/"), needed=part == parts[0])
         except MissingWeights:
             if part == parts[0]:
                 raise
@@ -114,15 +114,15 @@ def _wanted(files: list[str], name: str, variant: str | None, parts: tuple[str, 
     return wanted
 
 
-def pick_part(names: Iterable[str], variant: str | None, *, where: str, needed: bool) -> list[str]:
-    """`pick_weights`; where the variant is not needed, the plain weights serve a part that lacks it."""
+def pick_part(names: Iterable[str], variant: str | None, *, where: str, needed: bool) -> tuple[list[str], str | None]:
+    """`pick_weights`, and their variant; where it is not needed, the plain weights serve a part that lacks it."""
     names = list(names)
     try:
-        return pick_weights(names, variant, where=where)
+        return pick_weights(names, variant, where=where), variant
     except MissingWeights:
         if needed or variant is None:
             raise
-        return pick_weights(names, None, where=where)
+        return pick_weights(names, None, where=where), None
 
 
 def commit_hash(folder: Path) -> str | None:

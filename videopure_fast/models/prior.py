@@ -241,14 +241,13 @@ def _text_encoder(folder: Path, variant: str | None) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = read_json(folder / "config.json") or {}
-    files = pick_part(file_names(folder), variant, where=str(folder), needed=False)
+    files, chosen = pick_part(file_names(folder), variant, where=str(folder), needed=False)
     sizes = stored_sizes(folder, files)
     check_layers(config, len(sizes), folder)
     with torch.device("meta"):
         described = sum(parameter.numel() for parameter in CLIPTextModel(CLIPTextConfig(**config)).parameters())
     if described > sum(sizes):
         raise ValueError(f"its config.json describes {described} numbers, its files hold {sum(sizes)}")
-    chosen = variant if any(f".{variant}" in file for file in files) else None
     encoder: nn.Module
     encoder, report = CLIPTextModel.from_pretrained(
         folder, variant=chosen, output_loading_info=True, attn_implementation="sdpa"
