@@ -17,10 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-ROOMS = (
-    *("attacks", "cli", "data", "defense", "evaluation", "examples", "kernels", "measure", "models", "ops", "runtime"),
-    "tiny",
-)
+ROOMS = "attacks cli data defense evaluation examples kernels measure models ops realtime runtime tiny".split()
 
 
 def find_tool(name: str, directory: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Clips that arrive while others are purified: a server, its cameras, and studies of its latency."""
