@@ -1,4 +1,4 @@
-"""What every server of clips takes and answers: `StreamPurifier`, and the stubs that studies and tests put in its place.
+"""What every server of clips takes and answers: `StreamPurifier`, and the stubs of studies and tests in its place.
 
 A server's times are seconds of one clock, by default time.monotonic.
 """
