@@ -16,9 +16,9 @@ class Stage(NamedTuple):
 
 STAGES = {
     "build": Stage(1, "the extension, unless one is here that loads"),
-    "test": Stage(2.5, "the test suite's GPU cases: pytest -m gpu tests"),
+    "test": Stage(3, "the test suite's GPU cases: pytest -m gpu tests"),
     "bench": Stage(2.5, "one clip: whole purifications, their stages, the ops, the ceilings of the machine"),
-    "tune": Stage(3, "every call of a purification in every way; writes the kernels' table, kernels/tuned.json"),
+    "tune": Stage(2.5, "every call of a purification in every way; writes the kernels' table, kernels/tuned.json"),
     "tuned": Stage(0.5, "one clip by that table"),
     "batch": Stage(1.5, "several clips, and small ones"),
     "compile": Stage(0.5, 'torch.compile(mode="max-autotune"); what it has compiled is kept for the next run'),
@@ -36,7 +36,8 @@ def plan(names: tuple[str, ...] = tuple(STAGES)) -> str:
 def parser(description: str) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser(description=description, epilog=f"stages:\n{plan()}", formatter_class=formatter)
-    options.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="which rows; default: all but rest")
+    names = {"choices": STAGES, "metavar": "STAGE", "default": list(USUAL_STAGES)}
+    options.add_argument("--stage", nargs="+", **names, help="which rows, in this order; default: all but rest")
     options.add_argument("--only", metavar="TEXT", help="only rows whose name has this text, such as 'ours' or 'op:'")
     options.add_argument("--clips", type=int, nargs="+", help="clips of the large batches; default: 8, with --quick 2")
     options.add_argument("--quick", action="store_true", help="a tiny model, to try the script; its times mean nothing")

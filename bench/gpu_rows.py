@@ -5,6 +5,11 @@ A row is made only if what was timed is correct: its votes are as near to float3
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +20,15 @@ from diffusers import AutoencoderTiny
 from gpu_models import DTYPE, BenchModels, Workload, describe, name_of
 from gpu_runner import GateFailed, Row
 from gpu_timing import count_launches, graph_of, seconds_of, timed
-from torch import Tensor
+from torch import Tensor, nn
 
-from videopure_fast import Purifier
+from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.machine import PeakMemory
 from videopure_fast.measure.profile import measure_roofline
 from videopure_fast.sampling import vote
 from videopure_fast.schedule import Schedule
 
-COMPILED_PATHS = ("algebra-compiled", "authors-compiled")
+COMPILED_PATHS = ("algebra-inductor", "algebra-compiled", "authors-compiled")
 
 
 def copy_ceiling(models: BenchModels) -> Row:
@@ -63,6 +68,39 @@ def purification(models: BenchModels, path: str, workload: Workload) -> Row:
         "warnings": sorted({str(warning.message).splitlines()[0] for warning in caught})[:3],
     }
     return row | (count_launches(lambda: purify(clips), device) if workload.clips == 1 else {})
+
+
+def first_call(models: BenchModels, workload: Workload) -> Row:
+    """The first call of `ours` in a process of its own, whose Triton has compiled nothing before; it is not checked."""
+    code = f"import gpu_rows; gpu_rows.print_first_seconds({str(models.device)!r}, {models.quick}, {tuple(workload)})"
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "TRITON_CACHE_DIR": empty, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    first, second = json.loads(done.stdout.splitlines()[-1])
+    return {**describe(workload), "first_call": first, "second_call": second}
+
+
+def print_first_seconds(device: str, quick: bool, workload: tuple[Any, ...]) -> None:
+    """Prints the seconds of a process's first two calls as JSON."""
+    models, work = BenchModels(torch.device(device), quick), Workload(*workload)
+    purify, clips = PATHS["ours"](models.purifier(work, fast=True)), models.clips(work)
+    print(json.dumps([seconds_of(lambda: purify(clips).cpu()) for _ in range(2)]))
+
+
+def label(models: BenchModels, workload: Workload) -> Row:
+    """A classifier's label by `ours`, votes decoded until it is settled. Its own time is next to nothing."""
+    device, purifier = models.device, models.purifier(workload, fast=True)
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 10)).to(device).requires_grad_(False)
+    clips = models.clips(workload)
+    early = DefendedClassifier(classifier.eval(), purifier)
+    expected = DefendedClassifier(classifier, purifier, early_stop=False).predict(clips)
+    if not torch.equal(early.predict(clips), expected):
+        raise GateFailed("the labels differ from those of all votes")
+    timing = timed(lambda: early.predict(clips), device, seconds=2, quick=models.quick)
+    return {**describe(workload), **timing._asdict()}
 
 
 def stages(models: BenchModels, path: str, workload: Workload) -> Row:

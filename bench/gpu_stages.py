@@ -19,8 +19,9 @@ from bench_ops import ACTIVATIONS, OPS
 from diffusers.utils import logging
 from gpu_models import DTYPE, BenchModels, Workload
 from gpu_ops import op_row
-from gpu_plan import STAGES, USUAL_STAGES, plan
-from gpu_rows import COMPILED_PATHS, copy_ceiling, lossy, matrix_ceiling, purification, stages
+from gpu_plan import STAGES, plan
+from gpu_profile import kernels_by_kind
+from gpu_rows import COMPILED_PATHS, copy_ceiling, first_call, label, lossy, matrix_ceiling, purification, stages
 from gpu_runner import (
     ROOT,
     WRITTEN,
@@ -111,12 +112,17 @@ def bench_tasks(run: Run) -> list[Task]:
     usual, models = run.usual, run.models
     other = Workload(1, usual.frames // 2, usual.height * 8 // 7, usual.width * 8 // 7)
     return [
-        *run.purifications("bench", USUAL_PATHS[:3], usual),
-        *run.stage_rows("bench", usual),
+        run.task("bench", f"first call: ours, {usual}", first_call, models, usual),
+        *run.purifications("bench", USUAL_PATHS[:1], usual),
+        *run.stage_rows("bench", usual)[:1],
+        run.task("bench", f"kernels: ours, {usual}", kernels_by_kind, models, usual),
+        run.task("bench", f"label: ours, {usual}", label, models, usual),
+        *run.purifications("bench", USUAL_PATHS[1:3], usual),
+        *run.stage_rows("bench", usual)[1:],
         run.task("bench", "ceiling: copies", copy_ceiling, models),
         run.task("bench", "ceiling: matrix products", matrix_ceiling, models),
-        *run.op_rows("bench", "small" if models.quick else "full"),
         *run.purifications("bench", USUAL_PATHS[3:], usual),
+        *run.op_rows("bench", "small" if models.quick else "full"),
         *run.purifications("bench", COMPARED_PATHS, other, usual._replace(flow="raft")),
     ]
 
@@ -140,6 +146,8 @@ def tune_tasks(run: Run) -> list[Task]:
 def tuned_tasks(run: Run) -> list[Task]:
     """What the kernels' table, as it is now, has made of one clip."""
     tasks = [*run.purifications("tuned", ("ours",), run.usual), *run.stage_rows("tuned", run.usual)[:1]]
+    tasks.append(run.task("tuned", f"kernels: ours, {run.usual}", kernels_by_kind, run.models, run.usual))
+    tasks.append(run.task("tuned", f"label: ours, {run.usual}", label, run.models, run.usual))
     return [task._replace(name=f"tuned {task.name}") for task in tasks]
 
 
@@ -189,7 +197,7 @@ def work(given: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     logging.set_verbosity_error()  # diffusers warns of every cast
     check_options(given, fail)
     run = Run(given, chosen_device(given, fail))
-    chosen = USUAL_STAGES if given.stage == "all" else (given.stage,)
+    chosen = tuple(given.stage)
     allowed = [60 * STAGES[name].minutes for name in chosen]
     began = limit = given.began or time.time()
     end = began + (60 * given.minutes if given.minutes else sum(allowed))

@@ -56,14 +56,23 @@ def _cells(name: str, rows: dict[str, Row]) -> tuple[str, ...]:
     )
 
 
+def _milliseconds(stage: Row) -> float:
+    """Of a stage that was timed, or of its kernels together."""
+    if "median" in stage:
+        return 1e3 * stage["median"]
+    return 1e3 * sum(kind["seconds"] for kind in stage["kinds"].values())
+
+
 def _note(row: Row) -> str:
     """What a row without a time of its own says: its stages' milliseconds, a ceiling, or tests that passed."""
     if "stages" in row:
-        return ", ".join(f"{stage} {timing['median'] * 1e3:.3g}" for stage, timing in row["stages"].items())
+        return ", ".join(f"{stage} {_milliseconds(timing):.3g}" for stage, timing in row["stages"].items())
     if "bytes_per_second" in row:
         return f"{row['bytes_per_second'] / 1e9:.4g} GB/s"
     if "flops_per_second" in row:
         return f"{row['flops_per_second'] / 1e12:.4g} TFLOP/s"
+    if "first_call" in row:
+        return f"first call {row['first_call']:.3g} s, second {row['second_call']:.3g} s"
     if "passed" in row:
         return f"{row['passed']} passed, {row['skipped']} skipped"
     return "built" if row["built"] else "was built before"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,24 @@ def timed(call: Callable[[], Any], device: torch.device, *, seconds: float, quic
     Of calls longer than a second 3 rounds are enough; a quick run has no more.
     """
     synchronize(device)
+    with turn():
+        return _timed(call, device, seconds, quick)
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Holds the file that VIDEOPURE_FAST_GPU_LOCK names, if it does: what compiles beside other work on the GPU waits
+    until that has ended."""
+    path = os.environ.get("VIDEOPURE_FAST_GPU_LOCK")
+    if not path:
+        yield
+        return
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _timed(call: Callable[[], Any], device: torch.device, seconds: float, quick: bool) -> Timing:
     first = seconds_of(lambda: (call(), synchronize(device)))
     least = FEW_ROUNDS if first > 1 else LEAST_ROUNDS
     rounds = FEW_ROUNDS if quick else max(least, min(MOST_ROUNDS, int(seconds / first)))

@@ -172,6 +172,7 @@ NAMES = {
     "algebra": "the algebra alone, on diffusers' modules",
     "algebra-captured": "the algebra in one CUDA graph",
     "algebra-compiled": "(3b) the algebra compiled: max-autotune, channels last",
+    "algebra-inductor": "(3c) the algebra compiled: reduce-overhead, channels last",
     "ours-eager": "ours without its CUDA graph",
     "ours": "**ours**",
 }

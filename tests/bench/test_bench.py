@@ -100,6 +100,10 @@ def test_rows_are_measured_once_and_only_if_right(gpu, monkeypatch, tmp_path):
     stages = rows["stages: ours, 1x4x16x16"]["stages"]
     assert list(stages) == ["encode", "chain", "flow", "guidance", "decode"]
     assert all(stage["median"] > 0 for stage in stages.values())
+    assert rows["label: ours, 1x4x16x16"]["median"] > 0
+    first = rows["first call: ours, 1x4x16x16"]
+    assert first["first_call"] > 0 and first["second_call"] > 0
+    assert list(rows["kernels: ours, 1x4x16x16"]["stages"]) == list(stages)
 
 
 def test_stages_are_those_of_a_call():
@@ -112,11 +116,49 @@ def test_stages_are_those_of_a_call():
     assert torch.equal(votes.transpose(0, 1), purifier(video, return_votes=True))
 
 
+def test_kernels_are_of_the_kind_of_the_operation_around_them(gpu):
+    """A library's kernel is launched by an operation within the one that the prediction counts."""
+    from types import SimpleNamespace
+
+    from gpu_profile import summary
+
+    def event(name, parent=None, *kernels):
+        launched = [SimpleNamespace(name=kernel, duration=microseconds) for kernel, microseconds in kernels]
+        return SimpleNamespace(name=name, cpu_parent=parent, kernels=launched, input_shapes=[[1, 2]])
+
+    convolution = event("aten::convolution")
+    attention = event("aten::scaled_dot_product_attention")
+    events = [
+        convolution,
+        event("aten::cudnn_convolution", convolution, ("fprop", 3.0)),
+        event("aten::add_", convolution, ("bias", 1.0)),
+        event("aten::_cudnn_attention_forward", attention, ("fmha", 5.0)),
+        event("videopure_fast::folded_linear_geglu", None, ("_matrix_product_kernel", 7.0)),
+        event(
+            "videopure_fast::linear_residual", None, ("_matrix_product_kernel", 2.0), ("_matrix_product_kernel", 2.0)
+        ),
+        event("aten::copy_", None, ("copy", 0.5)),
+    ]
+    found = summary(events)
+    kinds = {
+        name: (1e6 * kind["seconds"], kind["launches"]) for name, kind in found["kinds"].items() if kind["launches"]
+    }
+    assert {name: (round(us, 3), launches) for name, (us, launches) in kinds.items()} == {
+        "attention over pixels and text": (5.0, 1),
+        "convolutions and upsampling": (4.0, 2),
+        "feed-forward, first product and GEGLU": (7.0, 1),
+        "other products": (4.0, 2),
+        "copies and the rest": (0.5, 1),
+    }
+    assert found["kernels"][0] == ("_matrix_product_kernel", 3, 11.0)
+    assert found["operations"][0] == ("videopure_fast::folded_linear_geglu [[1, 2]]", 1, 7.0)
+
+
 def test_a_run_ends_in_time(gpu, monkeypatch, tmp_path):
     file = tmp_path / "rows.json"
     rows, _ = run(gpu, monkeypatch, file, "--only", "ours, 1x4x16x16", "--minutes", "0.001", "--stage", "bench")
-    assert "stopped after" in rows["purification: ours, 1x4x16x16"]["error"]
-    assert "stages: ours, 1x4x16x16" not in rows
+    assert "stopped after" in rows["first call: ours, 1x4x16x16"]["error"]
+    assert "purification: ours, 1x4x16x16" not in rows
 
 
 @pytest.mark.parametrize(

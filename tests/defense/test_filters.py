@@ -1,7 +1,6 @@
 import io
 import statistics
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -246,6 +245,7 @@ def test_jpeg_equals_pillow_frame_by_frame():
 
 @pytest.mark.parametrize("frames", [1, 2, 7, 30])
 def test_h264_equals_a_file_of_it(frames):
+    av = pytest.importorskip("av")
     video = (gradient_video(frames) + clips(1, 3, frames, 32, 32) / 4).clamp(0, 1)
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as container:
@@ -338,6 +338,8 @@ def test_wrong_qualities():
 
 
 def test_h264_without_libx264_says_so(monkeypatch):
+    av = pytest.importorskip("av")
+
     class Without:
         @staticmethod
         def create(name, mode):
