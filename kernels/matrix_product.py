@@ -60,7 +60,7 @@ GATED_TILES = {
     DESCRIBED: (Tile(128, 64, 64, 8, 3, second=64),),
     "half, sm_80": (Tile(128, 64, 32, 8, 4, second=64),),
     "half, unaligned": (Tile(64, 32, 32, 8, 2, second=32),),
-    "float32": (Tile(64, 32, 16, 8, 3, second=32),),
+    "float32": (Tile(32, 32, 16, 4, 3, second=32),),
 }
 # Registers of a thread with which two programs of 8 warps share a multiprocessor. With a norm to apply, ptxas alone
 # would take a few more.
@@ -136,6 +136,7 @@ def _add_products(
     weight: tl.tuple,
     second_weight: tl.tuple,
     place: tl.tuple,  # sample, row, column and second column
+    mean: tl.tensor | None,  # [BLOCK_M], to be taken off x
     first_input: tl.tensor,
     pixels: tl.tensor,
     TAPS: tl.constexpr,
@@ -160,6 +161,8 @@ def _add_products(
         k = step // (TAPS * BLOCK_K) * BLOCK_K
         a = _load(x, sample, row + (tap - TAPS // 2) * pixels, k, BLOCK_M, BLOCK_K, TMA, X_MASKED)
         b = _load(weight, tap, column, first_input + k, BLOCK_N, BLOCK_K, TMA, MASKED)
+        if mean is not None:
+            a -= mean[:, None]
         total = tl.dot(a, b.T, total, input_precision="ieee")
         if SECOND > 0:
             c = _load(second_weight, tap, second_column, first_input + k, SECOND, BLOCK_K, TMA, MASKED)
@@ -200,12 +203,15 @@ def _finish(
     column: tl.tensor,
     outputs: tl.tensor,
     COLUMNS: tl.constexpr,
+    CENTERED: tl.constexpr,
 ) -> tl.tensor:
     """A sum, with the folded norm of its rows applied and the bias added."""
     j = column + tl.arange(0, COLUMNS)
     if weight_sums_ptr is not None:
-        sums = tl.load(weight_sums_ptr + j, mask=j < outputs, other=0.0)
-        total = (total - mean[:, None] * sums[None, :]) * rstd[:, None]
+        if not CENTERED:
+            sums = tl.load(weight_sums_ptr + j, mask=j < outputs, other=0.0)
+            total -= mean[:, None] * sums[None, :]
+        total *= rstd[:, None]
     if bias_ptr is not None:
         total += tl.load(bias_ptr + j, mask=j < outputs, other=0.0).to(tl.float32)[None, :]
     return total
@@ -274,22 +280,39 @@ def _matrix_product_kernel(
     if weight_sums_ptr is not None:
         there = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
         mean, rstd = row_norm(moments_ptr, there, inputs, eps, PART, PARTS)
+    # In float32 the mean is taken off before the product, or it would show in the rounding of a sum of many values.
+    dtype: tl.constexpr = output.dtype if TMA else output.dtype.element_ty
+    CENTERED: tl.constexpr = weight_sums_ptr is not None and dtype == tl.float32
     total, second = _add_products(
-        total, second, a, b, c, place, 0, pixels, TAPS, BLOCK_M, BLOCK_N, SECOND, BLOCK_K, TMA, WHOLE_STEPS
+        total,
+        second,
+        a,
+        b,
+        c,
+        place,
+        mean if CENTERED else None,
+        0,
+        pixels,
+        TAPS,
+        BLOCK_M,
+        BLOCK_N,
+        SECOND,
+        BLOCK_K,
+        TMA,
+        WHOLE_STEPS,
     )
     if skip is not None:
         a = skip, 0, skip_stride_row, rows, skip_inputs
         total, second = _add_products(
-            total, second, a, b, c, place, inputs, 0, 1, BLOCK_M, BLOCK_N, SECOND, BLOCK_K, TMA, WHOLE_STEPS
+            total, second, a, b, c, place, None, inputs, 0, 1, BLOCK_M, BLOCK_N, SECOND, BLOCK_K, TMA, WHOLE_STEPS
         )
 
-    dtype: tl.constexpr = output.dtype if TMA else output.dtype.element_ty
     if SECOND > 0:
-        second = _finish(second, bias_ptr, weight_sums_ptr, mean, rstd, second_column, outputs, SECOND)
+        second = _finish(second, bias_ptr, weight_sums_ptr, mean, rstd, second_column, outputs, SECOND, CENTERED)
         if not GATED:
             second = second.to(dtype)
             _store(second_output, second, sample, row, second_column, rows, columns, BLOCK_M, SECOND, TMA)
-    total = _finish(total, bias_ptr, weight_sums_ptr, mean, rstd, column, outputs, BLOCK_N)
+    total = _finish(total, bias_ptr, weight_sums_ptr, mean, rstd, column, outputs, BLOCK_N, CENTERED)
     if GATED:
         total = gated(total, second, dtype == tl.float32)
     total = total.to(dtype)
