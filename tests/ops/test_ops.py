@@ -22,6 +22,7 @@ from videopure_fast import ops
 from videopure_fast.ops import backend, native
 from videopure_fast.ops._register import register
 from videopure_fast.ops.backend import OPS, SUPPORTED_DTYPES, choose, use_backend
+from videopure_fast.ops.linear_moments import row_moments
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="checks no kernel")
@@ -126,6 +127,8 @@ def example(
     }
     if without == "skip":  # x has all channels then
         tensors["x"] = torch.cat([tensors["x"], normal(*shapes["skip"]).to(dtype)], -1)
+    if "moments" in tensors:  # sums of squares are not negative
+        tensors["moments"] = row_moments(tensors["x"])
     if op == "guided_update":
         tensors["coefficients"] = 0.5 + tensors["coefficients"].abs()
         tensors["coefficients"][0, ..., 3] = 0
