@@ -47,7 +47,7 @@ def prepare(
     unet: UNetForm, steps: Sequence[SamplerStep], prompts: Sequence[Tensor], guidance_scale: float, like: Tensor
 ) -> SamplerTables:
     """Whatever a loop over `steps` needs beside the latents. like: a tensor of the latents' dtype and device."""
-    timesteps = torch.tensor([step.timestep for step in steps], device=like.device)
+    timesteps = torch.tensor([step.timestep for step in steps], device="cpu")
     constants = tuple(unet.constants(prompt, timesteps) for prompt in prompts)
     coefficients = like.new_tensor([(step.scale, step.noise_scale) for step in steps])
     return SamplerTables(tuple(steps), constants, coefficients, guidance_scale)

@@ -49,7 +49,7 @@ class PlainUNet:
         self.dtype: torch.dtype = unet.dtype
 
     def constants(self, prompt_embeds: Tensor, timesteps: Tensor) -> Constants:
-        return Constants((prompt_embeds,), timesteps[:, None])
+        return Constants((prompt_embeds,), timesteps[:, None].to(prompt_embeds.device))
 
     def __call__(
         self, sample: Tensor, texts: tuple[Tensor, ...], embeddings: Tensor, *, first_frame: bool = False
@@ -126,9 +126,12 @@ class FastUNet:
 
     @torch.no_grad()
     def constants(self, prompt_embeds: Tensor, timesteps: Tensor) -> Constants:
-        """prompt_embeds: (1, tokens, dim). timesteps: (T,)."""
+        """prompt_embeds: (1, tokens, dim). timesteps: (T,), on the CPU.
+
+        Their sines, in float32 whatever the dtype, are those of the CPU: a GPU's differ in the last digit.
+        """
         unet, dtype = self._unet, self.dtype
-        time = F.silu(unet.time_embedding(unet.time_proj(timesteps).to(dtype)))
+        time = F.silu(unet.time_embedding(unet.time_proj(timesteps).to(prompt_embeds.device, dtype)))
         embeddings = [r.time_emb_proj(time) + r.conv1.bias for r in self._resnets]
         texts = []
         for block in self._blocks:
