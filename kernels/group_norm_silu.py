@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm_rows import Sample, normalize_rows, offset_from_usual, scale_and_shift, sums_of_rows
-from .launch import dense_rows, options, precision
+from .launch import MULTIPROCESSORS, dense_rows, options, precision
 from .tuned import choose, nearby
 
 # Chosen by reasoning and compiled for sm_80 and sm_90, not measured.
@@ -32,15 +32,20 @@ WARP_BYTES = 512  # that one load of 16 bytes a thread brings
 # warps: each warp repeats the work on the sums.
 STATISTICS, ADDITION, APPLY = (8, 8), (4, 2), (4, 4)
 SMALL, LARGE = (4, 2), (8, 4)  # in one kernel, samples of up to SMALL_ROWS, and larger ones
-# One kernel, with the first of these widths of which whole groups fill MIN_SHARE: samples of up to SMALL_ROWS, or of up
-# to LARGE_ROWS where the programs are MANY_PROGRAMS.
+# One kernel, with the first of these widths of which whole groups fill MIN_SHARE. On an H200 its programs wait for
+# memory about a microsecond a tile, whatever a GPU has beside them: samples of up to FEW_ROWS always take it, of up to
+# SMALL_ROWS where the programs are no fewer than the multiprocessors, larger ones where they are MANY_PROGRAMS and
+# nothing is added. 11 programs took 72 us for 512 rows, two kernels 9; 256 took 26 us for 784 rows, two kernels 34.
 WIDTHS, MIN_SHARE = (64, 128, 256), 7 / 8
-SMALL_ROWS, LARGE_ROWS, MANY_PROGRAMS = 512, 1024, 256
+FEW_ROWS, SMALL_ROWS, MANY_PROGRAMS = 64, 512, 256
 # Two kernels: parts of PART_ROWS while there are no more than MOST_PROGRAMS, or fewer rows for FEWEST_PROGRAMS, two for
 # each multiprocessor of an H100. Each program of the second kernel reads the sums of all chunks.
 PART_ROWS, MOST_PROGRAMS, FEWEST_PROGRAMS, MAX_CHUNKS = 512, 2112, 264, 64
 MIN_BLOCK_G, MIN_SUMS = 16, 64  # enough for the models, which then share their kernels
 SUMS_TILE = 1024  # that the second kernel reads at a time
+# Two kernels may take so many bytes of samples by turns, so that the second reads them from the L2 cache, where all of
+# them together have no place in it (H100 and H200: 50 MB).
+TURNS, CACHE_BYTES = {"two kernels, 26 MB by turns": 26e6, "two kernels, 13 MB by turns": 13e6}, 50e6
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "group_size", "samples_per_clip"])
@@ -101,7 +106,7 @@ def _whole_sample_kernel(
     normalize_rows(sample, output_ptr, offset, scale, shift, 0, rows, BLOCK_M, SILU)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "group_size", "samples_per_clip"])
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "first", "chunks", "group_size", "samples_per_clip"])
 def _statistics_kernel(
     x_ptr: tl.tensor,
     second_ptr: tl.tensor | None,
@@ -110,6 +115,7 @@ def _statistics_kernel(
     sums_ptr: tl.tensor,  # (samples, chunks, 2, channels / GRAIN): of values, and of squares
     rows: tl.tensor,
     chunk_rows: tl.tensor,
+    first: tl.tensor,  # chunk of this launch
     chunks: tl.tensor,
     channels: tl.tensor,
     group_size: tl.tensor,
@@ -128,7 +134,7 @@ def _statistics_kernel(
 ) -> None:
     blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
-    chunk = tl.program_id(0) // blocks  # counted over all samples
+    chunk = first + tl.program_id(0) // blocks  # counted over all samples
     index = (chunk // chunks).to(tl.int64)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptr += index * x_stride_sample
@@ -155,7 +161,9 @@ def _statistics_kernel(
     tl.store(sums_ptr + grains, tl.sum(tl.reshape(squares, [BLOCK_C // GRAIN, GRAIN]), 1), mask=grain < grains)
 
 
-@triton.jit(do_not_specialize=["rows", "part_rows", "parts", "chunks", "group_size", "grain", "samples_per_clip"])
+@triton.jit(
+    do_not_specialize=["rows", "part_rows", "first", "parts", "chunks", "group_size", "grain", "samples_per_clip"]
+)
 def _apply_kernel(
     x_ptr: tl.tensor,
     second_ptr: tl.tensor | None,
@@ -166,6 +174,7 @@ def _apply_kernel(
     output_ptr: tl.tensor,  # contiguous
     rows: tl.tensor,
     part_rows: tl.tensor,
+    first: tl.tensor,  # part of this launch
     parts: tl.tensor,
     chunks: tl.tensor,
     channels: tl.tensor,
@@ -188,7 +197,7 @@ def _apply_kernel(
 ) -> None:
     blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
-    part = tl.program_id(0) // blocks  # counted over all samples
+    part = first + tl.program_id(0) // blocks  # counted over all samples
     index = (part // parts).to(tl.int64)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptr += index * x_stride_sample
@@ -212,8 +221,8 @@ def _apply_kernel(
     sums_ptr += index * chunks * 2 * grains + first_group * group_grains
     sums = tl.zeros([CHUNKS, SUMS], tl.float32)
     squares = tl.zeros([CHUNKS, SUMS], tl.float32)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)[:, None]
+    for some in range(0, chunks, CHUNKS):
+        chunk = some + tl.arange(0, CHUNKS)[:, None]
         pointers, loaded = sums_ptr + (chunk * 2 * grains + position[None, :]), (chunk < chunks) & inside[None, :]
         sums += tl.load(pointers, mask=loaded, other=0.0)
         squares += tl.load(pointers + grains, mask=loaded, other=0.0)
@@ -292,15 +301,21 @@ def normalize(
     )
     samples, rows, _ = norm.sources[0].shape
     group_channels, block_c = _whole_groups(norm.group_size, channels)
-    many = rows <= LARGE_ROWS and samples * triton.cdiv(channels, group_channels) >= MANY_PROGRAMS
+    programs = samples * triton.cdiv(channels, group_channels)
+    small = rows <= FEW_ROWS or rows <= SMALL_ROWS and programs >= MULTIPROCESSORS
+    whole = block_c <= WIDTHS[-1] and (small or total is None and programs >= MANY_PROGRAMS)
     ways = ("two kernels",) if block_c > WIDTHS[-1] else ("one kernel", "two kernels")
+    sample_bytes = rows * channels * x.element_size()
+    turns = {way: int(taken // sample_bytes) for way, taken in TURNS.items()}
+    if samples * sample_bytes > CACHE_BYTES:
+        ways += tuple(way for way, count in turns.items() if count)
     key = nearby(samples), rows, channels, groups, "sum" if total is not None else "norm", precision(x.dtype)
     with torch.cuda.device_of(x):
-        way = choose("group_norm_silu", key, ways, ways[0] if rows <= SMALL_ROWS or many else ways[-1])
+        way = choose("group_norm_silu", key, ways, "one kernel" if whole else "two kernels")
         if way == "one kernel":
             _normalize_whole_samples(norm, group_channels, block_c)
         else:
-            _normalize_parts(norm)
+            _normalize_parts(norm, turns.get(way, samples))
     return output
 
 
@@ -321,41 +336,44 @@ def _normalize_whole_samples(norm: _Norm, group_channels: int, block_c: int) -> 
     )
 
 
-def _normalize_parts(norm: _Norm) -> None:
+def _normalize_parts(norm: _Norm, turn: int) -> None:
+    """By two kernels, for so many samples at a time."""
     samples, rows, _ = norm.sources[0].shape
     channels, group_size = len(norm.weight), norm.group_size
     block_c = min(BLOCK_C, triton.next_power_of_2(channels))
-    programs = samples * triton.cdiv(channels, block_c)  # for a part of each sample
+    blocks = triton.cdiv(channels, block_c)
     adds = norm.total is not None
     sizes = ADDITION if adds else STATISTICS
     tile = _tile(block_c, norm, sizes)
-    chunk_rows, chunks = _parts(rows, programs, tile["BLOCK_M"], MAX_CHUNKS)
+    chunk_rows, chunks = _parts(rows, min(turn, samples) * blocks, tile["BLOCK_M"], MAX_CHUNKS)
     grain = 2 if group_size % 2 == 0 else 1
     sums = norm.output.new_empty(samples, chunks, 2, channels // grain, dtype=torch.float32)
-    _statistics_kernel[(programs * chunks,)](
-        *(*norm.sources, norm.total, sums),
-        *(rows, chunk_rows, chunks, channels, group_size, norm.samples_per_clip, *norm.strides()),
-        ADD=adds,
-        GRAIN=grain,
-        LOADS=sizes[1],
-        **tile,
-    )
-    if norm.total is not None:
-        norm = norm._replace(sources=(norm.total.view(samples, rows, channels), None, None))
-    tile = _tile(block_c, norm, APPLY)
-    part_rows, parts = _parts(rows, programs, tile["BLOCK_M"], rows)
+    summed = norm._replace(sources=(norm.total.view(samples, rows, channels), None, None)) if adds else norm
+    apply_tile = _tile(block_c, norm, APPLY)
+    part_rows, parts = _parts(rows, min(turn, samples) * blocks, apply_tile["BLOCK_M"], rows)
     touched = block_c // group_size if block_c % group_size == 0 else (block_c - 2) // group_size + 2
     most_sums = max(triton.next_power_of_2(touched * group_size // grain), MIN_SUMS)
-    _apply_kernel[(programs * parts,)](
-        *(*norm.sources, norm.weight, norm.bias, sums, norm.output),
-        *(rows, part_rows, parts, chunks, channels, group_size, grain, norm.samples_per_clip, *norm.strides()),
-        norm.eps,
-        SILU=norm.silu,
-        BLOCK_G=max(triton.next_power_of_2(touched), MIN_BLOCK_G),
-        SUMS=most_sums,
-        CHUNKS=max(SUMS_TILE // most_sums, 1),
-        **tile,
-    )
+    for first in range(0, samples, turn):
+        programs = min(turn, samples - first) * blocks  # for a part of each sample
+        _statistics_kernel[(programs * chunks,)](
+            *(*norm.sources, norm.total, sums),
+            *(rows, chunk_rows, first * chunks, chunks, channels, group_size, norm.samples_per_clip, *norm.strides()),
+            ADD=adds,
+            GRAIN=grain,
+            LOADS=sizes[1],
+            **tile,
+        )
+        _apply_kernel[(programs * parts,)](
+            *(*summed.sources, norm.weight, norm.bias, sums, norm.output),
+            *(rows, part_rows, first * parts, parts, chunks, channels, group_size, grain, norm.samples_per_clip),
+            *summed.strides(),
+            norm.eps,
+            SILU=norm.silu,
+            BLOCK_G=max(triton.next_power_of_2(touched), MIN_BLOCK_G),
+            SUMS=most_sums,
+            CHUNKS=max(SUMS_TILE // most_sums, 1),
+            **apply_tile,
+        )
 
 
 def _whole_groups(group_size: int, channels: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, LAYOUTS, check, dtypes, every_backend, laid_out, normal
+from op_cases import EXAMPLES, LAYOUTS, assert_equal, check, dtypes, every_backend, laid_out, normal, run, triton_alone
 from torch import Tensor
 
 # Channels and groups: groups of 8, 5 and 6 channels, one group, groups of one channel, a group wider than a tile.
@@ -141,8 +141,10 @@ def test_silu_of_any_size(backend, device):
 
 @every_backend("triton")
 @pytest.mark.parametrize(("rows", "far"), [(300, 4), (600, 0)], ids=["skip in one kernel", "x in two"])
-def test_rows_beyond_32_bits(backend, device, rows, far, tmp_path):
+def test_rows_beyond_32_bits(backend, device, rows, far, tmp_path, monkeypatch):
     """Rows 2^23 values apart, in a sparse file."""
+    if backend == "triton":
+        monkeypatch.setattr("videopure_fast.kernels.group_norm_silu.FEW_ROWS", 300)
     dtype = dtypes(backend, device)[-1] if backend == "triton" else torch.float32
     tensors = cast(inputs(1, 1, rows, 1, 24, embedding=False, skip=8), dtype)
     small, apart = tensors[far], 2**23
@@ -165,3 +167,27 @@ def test_offsets_beyond_32_bits(backend, device, size, far, tmp_path):
     tensors[far] = memory.as_strided(small.shape, (apart, *small.stride()[1:]))
     tensors[far].copy_(small)
     check(backend, device, "group_norm_silu", *tensors, **{**SETTINGS, "groups": 3, "over_frames": True})
+
+
+@triton_alone
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_samples_by_turns(backend, device, samples, monkeypatch):
+    """So many of 10 samples at a time, of two clips, with an embedding and with an addend: as all at once."""
+    from videopure_fast.kernels import group_norm_silu as module
+
+    monkeypatch.setattr(module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(module, "choose", lambda op, key, ways, reasoned: ways[-1])
+    for dtype in dtypes(backend, device):
+        x, weight, bias, embedding, _ = cast(inputs(2, 5, 19, 28, 40, embedding=True, mean=3.0), dtype)
+        taken = {"by turns": samples * x[0, 0].numel() * dtype.itemsize}
+        for op, tensors in (
+            ("group_norm_silu", (x, weight, bias, embedding, None)),
+            ("add_group_norm_silu", (x, x.flip(0), bias, weight, bias)),
+        ):
+            results = []
+            for turns in ({}, taken):
+                monkeypatch.setattr(module, "TURNS", turns)
+                found = run(backend, device, op, *tensors, **SETTINGS)
+                results.append(found if isinstance(found, tuple) else (found,))
+            for actual, expected in zip(results[1], results[0], strict=True):
+                assert_equal(actual, expected.double(), dtype)
