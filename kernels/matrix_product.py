@@ -22,49 +22,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geglu import gated
-from .launch import Tile, aligned, choose_tile, has_wgmma, options, precision, rows_within_32_bits
+from .launch import choose_tile, options, rows_within_32_bits
 from .moments import part_columns, row_norm, write_moments
+from .product_tiles import DESCRIBED, further_tiles, kind_of, most_registers, usual_tiles
 from .tuned import choose, nearby
 
-# The kind of product whose tensors have descriptors.
-DESCRIBED = "half, sm_90"
-# Chosen by reasoning, not measured; all compile without spills and without waits between matrix instructions, by triton
-# 3.6 and 3.9. Two programs share a multiprocessor of sm_90, so that one writes its result while the other multiplies.
-TILES = {
-    DESCRIBED: (
-        Tile(128, 128, 64, 8, 3, second=32),
-        Tile(64, 128, 64, 4, 3, second=32),
-        Tile(128, 128, 64, 8, 3),
-        Tile(64, 128, 64, 4, 3),
-        Tile(128, 64, 64, 4, 4),
-        Tile(64, 64, 64, 4, 4),
-    ),
-    "half, sm_80": (
-        Tile(128, 128, 32, 8, 4, second=32),
-        Tile(64, 128, 32, 8, 4, second=32),
-        Tile(128, 128, 32, 8, 4),
-        Tile(64, 128, 32, 4, 4),
-        Tile(64, 64, 64, 4, 3),
-    ),
-    # Unaligned rows load value by value, for which larger tiles have no registers left.
-    "half, unaligned": (Tile(32, 128, 16, 8, 2, second=32), Tile(32, 128, 16, 8, 2), Tile(64, 64, 32, 8, 2)),
-    "float32": (
-        Tile(64, 128, 16, 8, 3, second=32),
-        Tile(64, 128, 16, 8, 3),
-        Tile(64, 64, 16, 4, 3),
-        Tile(32, 32, 16, 4, 3),
-    ),
-}
-# The second sum is that of the gates.
-GATED_TILES = {
-    DESCRIBED: (Tile(128, 64, 64, 8, 3, second=64),),
-    "half, sm_80": (Tile(128, 64, 32, 8, 4, second=64),),
-    "half, unaligned": (Tile(64, 32, 32, 8, 2, second=32),),
-    "float32": (Tile(32, 32, 16, 4, 3, second=32),),
-}
-# Registers of a thread with which two programs of 8 warps share a multiprocessor. With a norm to apply, ptxas alone
-# would take a few more.
-SHARING_REGISTERS = 128
 # As many tiles above one another are computed column by column, so that x and weight are read from the L2 cache.
 GROUP_M = 8
 
@@ -347,13 +309,14 @@ def matrix_product(
     taps, outputs, weight_inputs = weight.shape
     assert norm is None or residual is None, "a residual would be normalized with the sum that begins with it"
     with torch.cuda.device_of(x):
-        kind = _kind([t for t in (x, weight, output, skip, residual) if t is not None])
-        tiles = (GATED_TILES if gates else TILES)[kind]
-        if moments is not None:  # a program writes those of a part
-            tiles = tuple(tile for tile in tiles if tile.width == part_columns(columns))
+        kind = kind_of([t for t in (x, weight, output, skip, residual) if t is not None])
+        measured = None if moments is None else columns
+        tiles = usual_tiles(kind, gates, measured)
         key = nearby(samples * rows), outputs, inputs, weight_inputs - inputs, taps, kind
-        what = "gated" if gates else "measured" if moments is not None else "folded" if norm else "plain"
-        tile = choose("matrix_product", (*key, what), tiles, choose_tile(tiles, rows, outputs, samples))
+        what = "gated" if gates else "measured" if measured else "folded" if norm else "plain"
+        reasoned = choose_tile(tiles, rows, outputs, samples)
+        tiles += further_tiles(kind, gates, measured, rows, outputs, samples)
+        tile = choose("matrix_product", (*key, what), tiles, reasoned)
         m, n, second, k = tile.block_m, tile.block_n, tile.second, tile.block_k
         tma = kind == DESCRIBED
 
@@ -399,22 +362,5 @@ def matrix_product(
             SECOND=second,
             **tile.blocks(),
             **options(tile.warps, tile.stages),
-            maxnreg=SHARING_REGISTERS if tma and norm and tile.warps == 8 else None,
+            maxnreg=most_registers(kind, norm is not None, tile),
         )
-
-
-def _kind(tensors: list[Tensor]) -> str:
-    """The key in tables of tiles of a product of such tensors."""
-    if precision(tensors[0].dtype) == "float32":
-        return "float32"
-    if has_wgmma() and all(map(_described, tensors)):
-        return DESCRIBED
-    sizes = (size for tensor in tensors for size in (tensor.shape[-1], *tensor.stride()[:-1]))
-    return "half, sm_80" if aligned(*sizes) else "half, unaligned"
-
-
-def _described(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can describe the tensor: rows that do not overlap begin at multiples of 16 bytes."""
-    starts = tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])
-    dense = min(tensor.stride()) > 0 and tensor.stride(-2) >= tensor.shape[-1]
-    return dense and not any(start % 16 for start in starts)

@@ -74,7 +74,7 @@ def test_sample_passes(tmp_path):
 # Each entry replaces the tile of linear_geglu by one that must fail for the reason that is its key.
 BROKEN = """
 import json, sys, tempfile, pathlib, aot
-from videopure_fast.kernels.matrix_product import DESCRIBED, GATED_TILES, Tile
+from videopure_fast.kernels.product_tiles import DESCRIBED, GATED_TILES, Tile
 tiles = {
     "fits": GATED_TILES[DESCRIBED][0],
     "shared memory": Tile(block_m=64, block_n=128, block_k=128, warps=8, stages=4, second=128),
