@@ -21,7 +21,17 @@ from gpu_models import DTYPE, BenchModels, Workload
 from gpu_ops import op_row
 from gpu_plan import STAGES, plan
 from gpu_profile import kernels_by_kind
-from gpu_rows import COMPILED_PATHS, copy_ceiling, first_call, label, lossy, matrix_ceiling, purification, stages
+from gpu_rows import (
+    COMPILED_PATHS,
+    FIRST_CALLS,
+    copy_ceiling,
+    first_call,
+    label,
+    lossy,
+    matrix_ceiling,
+    purification,
+    stages,
+)
 from gpu_runner import (
     ROOT,
     WRITTEN,
@@ -148,6 +158,8 @@ def tuned_tasks(run: Run) -> list[Task]:
     tasks = [*run.purifications("tuned", ("ours",), run.usual), *run.stage_rows("tuned", run.usual)[:1]]
     tasks.append(run.task("tuned", f"kernels: ours, {run.usual}", kernels_by_kind, run.models, run.usual))
     tasks.append(run.task("tuned", f"label: ours, {run.usual}", label, run.models, run.usual))
+    for how in FIRST_CALLS[1:]:  # the kernels are compiled by now
+        tasks.append(run.task("tuned", f"first call {how}: ours, {run.usual}", first_call, run.models, run.usual, how))
     return [task._replace(name=f"tuned {task.name}") for task in tasks]
 
 

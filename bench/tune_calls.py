@@ -100,6 +100,11 @@ def is_op(function: Any) -> bool:
     return getattr(function, "namespace", None) == NAMESPACE and not function._schema.is_mutable
 
 
+def _folds(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call is one of those that fold weights once, in float64: no call of a purification."""
+    return isinstance(arguments[0], Tensor) and arguments[0].dtype == torch.float64
+
+
 def made_like(operand: Operand, values: Values, device: torch.device, wide: bool) -> Tensor:
     if device.type == "meta":
         flat = torch.empty(operand.extent, dtype=operand.dtype, device=device)
@@ -136,7 +141,8 @@ class Recorder(TorchFunctionMode):
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         keywords = keywords or {}
-        if is_op(function) or getattr(function, "__name__", "") in LIBRARY_CALLS:
+        library = getattr(function, "__name__", "") in LIBRARY_CALLS and not _folds(arguments)
+        if is_op(function) or library:
             self._record(function, [*arguments, *keywords.values()], tuple(keywords))
         return function(*arguments, **keywords)
 

@@ -170,16 +170,15 @@ def test_offsets_beyond_32_bits(backend, device, size, far, tmp_path):
 
 
 @triton_alone
-@pytest.mark.parametrize("samples", [1, 2, 4])
-def test_samples_by_turns(backend, device, samples, monkeypatch):
-    """So many of 10 samples at a time, of two clips, with an embedding and with an addend: as all at once."""
+def test_samples_by_turns(backend, device, monkeypatch):
+    """Four of 6 samples at a time, of two clips, with an embedding and with an addend: as all at once."""
     from videopure_fast.kernels import group_norm_silu as module
 
     monkeypatch.setattr(module, "CACHE_BYTES", 0)
     monkeypatch.setattr(module, "choose", lambda op, key, ways, reasoned: ways[-1])
     for dtype in dtypes(backend, device):
-        x, weight, bias, embedding, _ = cast(inputs(2, 5, 19, 28, 40, embedding=True, mean=3.0), dtype)
-        taken = {"by turns": samples * x[0, 0].numel() * dtype.itemsize}
+        x, weight, bias, embedding, _ = cast(inputs(2, 3, 6, 11, 40, embedding=True, mean=3.0), dtype)
+        taken = {"by turns": 4 * x[0, 0].numel() * dtype.itemsize}
         for op, tensors in (
             ("group_norm_silu", (x, weight, bias, embedding, None)),
             ("add_group_norm_silu", (x, x.flip(0), bias, weight, bias)),
