@@ -303,12 +303,12 @@ def normalize(
     group_channels, block_c = _whole_groups(norm.group_size, channels)
     programs = samples * triton.cdiv(channels, group_channels)
     small = rows <= FEW_ROWS or rows <= SMALL_ROWS and programs >= MULTIPROCESSORS
-    whole = block_c <= WIDTHS[-1] and (small or total is None and programs >= MANY_PROGRAMS)
-    ways = ("two kernels",) if block_c > WIDTHS[-1] else ("one kernel", "two kernels")
+    fits = block_c <= WIDTHS[-1]
+    whole = fits and (small or total is None and programs >= MANY_PROGRAMS)
     sample_bytes = rows * channels * x.element_size()
-    turns = {way: int(taken // sample_bytes) for way, taken in TURNS.items()}
-    if samples * sample_bytes > CACHE_BYTES:
-        ways += tuple(way for way, count in turns.items() if count)
+    large = samples * sample_bytes > CACHE_BYTES
+    turns = {way: int(taken // sample_bytes) for way, taken in TURNS.items() if large and taken >= sample_bytes}
+    ways = [*(["one kernel"] if fits else []), "two kernels", *turns]
     key = nearby(samples), rows, channels, groups, "sum" if total is not None else "norm", precision(x.dtype)
     with torch.cuda.device_of(x):
         way = choose("group_norm_silu", key, ways, "one kernel" if whole else "two kernels")
@@ -342,13 +342,13 @@ def _normalize_parts(norm: _Norm, turn: int) -> None:
     channels, group_size = len(norm.weight), norm.group_size
     block_c = min(BLOCK_C, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block_c)
-    adds = norm.total is not None
-    sizes = ADDITION if adds else STATISTICS
+    sizes = STATISTICS if norm.total is None else ADDITION
     tile = _tile(block_c, norm, sizes)
     chunk_rows, chunks = _parts(rows, min(turn, samples) * blocks, tile["BLOCK_M"], MAX_CHUNKS)
     grain = 2 if group_size % 2 == 0 else 1
     sums = norm.output.new_empty(samples, chunks, 2, channels // grain, dtype=torch.float32)
-    summed = norm._replace(sources=(norm.total.view(samples, rows, channels), None, None)) if adds else norm
+    written = None if norm.total is None else norm.total.view(samples, rows, channels)
+    summed = norm if written is None else norm._replace(sources=(written, None, None))
     apply_tile = _tile(block_c, norm, APPLY)
     part_rows, parts = _parts(rows, min(turn, samples) * blocks, apply_tile["BLOCK_M"], rows)
     touched = block_c // group_size if block_c % group_size == 0 else (block_c - 2) // group_size + 2
@@ -358,7 +358,7 @@ def _normalize_parts(norm: _Norm, turn: int) -> None:
         _statistics_kernel[(programs * chunks,)](
             *(*norm.sources, norm.total, sums),
             *(rows, chunk_rows, first * chunks, chunks, channels, group_size, norm.samples_per_clip, *norm.strides()),
-            ADD=adds,
+            ADD=norm.total is not None,
             GRAIN=grain,
             LOADS=sizes[1],
             **tile,

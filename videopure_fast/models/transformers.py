@@ -20,7 +20,7 @@ from .weights import Weights
 
 # (queries, keys, values), each (N, heads, tokens, head size) -> attended values, with scale 1/sqrt(head size).
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-# On a GPU, attention to fewer keys than this takes kernels that torch has built in. cuDNN, which torch prefers on sm_90,
+# On a GPU, attention to fewer keys than this takes kernels built into torch. cuDNN, which torch prefers on sm_90,
 # builds one for each shape at its first call; it gains 3.4 ms a clip at 784 keys, 0.7 at 196, and 0.2 at all others
 # together (H200, one clip of 32 frames of 224x224). 0: torch chooses always.
 LEAST_CUDNN_KEYS = 0
