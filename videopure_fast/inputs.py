@@ -156,6 +156,16 @@ def _value_advice(low: float, high: float) -> str:
     return ""
 
 
+def like_video(clips: Tensor, video: Tensor) -> Tensor:
+    """Decoded clips (..., 3, F, H, W), in [0, 1], in the size, the dtype, the range and on the device of a video."""
+    clips = clips[..., : video.shape[-2], : video.shape[-1]]
+    if video.dtype == torch.uint8:
+        clips = (clips * 255).round().to(torch.uint8)
+    elif video.itemsize < clips.itemsize:  # narrowed before it is copied to another device
+        clips = clips.to(video.dtype)
+    return clips.to(video.device, video.dtype).contiguous()
+
+
 def check_logits(logits: Tensor, clips: int, *, votes: bool = False) -> None:
     """TypeError or ValueError unless logits are finite floats (clips, K) with K >= 2, or with votes also (clips, V, K).
 

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import PurifyConfig
-from .inputs import check_callback, check_flag, check_video, gray_video, replace_config, resolve_device, resolve_dtype
+from .inputs import (
+    check_callback,
+    check_flag,
+    check_video,
+    gray_video,
+    like_video,
+    replace_config,
+    resolve_device,
+    resolve_dtype,
+)
 from .models.flow import Flow, flow_name, load_flow, no_flow
 from .models.hub import HubOptions, commit_hash
 from .models.prior import (
@@ -261,13 +270,8 @@ class Purifier(PurifierStages):
             clips = next(windows)
         else:
             clips = torch.cat(list(cross_fade(windows, starts, self.config.window_overlap)), -3).clamp(0, 1)
-        clips = clips.transpose(0, 1)[..., : video.shape[-2], : video.shape[-1]]
-        if video.dtype == torch.uint8:
-            clips = (clips * 255).round().to(torch.uint8)
-        elif video.itemsize < clips.itemsize:  # narrowed before it is copied to another device
-            clips = clips.to(video.dtype)
-        clips = clips.to(video.device, video.dtype)
-        return (clips if video.ndim == 5 else clips[0]).contiguous()
+        clips = like_video(clips.transpose(0, 1), video)
+        return clips if video.ndim == 5 else clips[0]
 
     def warmup(
         self, shape: Sequence[int], *, return_votes: bool = True, progress: bool = False, capture: bool | None = None

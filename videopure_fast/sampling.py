@@ -61,18 +61,35 @@ def predict_noise(
     first_frame: predict the noise of frame 0 alone, (B, 4, 1, h, w).
     """
 
+    texts = [constants.texts for constants in tables.constants]
+    embeddings = [constants.embeddings[step].expand(len(latents), -1) for constants in tables.constants]
+
     def predict(latents: Tensor) -> Tensor:
-        sample = latents.to(unet.dtype)
-        conditional, *unconditional = (
-            unet(sample, constants.texts, constants.embeddings[step].expand(len(sample), -1), first_frame=first_frame)
-            for constants in tables.constants
-        )
-        for other in unconditional:
-            conditional = other + tables.guidance_scale * (conditional - other)
-        return conditional
+        return _guided_noise(unet, latents, texts, embeddings, tables.guidance_scale, first_frame)
 
     with span("evaluation", latents):
         return checkpointed(predict, latents)
+
+
+def _guided_noise(
+    unet: UNetForm,
+    latents: Tensor,
+    texts: Sequence[tuple[Tensor, ...]],
+    embeddings: Sequence[Tensor],
+    guidance_scale: float | Tensor,
+    first_frame: bool,
+) -> Tensor:
+    """Epsilon for clips at timesteps of their own. texts, embeddings: for each prompt; a row for each clip.
+
+    guidance_scale: a number, or one for each clip, (B, 1, 1, 1, 1), in float32 at least.
+    """
+    sample = latents.to(unet.dtype)
+    conditional, *unconditional = (
+        unet(sample, text, rows, first_frame=first_frame) for text, rows in zip(texts, embeddings, strict=True)
+    )
+    for other in unconditional:
+        conditional = other + (guidance_scale * (conditional - other)).to(other.dtype)
+    return conditional
 
 
 def invert(
@@ -220,9 +237,67 @@ class Chain:
             callback=callback,
         )
 
+    def clip_steps(self) -> list[ClipStep]:
+        """The steps of both loops for one clip, in order."""
+        loops = [(self.inversion, self.voting)] if self.inversion is not None else []
+        return [
+            ClipStep(
+                tuple(constants.embeddings[i] for constants in tables.constants),
+                tables.coefficients[i],
+                tables.guidance_scale,
+                inverts,
+            )
+            for tables, inverts in [*loops, (self.denoising, False)]
+            for i in range(len(tables.steps))
+        ]
+
     def first_activation(self, latents: Tensor) -> int | None:
         """Values of a clip's first activation; None where diffusers' own forward runs, of which nothing is known."""
         return latents[:, 0].numel() * self.unet.width if isinstance(self.unet, FastUNet) else None
+
+
+class ClipStep(NamedTuple):
+    """What one step of a loop needs to know of one clip: the tables' rows for it.
+
+    inverts: a step of temporal inversion, in which frame 0's noise prediction serves every frame.
+    """
+
+    embeddings: tuple[Tensor, ...]
+    coefficients: Tensor
+    guidance_scale: float
+    inverts: bool
+
+
+@dataclass(frozen=True, eq=False)
+class BatchStep:
+    """One step for clips that are each at a step of their own, of inversion or of denoising: the object to capture.
+
+    invert: every clip is at a step of temporal inversion, so that frame 0's noise alone is computed.
+    """
+
+    unet: UNetForm
+    texts: tuple[tuple[Tensor, ...], ...]
+    invert: bool
+
+    def __call__(
+        self, latents: Tensor, coefficients: Tensor, inverts: Tensor, guidance_scale: Tensor, *embeddings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Latents after the step, and the noise predictions; all arguments have a row for each clip."""
+        noise_pred = _guided_noise(self.unet, latents, self.texts, embeddings, guidance_scale, self.invert)
+        if self.invert:
+            noise_pred = noise_pred.expand_as(latents)
+        elif len(latents) > 1:
+            noise_pred = torch.where(inverts, noise_pred[:, :, :1], noise_pred)
+        return ops.ddim_step(latents, noise_pred, coefficients, first_frame_noise=self.invert), noise_pred
+
+
+def batch_rows(steps: Sequence[ClipStep], like: Tensor) -> tuple[Tensor, ...]:
+    """The arguments of a `BatchStep` beside the latents. like: a tensor on the models' device."""
+    per_clip = (len(steps), 1, 1, 1, 1)
+    inverts = torch.tensor([step.inverts for step in steps], device=like.device).view(per_clip)
+    scales = torch.tensor([step.guidance_scale for step in steps], dtype=like.dtype, device=like.device).view(per_clip)
+    embeddings = [torch.stack(rows) for rows in zip(*(step.embeddings for step in steps), strict=True)]
+    return torch.stack([step.coefficients for step in steps]), inverts, scales, *embeddings
 
 
 def per_clip_generators(generator: Generators, clips: int) -> list[torch.Generator]:

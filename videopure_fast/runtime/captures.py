@@ -15,7 +15,7 @@ from ..ops import backend
 from .cuda_graph import CudaGraph
 from .replay import Recording, is_observed
 
-Function = Callable[[Tensor], tuple[Tensor, ...]]
+Function = Callable[..., tuple[Tensor, ...]]  # of tensors
 Value = TypeVar("Value")
 
 _MOST_CAPTURES = 4  # each keeps the activations of its shape
@@ -83,13 +83,14 @@ class Captures:
     Threads may call at once. A copy holds no captures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _MOST_CAPTURES) -> None:
+        self._most = most
         self._lock = threading.RLock()
-        self.made: Recent[CudaGraph | Recording | None] = Recent(_MOST_CAPTURES)  # None: it could not be captured
+        self.made: Recent[CudaGraph | Recording | None] = Recent(most)  # None: it could not be captured
         self._waiting: Recent[int] = Recent(_MOST_WAITING)  # calls that are still to come before a recording
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Captures, ()
+        return Captures, (self._most,)
 
     def clear(self) -> None:
         """Drop all captures: what they were made of has changed."""
@@ -102,16 +103,19 @@ class Captures:
         """Whether a call that has run once is recorded on the CPU when it comes again."""
         return 0 in self._waiting.values()
 
-    def __call__(self, function: Function, x: Tensor, *, first_activation: int | None) -> tuple[Tensor, ...]:
-        """function(x) for an x that needs no gradient; a graph on a CUDA GPU, a replay on the CPU where that pays.
+    def __call__(
+        self, function: Function, x: Tensor, *others: Tensor, first_activation: int | None
+    ) -> tuple[Tensor, ...]:
+        """function(x, *others) of tensors without gradients; a graph on a GPU, a replay on the CPU where that pays.
 
         first_activation: values of the function's first activation, which tell how large its operations are; None where
         they cannot be replayed on the CPU. A recording takes longer than a call, so only a call that comes again is
         recorded. What cannot be captured runs as it is, after one warning.
         """
         if not x.is_cuda and not _replay_pays(x, first_activation):
-            return function(x)
-        key = (function, backend.in_use(), torch.get_num_threads(), tuple(x.shape), x.dtype, x.device)
+            return function(x, *others)
+        layouts = tuple((tuple(one.shape), one.dtype, one.device) for one in (x, *others))
+        key = (function, backend.in_use(), torch.get_num_threads(), layouts)
         with self._lock:  # while one thread captures, the others wait: they may want the same
             if key in self.made:
                 captured = self.made.get(key)
@@ -119,15 +123,15 @@ class Captures:
                 self._waiting[key] = calls - 1
                 captured = None
             else:
-                captured = self._capture(key, function, x)
+                captured = self._capture(key, function, x, *others)
                 if isinstance(captured, Recording):
                     return captured.results()  # the recording has computed them
-        return function(x) if captured is None else captured(x)
+        return function(x, *others) if captured is None else captured(x, *others)
 
-    def _capture(self, key: Hashable, function: Function, x: Tensor) -> CudaGraph | Recording | None:
+    def _capture(self, key: Hashable, function: Function, *tensors: Tensor) -> CudaGraph | Recording | None:
         captured: CudaGraph | Recording | None
         try:
-            captured = CudaGraph(function, x) if x.is_cuda else Recording(function, x)
+            captured = CudaGraph(function, *tensors) if tensors[0].is_cuda else Recording(function, *tensors)
         except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong raises again, uncaptured
             reason = (str(error) or type(error).__name__).splitlines()[0]
             warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=4)

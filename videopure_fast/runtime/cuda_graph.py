@@ -14,36 +14,37 @@ _capturing = threading.Lock()
 
 
 class CudaGraph:
-    """function(x) -> tensors, captured for an x of this shape on a CUDA GPU; a call runs it again for another.
+    """function(*tensors) -> tensors, captured for tensors of these shapes on a CUDA GPU; a call runs it for others.
 
-    The graph reads and writes memory of its own: a call copies its input in, replays, and copies the outputs out.
+    The graph reads and writes memory of its own: a call copies its inputs in, replays, and copies the outputs out.
     Threads that call at once are served one after another, also where each has a stream of its own. The function must
     launch the same kernels each time and read no value on the host. What it holds is kept alive.
     """
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> None:
         self._function = function
         self._lock = threading.Lock()
         self._copied_out = torch.cuda.Event()
-        self._x = x.clone()
-        with torch.cuda.device(x.device):  # torch's default stream for captures may be another GPU's
+        self._inputs = tuple(tensor.clone() for tensor in tensors)
+        with torch.cuda.device(tensors[0].device):  # torch's default stream for captures may be another GPU's
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                function(self._x)  # compiles kernels and chooses algorithms, which a capture may not
+                function(*self._inputs)  # compiles kernels and chooses algorithms, which a capture may not
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": other threads may go on to allocate and synchronize while this one captures.
             graph = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
             with _capturing, graph:
-                self._outputs = function(self._x)
+                self._outputs = function(*self._inputs)
             self._copied_out.record(current)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         with self._lock:
-            stream = torch.cuda.current_stream(x.device)
+            stream = torch.cuda.current_stream(tensors[0].device)
             stream.wait_event(self._copied_out)  # the last caller's stream may still copy from this memory
-            self._x.copy_(x)
+            for place, tensor in zip(self._inputs, tensors, strict=True):
+                place.copy_(tensor)
             self._graph.replay()
             outputs = tuple(output.clone() for output in self._outputs)
             self._copied_out.record(stream)

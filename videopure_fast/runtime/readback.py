@@ -24,6 +24,10 @@ class Readback:
     def add(self, flag: Tensor, meaning: str = "") -> None:
         self._flags.append((flag, meaning))
 
+    def extend(self, other: Readback) -> None:
+        """Take over the flags of another one as well."""
+        self._flags += other._flags
+
     def read(self) -> bool:
         """Whether the models were as they had been. FloatingPointError if they were, and a result is not finite."""
         found: dict[str, bool] = {}

@@ -35,21 +35,21 @@ _INTO = {
 
 
 class Recording:
-    """function(x) -> tensors, recorded for an x of this shape on the CPU; a call computes it for another x.
+    """function(*tensors) -> tensors, recorded for tensors of these shapes on the CPU; a call computes it for others.
 
     The function must compute the same each time, read no value on the host, and make nothing that outlives it but its
     result. RuntimeError if it reads one, or needs more memory at once than a recording has. Threads that call at once
     are served one after another.
     """
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> None:
         self._function = function  # keeps the tensors that it refers to, and the calls read, alive
         self._lock = threading.Lock()
         with torch.no_grad():
-            self._x = x.clone()
+            self._inputs = tuple(tensor.clone() for tensor in tensors)
             recorder = _Recorder()
             with recorder, native.recorded_to(recorder.calls):
-                outputs = function(self._x)
+                outputs = function(*self._inputs)
             self._outputs = tuple(recorder.arena.alias(output) for output in outputs)
         self._calls, self._arena = recorder.calls, recorder.arena
 
@@ -57,10 +57,11 @@ class Recording:
         """Copies of what the last call, or the recording itself, has computed."""
         return tuple(output.clone() for output in self._outputs)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         with self._lock:
             with torch.inference_mode():
-                self._x.copy_(x)
+                for place, tensor in zip(self._inputs, tensors, strict=True):
+                    place.copy_(tensor)
                 for call in self._calls:
                     call()
             return self.results()

@@ -1,0 +1,374 @@
+"""A purifier for clips that arrive at any time, from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+
+from torch import Tensor, nn
+
+from ..inputs import check_count, check_flag, check_number, check_video, gray_video
+from ..purifier import Purifier
+from .batching import Batch, Clock, Request
+from .serving import Answer, Closed, DeadlineMissed, Dropped, QueueFull
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Policy = Literal["block", "reject", "drop-oldest"]
+Order = Literal["fifo", "edf"]
+Ended: TypeAlias = "tuple[Request, Answer | BaseException]"
+_OUTCOMES: dict[type, str] = {Answer: "answered", Dropped: "dropped", DeadlineMissed: "missed", Closed: "canceled"}
+
+
+class Counts(NamedTuple):
+    """What has become of the clips so far, and how many wait and are in flight now.
+
+    submitted is the sum of the others; rejected ones, which raised QueueFull, are not in it.
+    """
+
+    submitted: int
+    answered: int
+    dropped: int
+    missed: int
+    canceled: int
+    failed: int
+    waiting: int
+    in_flight: int
+    rejected: int
+
+
+class StreamPurifier:
+    """Purifies clips as they come, several at a time, each at a step of its own (step-wise continuous batching).
+
+    One thread owns the models. A clip that is submitted waits in a queue for one of `max_batch` places; then it is
+    encoded, and takes one step with each iteration: an evaluation of the UNet, or the decoding of a vote. Clips that
+    come later join at the next iteration; so a shallow or an urgent clip does not wait for the end of a deep one. The
+    answer equals `purifier(clip)`, bit for bit where clips share no evaluation, as on a CPU.
+
+    It pays for fairness, and for throughput where one clip does not fill the device. Clips of another shape wait until
+    those in flight have ended. The purifier may be used elsewhere at the same time. Where its models change, clips in
+    flight begin again.
+
+    Args:
+        purifier: of a deterministic method, without `feedback`.
+        classifier: a module of clips (B, 3, F, H, W) in [0, 1] on the purifier's device that returns logits (B, K);
+            every answer then has the majority's label.
+        max_batch: clips in flight at most.
+        queue_size: clips that wait at most.
+        policy: what a full queue does with a new clip: "block" its caller until there is room, "reject" it
+            (QueueFull), or take it and "drop-oldest", whose future ends in Dropped: cameras want the newest.
+        order: of the clips that wait: "fifo", first come, or "edf", earliest deadline first.
+        return_votes: answers have all votes.
+        early_stop: decode votes only until the label is settled; the labels are those of all votes.
+        batch_sizes: sizes of the groups of clips that share an evaluation, from 1 on; by default the powers of two up
+            to `max_batch` on a GPU, where each is captured, and 1 on a CPU, where sharing gains nothing.
+        clock: seconds, as time.monotonic.
+
+    A context manager; leaving it finishes what was submitted, or cancels it where an error is on its way.
+    """
+
+    def __init__(
+        self,
+        purifier: Purifier,
+        classifier: nn.Module | None = None,
+        *,
+        max_batch: int = 4,
+        queue_size: int = 16,
+        policy: Policy = "block",
+        order: Order = "fifo",
+        return_votes: bool = False,
+        early_stop: bool = True,
+        batch_sizes: Sequence[int] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        _check_models(purifier, classifier)
+        check_count("max_batch", max_batch)
+        check_count("queue_size", queue_size)
+        for name, value, accepted in (("policy", policy, get_args(Policy)), ("order", order, get_args(Order))):
+            if value not in accepted:
+                raise ValueError(f"unknown {name} {value!r}; accepted: {', '.join(accepted)}")
+        check_flag("return_votes", return_votes)
+        check_flag("early_stop", early_stop)
+        self._purifier = purifier
+        self._max_batch, self._queue_size = max_batch, queue_size
+        self._policy, self._order, self._clock = policy, order, clock
+        self._batch = Batch(
+            purifier,
+            classifier,
+            all_votes=return_votes,
+            early_stop=early_stop,
+            sizes=_checked_sizes(batch_sizes, max_batch, purifier._executor.device.type == "cuda"),
+            clock=clock,
+        )
+        self._changed = threading.Condition()  # guards everything below
+        self._waiting: list[Request] = []
+        self._warmups: list[Callable[..., None]] = []
+        self._counts = dict.fromkeys(Counts._fields, 0)
+        self._closing: Literal["finish", "cancel"] | None = None
+        self._broken: BaseException | None = None
+        # The worker sees the caller's context, such as the backend that was chosen.
+        run = contextvars.copy_context().run
+        self._worker = threading.Thread(target=run, args=(self._work,), name="StreamPurifier", daemon=True)
+        self._worker.start()
+
+    def submit(self, clip: Tensor, *, deadline: float | None = None, steps: int | None = None) -> Future[Answer]:
+        """Hand in a clip; returns the future of its answer.
+
+        Args:
+            clip: (3, F, H, W), floats in [0, 1] or uint8, of no more frames than the purifier's `max_frames`. It must
+                not be changed before the answer is there.
+            deadline: seconds from now until the answer is of use. A clip that can no longer make it is not computed:
+                its future ends in DeadlineMissed.
+            steps: its depth T, in the place of the purifier's `inversion_steps`.
+
+        TypeError or ValueError for other arguments, QueueFull, and Closed are raised here. `future.cancel()` works
+        until the answer is there, and frees the clip's place at the next step.
+        """
+        request = self._request(clip, deadline, steps)
+        self._enqueue(request)
+        return request.future
+
+    async def answer(self, clip: Tensor, *, deadline: float | None = None, steps: int | None = None) -> Answer:
+        """`submit` for asyncio: the answer, or what the future ends in. Canceling the task cancels the clip."""
+        request = self._request(clip, deadline, steps)
+        if self._policy == "block":
+            enqueued = asyncio.get_running_loop().run_in_executor(None, self._enqueue, request)
+            try:
+                await asyncio.shield(enqueued)
+            except asyncio.CancelledError:
+                request.future.cancel()
+                with self._changed:
+                    self._changed.notify_all()
+                raise
+        else:
+            self._enqueue(request)
+        return await asyncio.wrap_future(request.future)
+
+    def warmup(self, shape: Sequence[int], *, steps: int | None = None) -> None:
+        """Make what clips of this shape (3, F, H, W) need, for every batch size: kernels, captures. Waits for its end.
+
+        Clips that are submitted meanwhile wait.
+        """
+        clip = gray_video(shape)
+        requests = [self._request(clip, None, steps) for _ in range(self._batch.sizes[-1])]
+        done: Future[None] = Future()
+
+        def warm(reason: BaseException | None = None) -> None:
+            try:
+                if reason is not None:
+                    raise reason
+                self._batch.warm(requests)
+            except BaseException as error:  # the caller's, not the worker's
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._changed:
+            self._raise_if_closed()
+            self._warmups.append(warm)
+            self._changed.notify_all()
+        done.result()
+
+    @property
+    def counts(self) -> Counts:
+        with self._changed:
+            now = {"waiting": len(self._waiting), "in_flight": len(self._batch.flights)}
+            return Counts(**{**self._counts, **now})
+
+    def close(self, *, cancel: bool = False) -> None:
+        """End: finish all clips that were submitted, or with `cancel` end their futures in Closed. Waits for it."""
+        with self._changed:
+            if self._closing is None or cancel:
+                self._closing = "cancel" if cancel else "finish"
+            self._changed.notify_all()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.close(cancel=kind is not None)
+
+    # Callers' threads
+
+    def _request(self, clip: Tensor, deadline: float | None, steps: int | None) -> Request:
+        check_video(clip)
+        most, least = self._purifier.max_frames, 2 * self._purifier.vae_factor
+        if clip.ndim != 4 or clip.shape[1] > most or min(clip.shape[-2:]) < least:
+            accepted = f"accepted: one clip (3, F, H, W) of 2 to {most} frames with sides of {least} or more"
+            raise ValueError(f"clip has shape {tuple(clip.shape)}; {accepted}")
+        now, depth = self._clock(), self._purifier.config.inversion_steps if steps is None else steps
+        if deadline is not None:
+            check_number("deadline", deadline)
+        if steps is not None:
+            self._purifier.with_config(inversion_steps=steps)  # raises for a bad one
+        due = math.inf if deadline is None else now + deadline
+        return Request(clip.detach(), Future(), now, due, depth)
+
+    def _enqueue(self, request: Request) -> None:
+        dropped: list[Ended] = []
+        with self._changed:
+            self._raise_if_closed()
+            while len(self._waiting) >= self._queue_size and not request.future.cancelled():
+                gone = next((one for one in self._waiting if one.future.cancelled()), None)
+                if gone is None and self._policy == "drop-oldest":
+                    gone = min(self._waiting, key=lambda one: one.submitted)
+                if gone is not None:
+                    self._waiting.remove(gone)
+                    dropped.append((gone, Dropped("a newer clip took its place in the queue")))
+                elif self._policy == "reject" or threading.current_thread() is self._worker:
+                    self._counts["rejected"] += 1
+                    raise QueueFull(f"{self._queue_size} clips wait already; accepted: more once there is room")
+                else:
+                    self._changed.wait()
+                    self._raise_if_closed()
+            if not request.future.cancelled():
+                self._counts["submitted"] += 1
+                self._waiting.append(request)
+                self._changed.notify_all()
+        self._end(dropped)
+
+    def _raise_if_closed(self) -> None:
+        if self._broken is not None:
+            raise Closed(f"the stream has ended: {self._broken}") from self._broken
+        if self._closing is not None:
+            raise Closed("the stream was closed")
+
+    # The worker's thread
+
+    def _work(self) -> None:
+        try:
+            while self._let_in():
+                self._end(self._batch.advance())
+        except BaseException as error:  # a fault of ours: nobody waits for ever
+            self._broken = error
+        finally:
+            self._give_up()
+
+    def _let_in(self) -> bool:
+        """Wait for something to do, and let clips in; False if there is nothing more to come."""
+        with self._changed:
+            while not (self._waiting or self._batch.flights or self._warmups or self._closing):
+                self._changed.wait()
+            if self._closing == "cancel":
+                return False
+            ended = [*self._late_flights(), *self._late_requests()]
+            warm = self._warmups.pop(0) if self._warmups and not self._batch.flights else None
+            if warm is None and not self._warmups:
+                admitted = self._admissible()
+                self._batch.admit(admitted)
+                self._waiting = [one for one in self._waiting if one not in admitted]
+            self._changed.notify_all()
+        self._end(ended)
+        if warm is not None:
+            warm()
+        with self._changed:
+            return bool(self._batch.flights or self._waiting or self._warmups or not self._closing)
+
+    def _late_flights(self) -> list[Ended]:
+        """Takes clips out of flight whose deadline has passed, or who were canceled."""
+        ended: list[Ended] = []
+        for flight in list(self._batch.flights):
+            if flight.request.future.cancelled() or self._clock() > flight.request.deadline:
+                self._batch.leave(flight)
+                ended.append((flight.request, DeadlineMissed("the clip's deadline has passed while it was in flight")))
+        return ended
+
+    def _late_requests(self) -> list[Ended]:
+        """Takes clips out of the queue that can no longer be in time, or were canceled."""
+        ended: list[Ended] = []
+        for request in list(self._waiting):
+            late = self._clock() + self._batch.least_seconds(request) > request.deadline
+            if late or request.future.cancelled():
+                self._waiting.remove(request)
+                if late:
+                    self._batch.doubt(request)
+                ended.append((request, DeadlineMissed("the clip's answer could no longer have been there in time")))
+        return ended
+
+    def _admissible(self) -> list[Request]:
+        """Who of those that wait may join now.
+
+        Where clips are in flight, one of another shape waits for their end, and so does whoever comes after it. Where
+        none are, the first one decides on the shape.
+        """
+        shape = self._batch.shape
+        admitted: list[Request] = []
+        joining = shape is not None
+        by_order = sorted(self._waiting, key=lambda one: one.deadline if self._order == "edf" else 0.0)
+        for request in by_order:
+            if len(self._batch.flights) + len(admitted) == self._max_batch:
+                break
+            shape = shape or tuple(request.clip.shape)
+            if tuple(request.clip.shape) == shape:
+                admitted.append(request)
+            elif joining:
+                break
+        return admitted
+
+    def _end(self, ended: Sequence[Ended]) -> None:
+        """Count the ends of clips and set their futures, unless those were canceled.
+
+        Futures call their callbacks here, which may submit clips: the lock is not held.
+        """
+        for request, result in ended:
+            wanted = request.future.set_running_or_notify_cancel()
+            with self._changed:
+                self._counts[_OUTCOMES.get(type(result), "failed") if wanted else "canceled"] += 1
+            if not wanted:
+                continue
+            if isinstance(result, BaseException):
+                request.future.set_exception(result)
+            else:
+                request.future.set_result(result)
+
+    def _give_up(self) -> None:
+        """Nothing more is computed: end the futures of all who are left."""
+        with self._changed:
+            self._closing = self._closing or "cancel"
+            left = [*(flight.request for flight in self._batch.flights), *self._waiting]
+            self._batch.flights, self._waiting = [], []
+            warmups, self._warmups = self._warmups, []
+            self._changed.notify_all()
+        reason = self._broken or Closed("the stream was closed before the clip's answer was there")
+        self._end([(request, reason) for request in left])
+        for warm in warmups:
+            warm(reason)
+
+
+def _check_models(purifier: Purifier, classifier: nn.Module | None) -> None:
+    if not isinstance(purifier, Purifier):
+        raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")
+    if purifier.properties["randomized"] or purifier.config.feedback:
+        seen = "feedback" if purifier.config.feedback else f"the method {purifier.config.method!r}, which draws noise"
+        raise ValueError(f"the purifier has {seen}; accepted: 'videopure' or 'ddim_inversion', without feedback")
+    if classifier is None:
+        return
+    if not isinstance(classifier, nn.Module):
+        raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
+    weights = next(chain(classifier.parameters(), classifier.buffers()), None)
+    if weights is not None and weights.device != purifier._executor.device:
+        raise ValueError(
+            f"the classifier is on {weights.device} and the purifier on {purifier._executor.device}: move one of them"
+        )
+
+
+def _checked_sizes(sizes: Sequence[int] | None, max_batch: int, on_gpu: bool) -> tuple[int, ...]:
+    if sizes is None:
+        return tuple(2**i for i in range(max_batch.bit_length())) if on_gpu else (1,)
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence) or not sizes:
+        raise TypeError(f"batch_sizes must be a sequence of ints, got {sizes!r}")
+    for size in sizes:
+        check_count("batch_sizes", size, most=max_batch)
+    if sizes[0] != 1 or list(sizes) != sorted(set(sizes)):
+        raise ValueError(f"batch_sizes are {tuple(sizes)}; accepted: different sizes, ascending from 1")
+    return tuple(sizes)
