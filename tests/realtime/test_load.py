@@ -42,7 +42,7 @@ def latency_quantile(quantile, load):
 
 
 def test_the_formulas_agree_with_each_other():
-    """The mean wait is the integral of the share that waits longer; an empty server is met with probability 1 - load."""
+    """The mean wait is the integral of the share that waits longer; a share of 1 - load does not wait."""
     for load in (0.5, 0.8):
         grid = np.linspace(0, 30, 30_001)
         longer = [1 - share_waiting_less(wait, load) for wait in grid]

@@ -1,4 +1,4 @@
-"""When clips are due: cameras of a fixed rate, Poisson arrivals, bursts, and recorded arrivals. Each is made of a seed."""
+"""When clips are due: cameras of a fixed rate, Poisson arrivals and bursts, each made of a seed, and recorded ones."""
 
 from __future__ import annotations
 

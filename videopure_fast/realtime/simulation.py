@@ -1,8 +1,8 @@
 """A discrete-event model of servers of clips, fed with measured service times, for loads and fleets that are not here.
 
-It models what `StreamPurifier` does: one loop a server, which admits waiting clips at every step, encodes them together,
-evaluates the UNet once for all clips in flight, and decodes those that have ended. Its answers are simulated, and rows
-made of them say so.
+It models what `StreamPurifier` does: one loop a server, which admits waiting clips at every step, encodes them
+together, evaluates the UNet once for all clips in flight, and decodes those that have ended. Its answers are simulated,
+and rows made of them say so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def simulate(
 def _arrive(environment: Any, clips: Sequence[_Clip], fleet: Sequence[_Server]) -> Generator[Any, Any, None]:
     """Submit each clip when it is due. A full queue that blocks holds up those behind it, as it does the generator."""
     for clip in clips:
-        yield environment.timeout(max(0.0, clip.arrival.due - environment.now))
+        if clip.arrival.due > environment.now:  # clips of one moment are all in the queue before a server looks
+            yield environment.timeout(clip.arrival.due - environment.now)
         yield from min(fleet, key=_Server.clips).submit(clip)
 
 

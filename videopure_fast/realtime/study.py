@@ -86,7 +86,7 @@ class ServiceTimes(NamedTuple):
     def scaled(self, stage: str, factor: float) -> ServiceTimes:
         """The same server with one stage that takes `factor` of its time."""
         measured: Mapping[int, Sequence[float]] = getattr(self, stage)
-        scaled = {size: [factor * value for value in values] for size, values in measured.items()}
+        scaled: Any = {size: [factor * value for value in values] for size, values in measured.items()}
         return self._replace(**{stage: scaled})
 
 
@@ -132,7 +132,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     the queue. lag: how late the generator itself was. utilization: the share of the time, from the first clip that was
     due to the last answer, in which the server had a clip out of its queue.
     """
-    outcomes = [record.outcome for record in records]
+    outcomes: list[str] = [record.outcome for record in records]
     names = ("answered", "dropped", "refused", "missed", "failed")
     found: dict[str, Any] = {"offered": len(records), **{name: outcomes.count(name) for name in names}}
     in_time = sum(record.in_time for record in records)
@@ -179,7 +179,7 @@ def run(
     progress: Callable[[], None] | None = None,
     **labels: Any,
 ) -> dict[str, Any]:
-    """Offer the arrivals to a new server, after `warm` clips at once that do not count. labels: what the row also says."""
+    """Offer the arrivals to a new server, after `warm` clips at once that do not count. labels: of the row."""
     with build(setting) as server:
         for future in [server.submit(clips[0]) for _ in range(warm)]:
             future.result()
