@@ -77,7 +77,9 @@ def test_the_open_loop_generator_sees_what_loadgens_server_sees():
     with SleepingServer(service(seconds)) as server:
         same = summarize(offer(server, CLIPS, replayed))["latency"]
     with SleepingServer(service(seconds)) as server:
-        ours = summarize(offer(server, CLIPS, poisson(load / seconds, seconds=40, seed=3)))["latency"]
+        run = summarize(offer(server, CLIPS, poisson(load / seconds, seconds=40, seed=3)))
+    ours = run["latency"]
+    print(f"LoadGen {theirs['latency']}, replayed {same}, ours {ours}, of it the generator's own lag {run['lag']}")
     assert theirs["clips"] == len(moments) > 1000
     for name in ("mean", "p50", "p90", "p95"):
         assert same[name] == pytest.approx(theirs["latency"][name], rel=0.05)

@@ -6,6 +6,7 @@ rules ask for, and its result says so.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import threading
@@ -104,9 +105,9 @@ class _System:
                 except Exception as error:
                     future.set_exception(error)
             self._futures.add(future)
-            future.add_done_callback(lambda done, identity=identity: self._complete(done, identity))
+            future.add_done_callback(functools.partial(self._complete, identity))
 
-    def _complete(self, future: Future[Answer], identity: int) -> None:
+    def _complete(self, identity: int, future: Future[Answer]) -> None:
         """Tell LoadGen, which knows no failures; those are kept here."""
         self._futures.discard(future)
         try:
