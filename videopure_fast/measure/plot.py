@@ -6,7 +6,8 @@ import importlib.util
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ..files import atomic_write, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 # The colors of Okabe and Ito, which color-blind readers can tell apart. The number of markers has no divisor in common
@@ -30,18 +32,18 @@ _PNG_DPI = 200
 _TITLE_CHARACTERS = 44  # in a line of a panel's title
 _LETTER_WIDTH = 0.075  # inches of an average letter, to find how many columns the legend has room for
 _MARGIN = 0.2  # on both sides of a logarithmic axis, in decades
-_INK, _GRID = "#333333", "#dddddd"
+INK, GRID = "#333333", "#dddddd"
 _STYLE = {
     "font.size": 9,
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is matplotlib's own and measures the text
     "axes.titlesize": 9,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
-    "text.color": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
     "text.parse_math": False,  # print a dollar sign as it is; it begins no formula
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -106,7 +108,6 @@ def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike
     legend: names of the series, which decide colors and markers by their order. The same arguments give the same bytes.
     """
     check_picture(path)
-    import matplotlib.style
     from matplotlib.figure import Figure
 
     columns = min(len(panels), _COLUMNS)
@@ -118,7 +119,7 @@ def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike
     lines = math.ceil(len(legend) / entries_across) + len(notes) + 1  # one blank
     tops = {panel.top for panel in panels}
     shared = len(tops) == 1 and None not in tops
-    with matplotlib.style.context(["default", _STYLE]):  # "default" undoes the user's own settings
+    with styled():
         figure = Figure((width, _PANEL_HEIGHT * rows + _LEGEND_LINE * lines), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=shared, squeeze=False).ravel()
         handles = {name: _handle(name, i) for i, name in enumerate(legend)}
@@ -129,8 +130,22 @@ def draw(panels: Sequence[Panel], legend: Sequence[str], path: str | os.PathLike
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": entries_across, "frameon": False}
         box = figure.legend(handles=list(handles.values()), title="\n".join(notes), title_fontsize="small", **place)
         box.get_title().set_multialignment("center")
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=_PNG_DPI, metadata=_NO_METADATA[Path(path).suffix.lower()])
+        save_figure(figure, path)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Within this block figures look as all of the package's do."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]):  # "default" undoes the user's own settings
+        yield
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure that was drawn in a `styled` block into an .svg or .png file, within that block."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=_PNG_DPI, metadata=_NO_METADATA[Path(path).suffix.lower()])
 
 
 def _handle(name: str, number: int) -> Line2D:
@@ -146,7 +161,7 @@ def _draw_panel(ax: Axes, panel: Panel, handles: dict[str, Line2D], *, y_label: 
     ax.set_xlabel(panel.x_label)
     if y_label:
         ax.set_ylabel(panel.y_label)
-    ax.grid(axis="y", color=_GRID, linewidth=0.8)
+    ax.grid(axis="y", color=GRID, linewidth=0.8)
     if panel.ticks is None:
         ax.set_xscale("log")
         ax.set_xlim(*_decades([x for series in panel.series for x in series.x]))

@@ -1,13 +1,14 @@
 """A discrete-event model of servers of clips, fed with measured service times, for loads and fleets that are not here.
 
-It models what `StreamPurifier` does: one loop a server, which admits waiting clips at every step, encodes them
-together, evaluates the UNet once for all clips in flight, and decodes those that have ended. Its answers are simulated,
-and rows made of them say so.
+It models what `StreamPurifier` does: one loop a server, which admits waiting clips at every step, encodes those that are
+new, evaluates the UNet for those in the loops, and decodes a vote of those that have been sampled. Its answers are
+simulated, and rows made of them say so.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -36,8 +37,8 @@ def simulate(
     environment = simpy.Environment()
     drawn = None if seed is None else random.Random(seed)
     seconds = functools.cache(service.seconds) if seed is None else service.seconds
-    fleet = [_Server(environment, service, seconds, setting, drawn) for _ in range(servers)]
-    clips = [_Clip(arrival, service.evaluations(arrival.steps)) for arrival in arrivals]
+    fleet = [_Server(environment, seconds, setting, drawn) for _ in range(servers)]
+    clips = [_Clip(arrival, service) for arrival in arrivals]
     for server in fleet:
         environment.process(server.serve())
     environment.process(_arrive(environment, clips, fleet))
@@ -54,17 +55,29 @@ def _arrive(environment: Any, clips: Sequence[_Clip], fleet: Sequence[_Server]) 
 
 
 class _Clip:
-    """A clip on its way through a server."""
+    """A clip on its way through a server.
 
-    def __init__(self, arrival: Arrival, evaluations: int) -> None:
-        self.arrival, self.left = arrival, evaluations
-        self.deadline = None if arrival.deadline is None else arrival.due + arrival.deadline
+    least: seconds that it takes where it is alone. evaluations, votes: those that are still to come.
+    """
+
+    def __init__(self, arrival: Arrival, service: ServiceTimes) -> None:
+        self.arrival = arrival
+        self.least = 0.0 if arrival.deadline is None else service.clip_seconds(steps=arrival.steps)
+        self.evaluations, self.votes = service.evaluations(arrival.steps), service.votes
+        self.deadline = math.inf if arrival.deadline is None else arrival.due + arrival.deadline
         self.outcome: Outcome = "answered"
         self.points: list[float] = []  # submitted, started, encoded, sampled, decoded, done
 
+    def is_possible(self, done: float) -> bool:
+        """Whether an answer at this moment would be in time; the clip is missed if not."""
+        if done > self.deadline:
+            self.outcome = "missed"
+        return done <= self.deadline
+
     def record(self) -> Record:
         times = Times(*self.points) if self.outcome == "answered" else None
-        return Record(self.arrival.source, self.arrival.due, self.points[0], self.deadline, self.outcome, times)
+        deadline = None if self.arrival.deadline is None else self.deadline
+        return Record(self.arrival.source, self.arrival.due, self.points[0], deadline, self.outcome, times)
 
 
 class _Server:
@@ -73,13 +86,11 @@ class _Server:
     def __init__(
         self,
         environment: Any,
-        service: ServiceTimes,
         seconds: Callable[[str, int, float | None], float],
         setting: Setting,
         drawn: random.Random | None,
     ) -> None:
-        self._environment, self._service, self._seconds = environment, service, seconds
-        self._setting, self._drawn = setting, drawn
+        self._environment, self._seconds, self._setting, self._drawn = environment, seconds, setting, drawn
         self._waiting: list[_Clip] = []
         self._active: list[_Clip] = []
         self._changed = environment.event()  # a clip came, or left the queue
@@ -104,52 +115,49 @@ class _Server:
         self._notify()
 
     def serve(self) -> Generator[Any, Any, None]:
-        """Admit, encode, evaluate once, and answer what has ended, for ever."""
+        """Take every clip in flight one step further, for ever."""
         while True:
             while not self._waiting and not self._active:
                 yield self._changed
             joined = self._admit()
-            self._active += joined
-            if joined:
-                yield self._spend("encode", joined)
-                self._pass(joined)
-            if not self._active:
-                continue
-            yield self._spend("evaluation", self._active)
-            for clip in self._active:
-                clip.left -= 1
-            ended = [clip for clip in self._active if clip.left == 0]
-            if ended:
-                self._pass(ended)
-                for stage in ("decode", "label"):
-                    yield self._spend(stage, ended)
-                    self._pass(ended)
-                self._active = [clip for clip in self._active if clip.left]
+            yield from self._step("encode", joined)
+            self._pass(joined)
+            sampling = [clip for clip in self._active if clip.evaluations]
+            yield from self._step("evaluation", sampling)
+            for clip in sampling:
+                clip.evaluations -= 1
+            self._pass([clip for clip in sampling if not clip.evaluations])
+            decoding = [clip for clip in self._active if not clip.evaluations]
+            yield from self._step("decode", decoding)
+            for clip in decoding:
+                clip.votes -= 1
+            ended = [clip for clip in decoding if not clip.votes]
+            self._pass(ended)
+            yield from self._step("label", ended)
+            self._pass(ended)
+            self._active = [clip for clip in self._active if clip.votes]
 
     def _admit(self) -> list[_Clip]:
-        """Take clips from the queue while there is room; one that cannot be answered in time any more is refused."""
-        joined: list[_Clip] = []
-        while self._waiting and len(self._active) + len(joined) < self._setting.max_batch:
-            clip = self._waiting[0]
-            if self._setting.order == "edf":
-                clip = min(self._waiting, key=lambda one: float("inf") if one.deadline is None else one.deadline)
-            self._waiting.remove(clip)
-            if clip.deadline is not None and self._environment.now + self._least(clip) > clip.deadline:
-                clip.outcome = "missed"
-            else:
-                joined.append(clip)
-            self._notify()
+        """Refuse whoever cannot be in time any more, and take clips from the queue while there is room."""
+        now, before = self._environment.now, len(self._waiting)
+        self._active = [clip for clip in self._active if clip.is_possible(now)]
+        self._waiting = [clip for clip in self._waiting if clip.is_possible(now + clip.least)]
+        ordered = self._waiting
+        if self._setting.order == "edf":
+            ordered = sorted(ordered, key=lambda clip: clip.deadline)
+        joined = ordered[: self._setting.max_batch - len(self._active)]
+        self._waiting = [clip for clip in self._waiting if clip not in joined]
+        self._active += joined
         if joined and self._drawn is not None:
             self._pace = self._drawn.random()  # until the next clip comes: slow spells outlast an evaluation
         self._pass(joined)
+        if len(self._waiting) < before:
+            self._notify()
         return joined
 
-    def _least(self, clip: _Clip) -> float:
-        """Seconds that the clip takes where it is alone."""
-        return self._service.clip_seconds(steps=clip.arrival.steps)
-
-    def _spend(self, stage: str, clips: Sequence[_Clip]) -> Any:
-        return self._environment.timeout(self._seconds(stage, len(clips), self._pace))
+    def _step(self, stage: str, clips: Sequence[_Clip]) -> Generator[Any, Any, None]:
+        if clips:
+            yield self._environment.timeout(self._seconds(stage, len(clips), self._pace))
 
     def _pass(self, clips: Sequence[_Clip]) -> None:
         for clip in clips:

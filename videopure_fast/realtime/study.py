@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..files import atomic_write
+from ..inputs import check_number
 from ..machine import describe_machine
-from .arrivals import Arrival
+from .arrivals import Arrival, poisson
 from .load import Record, offer
 from .serving import ClipServer, Times
 
@@ -26,6 +27,7 @@ Order = Literal["fifo", "edf"]
 STAGES = ("wait", "encode", "sample", "decode", "label")  # of a clip's latency; "wait" begins when it is due
 _PERCENTS = (50, 90, 95, 99)
 _DIGITS = 6  # of seconds in a file
+_LEAST_LOAD = 0.1  # tried in a sweep
 _APART = 1e-3  # seconds within which the clips of one batch leave the queue
 
 
@@ -53,7 +55,7 @@ class ServiceTimes(NamedTuple):
     """Seconds of each stage, measured several times, by how many clips it took at once.
 
     evaluation: of one evaluation of the UNet, of which a clip of depth T takes `evaluations(T)`. depth: T of clips that
-    say none. label: what comes after decoding, such as the classifier.
+    say none. decode: of one vote, with the classifier, of which a clip takes `votes`. label: of what comes after that.
     """
 
     encode: Mapping[int, Sequence[float]]
@@ -61,6 +63,7 @@ class ServiceTimes(NamedTuple):
     decode: Mapping[int, Sequence[float]]
     label: Mapping[int, Sequence[float]]
     depth: int
+    votes: int = 1
 
     def evaluations(self, steps: int | None = None) -> int:
         """How many evaluations a clip takes: T + 1 of inversion, and as many of denoising."""
@@ -80,8 +83,9 @@ class ServiceTimes(NamedTuple):
 
     def clip_seconds(self, clips: int = 1, steps: int | None = None) -> float:
         """Mean seconds from the queue to the answer, of so many clips in one batch."""
-        rest = sum(self.seconds(stage, clips) for stage in ("encode", "decode", "label"))
-        return rest + self.evaluations(steps) * self.seconds("evaluation", clips)
+        once = self.seconds("encode", clips) + self.seconds("label", clips)
+        sampling = self.evaluations(steps) * self.seconds("evaluation", clips)
+        return once + sampling + self.votes * self.seconds("decode", clips)
 
     def scaled(self, stage: str, factor: float) -> ServiceTimes:
         """The same server with one stage that takes `factor` of its time."""
@@ -97,7 +101,13 @@ def _value(samples: Sequence[float], quantile: float | None) -> float:
 
 
 def measure_service(
-    server: ClipServer, clip: Tensor, *, depth: int, batches: Sequence[int] = (1,), repeats: int = 5
+    server: ClipServer,
+    clip: Tensor,
+    *,
+    depth: int,
+    votes: int = 1,
+    batches: Sequence[int] = (1,),
+    repeats: int = 5,
 ) -> ServiceTimes:
     """Measure an idle server's stages, read from the times of its answers.
 
@@ -108,7 +118,7 @@ def measure_service(
     other = clip[:, : max(2, clip.shape[1] // 2)]
     if other.shape == clip.shape:
         raise ValueError(f"clips have {clip.shape[1]} frames; accepted: 3 or more")
-    evaluations = 2 * (depth + 1)
+    parts = {"evaluation": 2 * (depth + 1), "decode": votes}
     for size in batches:
         for repeat in range(repeats + 1):
             ahead = server.submit(other)
@@ -120,8 +130,8 @@ def measure_service(
             if repeat == 0:  # the first of a size may compile and capture
                 continue
             for stage, seconds in zip(found, np.diff(times[-1][1:]).tolist(), strict=True):
-                found[stage].setdefault(size, []).append(seconds / (evaluations if stage == "evaluation" else 1))
-    return ServiceTimes(**found, depth=depth)
+                found[stage].setdefault(size, []).append(seconds / parts.get(stage, 1))
+    return ServiceTimes(**found, depth=depth, votes=votes)
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
@@ -205,6 +215,36 @@ def compare(
     """A row for each setting, all on the same arrivals."""
     for setting in settings:
         yield run(build, setting, clips, arrivals, warm=setting.max_batch, progress=progress, **labels)
+
+
+def carried_load(
+    build: Build,
+    setting: Setting,
+    clips: Sequence[Tensor],
+    service: ServiceTimes,
+    *,
+    deadline: float,
+    seconds: float,
+    seed: int = 0,
+    within: float = 0.05,
+    progress: Callable[[], None] | None = None,
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """The highest share of what one clip after another allows at which p95 is within the deadline, and the runs tried.
+
+    The clips are due at random moments for `seconds` a run. The server is told no deadline: it computes every clip.
+    """
+    check_number("deadline", deadline, zero=False)
+    tried: list[dict[str, Any]] = []
+    batch = setting.max_batch
+    most = batch * service.clip_seconds() / service.clip_seconds(batch)  # more than 1 where a batch pays
+
+    def meets(load: float) -> bool:
+        arrivals = poisson(load / service.clip_seconds(), seconds=seconds, seed=seed)
+        tried.append(run(build, setting, clips, arrivals, warm=batch, progress=progress, load=load))
+        latency = tried[-1]["summary"]["latency"]
+        return latency is not None and latency["p95"] <= deadline
+
+    return highest_load(meets, _LEAST_LOAD, max(1.0, most), within=within), tried
 
 
 def highest_load(meets: Callable[[float], bool], low: float, high: float, *, within: float = 0.02) -> float | None:

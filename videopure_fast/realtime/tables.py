@@ -1,0 +1,83 @@
+"""Figures of a study in cells, for a terminal and for Markdown, and in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .study import ServiceTimes, Setting
+
+HEADER = (
+    *("load", "clips", "clips/s", "p50 s", "p90 s", "p95 s", "p99 s", "queue age p95 s"),
+    *("in time", "not computed", "busy"),
+)
+SCENARIO_HEADER = ("scenario", "clips", "clips/s", "p50 s", "p90 s", "p95 s", "p99 s", "LoadGen's verdict")
+_MISSING = "-"
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The cells of a run below HEADER. Not computed: dropped, refused, missed or failed, and which of these."""
+    summary = row["summary"]
+    latency, age = summary["latency"], summary["queue_age"]
+    undone = [f"{summary[name]} {name}" for name in ("dropped", "refused", "missed", "failed") if summary[name]]
+    return [
+        f"{row['load']:.0%}" if row.get("load") else _MISSING,
+        str(summary["offered"]),
+        f"{summary['answered_per_second']:.3g}",
+        *(f"{latency[name]:.3g}" if latency else _MISSING for name in ("p50", "p90", "p95", "p99")),
+        f"{age['p95']:.3g}" if age else _MISSING,
+        f"{summary['in_time']:.1%}",
+        ", ".join(undone) or "0",
+        f"{summary['utilization']:.0%}",
+    ]
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """A run's setting, and first of all whether it was simulated."""
+    return ("simulated: " if row["simulated"] else "") + str(Setting(**row["setting"]))
+
+
+def scenario_cells(figures: Mapping[str, Any]) -> list[str]:
+    """The cells of one of LoadGen's scenarios below SCENARIO_HEADER."""
+    latency = figures["latency"]
+    return [
+        figures["scenario"],
+        str(figures["clips"]),
+        f"{figures['clips_per_second']:.3g}",
+        *(f"{latency[name]:.3g}" for name in ("p50", "p90", "p95", "p99")),
+        "valid" if figures["valid"] else "too few clips for a verdict, or too slow",
+    ]
+
+
+def scenario_note(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures of LoadGen's scenarios are not."""
+    short = {run["seconds"] for run in runs if run["shorter_than_mlperf"]}
+    if not short:
+        return ""
+    least = runs[0]["mlperf_seconds"]
+    return f"Runs of {max(short):g} s: MLPerf's rules ask for {least} s, so these figures are no MLPerf results."
+
+
+def sentences(service: ServiceTimes, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a study of loads says, for those who have never seen one."""
+    seconds = service.clip_seconds()
+    yield f"Alone, a clip takes {seconds:.3g} s: at most {1 / seconds:.3g} clips a second, one after another."
+    for row in rows:
+        latency = row["summary"]["latency"]
+        if row.get("load") and latency and Setting(**row["setting"]) == Setting(**rows[0]["setting"]):
+            waited = row["summary"]["stages"]["wait"] / latency["mean"]
+            yield (
+                f"At {row['load']:.0%} of that, half of the clips take more than {latency['p50']:.3g} s and one in "
+                f"twenty more than {latency['p95']:.3g} s; {waited:.0%} of the time is waiting."
+            )
+
+
+def camera_sentence(service: ServiceTimes, *, rate: float, hop: int) -> str:
+    """How much of a server one camera takes."""
+    share = service.clip_seconds() * rate / hop
+    room = int(1 / share)
+    able = f"keeps up with {room}" if room else "cannot keep up with one"
+    return (
+        f"A camera of {rate:g} frames a second with a clip every {hop} frames takes {share:.0%} of this server, which "
+        f"{able} at most, and with fewer where clips have deadlines."
+    )
