@@ -58,7 +58,7 @@ def short_clip(tmp_path):
 @pytest.mark.parametrize(
     "command, words",
     [
-        ((), ["demo", "evaluate", "purify", "warmup", "bench", "info"]),
+        ((), ["demo", "evaluate", "purify", "warmup", "bench", "latency", "info"]),
         (("demo",), ["--clips", "--eps", "--json", "videopure-fast demo"]),
         (("evaluate",), ["--classifier", "--dataset", "--threat", "--defense", "--checks", "videopure-fast evaluate"]),
         (("purify",), ["--output", "--size", "--method", "--steps", "--flow", "videopure-fast purify clip.mp4 -o"]),
@@ -69,6 +69,10 @@ def short_clip(tmp_path):
         (
             ("warmup",),
             ["--model", "--batch", "--frames", "--height", "--width", "videopure-fast warmup --model"],
+        ),
+        (
+            ("latency",),
+            ["--load", "--sweep", "--cameras", "--policy", "singlestream", "multistream", "server ", "offline"],
         ),
         (("info",), ["videopure-fast info"]),
     ],

@@ -41,6 +41,7 @@ def test_a_burst_is_due_at_one_moment_and_mixes_depths():
     for moment in moments:
         depths = tuple(arrival.steps for arrival in found if arrival.due == moment)
         assert sorted(depths) == [1, 1, 5, 5]
+        assert {arrival.source % 2 for arrival in found if arrival.steps == 5} == {1}
         orders.add(depths)
     assert len(orders) == 6  # every order occurs
 

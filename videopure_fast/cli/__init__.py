@@ -1,4 +1,4 @@
-"""The command line `videopure-fast`: demo, evaluate, purify, warmup, bench, info.
+"""The command line `videopure-fast`: demo, evaluate, purify, warmup, bench, latency, info.
 
 A command parses its options, calls, and prints. It imports what it needs when it runs, so that --help is quick.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from . import bench, evaluate, info, purify, warmup
+from . import bench, evaluate, info, latency, purify, warmup
 from .environment import as_program, check_environment
 
 app = typer.Typer(
@@ -36,7 +36,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (evaluate.demo, evaluate.evaluate, purify.purify, warmup.warmup, bench.bench, info.info):
+for _command in (
+    *(evaluate.demo, evaluate.evaluate, purify.purify, warmup.warmup),
+    *(bench.bench, latency.latency, info.info),
+):
     app.command()(_checked(_command))
 
 # What users ask for may raise these: bad values and files, a backend that is not here, too large a number or nesting.

@@ -62,8 +62,8 @@ def bursts(
 ) -> list[Arrival]:
     """`size` clips at one moment, at random moments that lie `every` seconds apart on average.
 
-    steps: the depths T of a burst's clips: the first clip gets the first, and so on around, in an order drawn for each
-    burst.
+    steps: the depths T of a burst's clips: the first source has the first, and so on around. Their order is drawn for
+    each burst.
     """
     check_count("size", size)
     check_number("every", every, zero=False)
@@ -71,11 +71,11 @@ def bursts(
     if not steps:
         raise ValueError("steps is empty; accepted: depths T, or None for the server's own")
     drawn = random.Random(seed)
-    depths = [steps[number % len(steps)] for number in range(size)]
+    clips = [(number, steps[number % len(steps)]) for number in range(size)]
     found = []
     for due in _moments(1 / every, seconds, drawn):
-        drawn.shuffle(depths)
-        found += [Arrival(due, number, steps=depth) for number, depth in enumerate(depths)]
+        drawn.shuffle(clips)
+        found += [Arrival(due, number, steps=depth) for number, depth in clips]
     return found
 
 

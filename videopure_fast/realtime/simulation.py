@@ -1,7 +1,7 @@
 """A discrete-event model of servers of clips, fed with measured service times, for loads and fleets that are not here.
 
-It models what `StreamPurifier` does: one loop a server, which admits waiting clips at every step, encodes those that are
-new, evaluates the UNet for those in the loops, and decodes a vote of those that have been sampled. Its answers are
+It models what `StreamPurifier` does: one loop a server, which admits waiting clips at every step, encodes those that
+are new, evaluates the UNet for those in the loops, and decodes a vote of those that have been sampled. Its answers are
 simulated, and rows made of them say so.
 """
 

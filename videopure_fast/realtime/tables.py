@@ -7,11 +7,13 @@ from typing import Any
 
 from .study import ServiceTimes, Setting
 
-HEADER = (
-    *("load", "clips", "clips/s", "p50 s", "p90 s", "p95 s", "p99 s", "queue age p95 s"),
-    *("in time", "not computed", "busy"),
+HEADER = ("load", "clips", "clips/s", "p50", "p90", "p95", "p99", "age", "in time", "not done", "busy")
+LEGEND = (
+    "Seconds from when a clip was due to its answer. age: 95 % of the clips left the queue within so many seconds. "
+    "in time: answered, by the deadline if there is one. not done: dropped, refused, missed or failed. busy: the share "
+    "of the time in which a clip was out of the queue."
 )
-SCENARIO_HEADER = ("scenario", "clips", "clips/s", "p50 s", "p90 s", "p95 s", "p99 s", "LoadGen's verdict")
+SCENARIO_HEADER = ("scenario", "clips", "clips/s", "p50", "p90", "p95", "p99", "LoadGen says")
 _MISSING = "-"
 
 
@@ -45,17 +47,18 @@ def scenario_cells(figures: Mapping[str, Any]) -> list[str]:
         str(figures["clips"]),
         f"{figures['clips_per_second']:.3g}",
         *(f"{latency[name]:.3g}" for name in ("p50", "p90", "p95", "p99")),
-        "valid" if figures["valid"] else "too few clips for a verdict, or too slow",
+        "valid" if figures["valid"] else "invalid",
     ]
 
 
 def scenario_note(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What the figures of LoadGen's scenarios are not."""
+    """How the figures of LoadGen's scenarios are to be read."""
+    note = "Seconds of a query. Invalid: too few queries for LoadGen to be sure of the percentile, or it was missed."
     short = {run["seconds"] for run in runs if run["shorter_than_mlperf"]}
     if not short:
-        return ""
+        return note
     least = runs[0]["mlperf_seconds"]
-    return f"Runs of {max(short):g} s: MLPerf's rules ask for {least} s, so these figures are no MLPerf results."
+    return f"{note} Runs of {max(short):g} s, and MLPerf's rules ask for {least}: these are no MLPerf results."
 
 
 def sentences(service: ServiceTimes, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -76,8 +79,7 @@ def camera_sentence(service: ServiceTimes, *, rate: float, hop: int) -> str:
     """How much of a server one camera takes."""
     share = service.clip_seconds() * rate / hop
     room = int(1 / share)
-    able = f"keeps up with {room}" if room else "cannot keep up with one"
+    able = f"keeps up with {room} at most, and with fewer where clips have deadlines" if room else "cannot keep up"
     return (
-        f"A camera of {rate:g} frames a second with a clip every {hop} frames takes {share:.0%} of this server, which "
-        f"{able} at most, and with fewer where clips have deadlines."
+        f"A camera of {rate:g} frames a second, a clip every {hop} frames, takes {share:.0%} of this server: it {able}."
     )
