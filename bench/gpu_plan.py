@@ -21,6 +21,7 @@ STAGES = {
     "tune": Stage(2.5, "every call of a purification in every way; writes the kernels' table, kernels/tuned.json"),
     "tuned": Stage(0.5, "one clip by that table"),
     "batch": Stage(1.5, "several clips, and small ones"),
+    "stream": Stage(0.5, "clips that come one by one and share evaluations: throughput, and what a clip takes"),
     "compile": Stage(0.5, 'torch.compile(mode="max-autotune"); what it has compiled is kept for the next run'),
     "lossy": Stage(0.5, "one clip with a lossy decoder"),
     "rest": Stage(30, "only where it is named: rows that take minutes, and small ops"),
@@ -38,7 +39,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, epilog=f"stages:\n{plan()}", formatter_class=formatter)
     names = {"choices": STAGES, "metavar": "STAGE", "default": list(USUAL_STAGES)}
     options.add_argument("--stage", nargs="+", **names, help="which rows, in this order; default: all but rest")
-    options.add_argument("--only", metavar="TEXT", help="only rows whose name has this text, such as 'ours' or 'op:'")
+    options.add_argument(
+        "--only", nargs="+", metavar="TEXT", default=[""], help="only rows whose name has such a text: 'ours', 'op:'"
+    )
     options.add_argument("--clips", type=int, nargs="+", help="clips of the large batches; default: 8, with --quick 2")
     options.add_argument("--quick", action="store_true", help="a tiny model, to try the script; its times mean nothing")
     options.add_argument("--device", help="cuda (the default), cuda:1, ..., or cpu to try the script without a GPU")

@@ -23,7 +23,7 @@ from baselines import PATHS
 from diffusers import AutoencoderTiny
 from gpu_models import DTYPE, BenchModels, Workload, describe, name_of
 from gpu_runner import GateFailed, Row
-from gpu_timing import count_launches, graph_of, seconds_of, timed
+from gpu_timing import count_launches, graph_of, seconds_of, timed, turn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tune_calls import LIBRARY_CALLS
@@ -32,9 +32,12 @@ from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.machine import PeakMemory, synchronize
 from videopure_fast.measure.profile import measure_roofline
 from videopure_fast.models import transformers
+from videopure_fast.realtime.stream import StreamPurifier
+from videopure_fast.realtime.study import measure_service
 from videopure_fast.sampling import vote
 from videopure_fast.schedule import Schedule
 
+STREAMED_BATCHES = 3
 COMPILED_PATHS = ("algebra-inductor", "algebra-compiled", "authors-compiled")
 
 
@@ -171,6 +174,27 @@ def label(models: BenchModels, workload: Workload) -> Row:
         raise GateFailed("the labels differ from those of all votes")
     timing = timed(lambda: early.predict(clips), device, seconds=2, quick=models.quick)
     return {**describe(workload), **timing._asdict()}
+
+
+def stream(models: BenchModels, workload: Workload, most: int) -> Row:
+    """Clips through a StreamPurifier, `most` of them at once: clips a second, and what its stages take by batch size.
+
+    service: seconds of each stage by how many clips share it, for a model of the load.
+    """
+    device, purifier = models.device, models.purifier(workload, fast=True)
+    sizes = [2**i for i in range(most.bit_length())]
+    clip = models.clips(workload)[0].cpu()
+    depth, count = purifier.config.inversion_steps, STREAMED_BATCHES * most
+    settings = {"max_batch": most, "queue_size": count, "return_votes": True, "batch_sizes": sizes}
+    with StreamPurifier(purifier, **settings) as server:
+        server.warmup(clip.shape)
+        answer = server.submit(clip).result()
+        errors = models.check_votes(workload, answer.votes[None])
+        service = measure_service(server, clip, depth=depth, batches=sizes, repeats=1 if models.quick else 3)
+        synchronize(device)
+        with turn():
+            seconds = seconds_of(lambda: [one.result() for one in [server.submit(clip) for _ in range(count)]])
+    return {**describe(workload), "clips_per_second": count / seconds, "service": service._asdict(), **errors}
 
 
 def stages(models: BenchModels, path: str, workload: Workload) -> Row:

@@ -31,6 +31,7 @@ from gpu_rows import (
     matrix_ceiling,
     purification,
     stages,
+    stream,
 )
 from gpu_runner import (
     ROOT,
@@ -176,6 +177,15 @@ def batch_tasks(run: Run) -> list[Task]:
     ]
 
 
+def stream_tasks(run: Run) -> list[Task]:
+    """Small clips, which do not fill a GPU alone, by how many share an evaluation; and the usual ones."""
+    small, most = (Workload(1, 4, 16, 16), (1, 2)) if run.given.quick else (Workload(1, 16, 128, 128), (1, 4, 16))
+    return [
+        *(run.task("stream", f"stream: {small}, {n} at once", stream, run.models, small, n) for n in most),
+        *(run.task("stream", f"stream: {run.usual}, {n} at once", stream, run.models, run.usual, n) for n in most[:2]),
+    ]
+
+
 def compile_tasks(run: Run) -> list[Task]:
     return run.purifications("compile", COMPILED_PATHS, run.usual)
 
@@ -198,6 +208,7 @@ TASKS: dict[str, Callable[[Run], list[Task]]] = {
     "tune": tune_tasks,
     "tuned": tuned_tasks,
     "batch": batch_tasks,
+    "stream": stream_tasks,
     "compile": compile_tasks,
     "lossy": lossy_tasks,
     "rest": rest_tasks,
@@ -228,8 +239,8 @@ def work(given: argparse.Namespace, fail: Callable[[str], Any]) -> int:
         rows |= found
         later = chosen[position + 1 :]
         print(progress(name, found, time.time() - started, max(0, end - time.time()), later), flush=True)
-    if not rows and given.only:
-        fail(f"no row is named like {given.only!r}; a run without --only names them all")
+    if not rows and any(given.only):
+        fail(f"no row is named like {' or '.join(given.only)!r}; a run without --only names them all")
     return conclude(run, rows)
 
 
@@ -249,7 +260,7 @@ def measure(run: Run, name: str, seconds: float) -> dict[str, Row]:
     given, tuning = run.given, name == "tune"
     try:
         with time_limit(seconds):
-            tasks = [task for task in TASKS[name](run) if (given.only or "") in task.name]
+            tasks = [task for task in TASKS[name](run) if any(text in task.name for text in given.only)]
     except (Exception, OutOfTime) as error:
         print(f"{name}: no rows ({type(error).__name__}: {error})", file=sys.stderr)
         return {}

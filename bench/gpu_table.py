@@ -73,6 +73,8 @@ def _note(row: Row) -> str:
         return f"{row['flops_per_second'] / 1e12:.4g} TFLOP/s"
     if "first_call" in row:
         return f"first call {row['first_call']:.3g} s, second {row['second_call']:.3g} s"
+    if "service" in row:
+        return f"{row['clips_per_second']:.3g} clips/s"
     if "passed" in row:
         return f"{row['passed']} passed, {row['skipped']} skipped"
     return "built" if row["built"] else "was built before"
