@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from videopure_fast import Purifier, ops, use_backend
-from videopure_fast.runtime.replay import Recording
+from videopure_fast.runtime.replay import Recording, is_observed
 
 WEIGHT, BIAS, STEP = clips(12, 12) - 0.5, clips(12, seed=1) - 0.5, clips(1, 2)
 
@@ -239,3 +241,23 @@ def test_threads_share_a_recording(purifier):
 
     run_in_threads(2, run)
     assert not wrong
+
+
+def test_modes_of_other_threads_are_not_ours():
+    """Threads that record at once leave torch's flag of a mode set, which belongs to no thread."""
+    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with second:
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        assert entered.wait(60) and is_observed()
+    assert not is_observed()
+    left.set()
+    thread.join()
+    assert not is_observed()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops import native
@@ -77,7 +77,7 @@ def is_observed() -> bool:
         or torch.jit.is_tracing()
         or torch.autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0  # this thread's; torch's own flag is that of all threads together
     )
 
 
