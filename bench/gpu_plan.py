@@ -15,7 +15,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "build": Stage(1, "the extension, unless one is here that loads"),
+    "build": Stage(0.5, "the extension, unless one is here that loads"),
     "test": Stage(3, "the test suite's GPU cases: pytest -m gpu tests"),
     "bench": Stage(2.5, "one clip: whole purifications, their stages, the ops, the ceilings of the machine"),
     "tune": Stage(2.5, "every call of a purification in every way; writes the kernels' table, kernels/tuned.json"),
