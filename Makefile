@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LATENCY := .venv/.latency
 SANITIZED := build/sanitized
 OLDEST := build/aot-3.6
 
-.PHONY: demo test test-slow fuzz lint bench aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
+.PHONY: demo test test-slow test-realtime fuzz lint bench latency aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -15,6 +16,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+# Soaks, overloads and theory in wall time, LoadGen and SimPy: half an hour, with nothing else on the machine.
+test-realtime: $(LATENCY)
+	$(BIN)/pytest -m realtime
 
 # Damaged input, from fixed seeds, in processes of its own.
 fuzz: $(INSTALLED)
@@ -41,6 +46,14 @@ gpu:
 gpu-test gpu-bench gpu-tune gpu-compile: gpu-%:
 	$(PYTHON) bench/gpu.py --stage build
 	$(PYTHON) bench/gpu.py --stage $*
+
+# The study of bench/LATENCY.md: three quarters of an hour, with nothing else on the machine.
+latency: $(LATENCY)
+	$(BIN)/python bench/latency.py
+
+$(LATENCY): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mlcommons-loadgen simpy
+	touch $@
 
 # Every kernel at every shape, for GPUs that need not be here: half an hour of processor time.
 aot: $(INSTALLED)

@@ -1,7 +1,7 @@
-"""Write the tables of README.md, bench/STUDY.md and bench/NOTES.md from bench/results/: `python bench/report.py`.
+"""Write the tables of README.md and bench/*.md from bench/results/: `python bench/report.py`.
 
 `--check` only compares, and fails where a table differs. Accuracy comes from robustness-tiny.json (`make study`), speed
-from cpu.json (`make bench`) and from the file of each GPU (`make gpu`).
+from cpu.json (`make bench`) and from the file of each GPU (`make gpu`), latency from latency-cpu.json (`make latency`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import latency_page
+from markdown_table import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
-STUDY, NOTES = ROOT / "bench" / "STUDY.md", ROOT / "bench" / "NOTES.md"
+STUDY, NOTES, LATENCY = (ROOT / "bench" / name for name in ("STUDY.md", "NOTES.md", "LATENCY.md"))
 SUMMARY = ("none", "mean of 5 frames", "ddim", "videopure")  # the defenses in the README's table
 PARTS = ("gray-box", "adaptive")  # the parts of the study in the README's table
 
@@ -372,12 +375,6 @@ def _milliseconds(row: dict[str, float]) -> list[str]:
     return [f"{value + 0.0:.1f}" for value in (before, after, round(before - after, 1))]
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return [f"|{'|'.join(rule)}|" if row is rule else f"| {' | '.join(row)} |" for row in (header, rule, *lines)]
-
-
 def size_of(shape: list[int]) -> str:
     frames, height, width = shape
     return f"{frames} frames of {height}x{width}"
@@ -389,7 +386,12 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     predicted = json.loads((results / "nvidia-h200-prediction.json").read_text())
     measured = json.loads((results / "nvidia-h200.json").read_text())["rows"]
     return {
-        README: {"accuracy": robustness_summary(study), "speed": speed(results)},
+        README: {
+            "accuracy": robustness_summary(study),
+            "speed": speed(results),
+            "latency": latency_page.picture(results),
+        },
+        LATENCY: latency_page.parts(results),
         STUDY: {"study": robustness(study)},
         NOTES: {"prediction": prediction(predicted, measured)},
     }

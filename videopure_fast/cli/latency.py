@@ -110,6 +110,7 @@ def latency(
     from ..realtime import study, tables
     from ..realtime.arrivals import cameras as of_cameras
     from ..realtime.arrivals import recorded
+    from ..realtime.stream import Order, Policy
 
     if json_file is not None:
         check_writable(json_file)
@@ -124,8 +125,8 @@ def latency(
         for chosen in itertools.product(
             [int(limit) for limit in _numbers("batch", batch)],
             [queue],
-            _names("policy", policy, get_args(study.Policy)),
-            _names("order", order, get_args(study.Order)),
+            _names("policy", policy, get_args(Policy)),
+            _names("order", order, get_args(Order)),
         )
     ]
     scenarios = [] if scenario is None else _names("scenario", scenario, tuple(_SCENARIOS))
@@ -311,7 +312,7 @@ def _numbers(option: str, text: str) -> list[float]:
     return found
 
 
-def _names(option: str, text: str, accepted: Sequence[str]) -> list[str]:
+def _names(option: str, text: str, accepted: Sequence[str]) -> list[Any]:
     found = [part.strip() for part in text.split(",")]
     if unknown := [name for name in found if name not in accepted]:
         raise ValueError(f"unknown {option} {unknown[0]!r}; accepted: {', '.join(accepted)}, one or several")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from ..machine import describe_machine
 from .arrivals import Arrival, poisson
 from .load import Record, offer
 from .serving import ClipServer, Times
+from .stream import Order, Policy
 
 KIND = "videopure-fast latency"
-Policy = Literal["block", "reject", "drop-oldest"]
-Order = Literal["fifo", "edf"]
 STAGES = ("wait", "encode", "sample", "decode", "label")  # of a clip's latency; "wait" begins when it is due
 _PERCENTS = (50, 90, 95, 99)
 _DIGITS = 6  # of seconds in a file
