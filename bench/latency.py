@@ -39,7 +39,7 @@ LIVE_DEADLINE = 2.0  # seconds, of cameras
 ASSUMED_CURVE = {1: 1.0, 2: 4 / 3, 4: 2.0}  # a batch of 4 costs 2 single clips: assumed, not measured
 FLEET_CAMERAS, FLEET_SECONDS, FLEET_DEADLINE, FLEET_SHARE = 1000, 20, 3.0, 0.99
 FASTER_DECODER = 0.1  # of the decoder's time
-LEAST_SECONDS = 12  # of a run of a trial
+LEAST_SECONDS = 25  # of a run of a trial
 GPU_FRAMES, GPU_DEPTH, GPU_VOTES_DECODED = 32, 5, 7  # of the profile that says how long an H200's stages take
 
 
@@ -71,7 +71,7 @@ class Study:
         for setting in settings:
             before = self.measure()
             row = study.run(self.build, setting, self.clips, arrivals, warm=setting.max_batch, part=part, **labels)
-            service = merged(before, self.measure())
+            service = before.merged(self.measure())
             simulated = simulate(service, arrivals, setting, seed=SEED)
             self.result["rows"] += [row, study.row(setting, simulated, simulated=True, part=part, **labels)]
             print(f"{part}, {labels}, {setting}: {row['summary']['latency']}", flush=True)
@@ -94,7 +94,8 @@ class Study:
 
     def policies(self) -> None:
         """Cameras that ask for more than there is, with a deadline."""
-        count = 1 + int(self.service.clip_seconds() ** -1 * WINDOW / FRAMES_PER_SECOND)
+        keeps_up = WINDOW / FRAMES_PER_SECOND / self.service.clip_seconds()
+        count = max(2, 1 + int(keeps_up))
         live = cameras(count, seconds=self.seconds(60), rate=FRAMES_PER_SECOND, window=WINDOW, hop=WINDOW, seed=SEED)
         chosen = [Setting(1, 4, policy) for policy in ("block", "reject", "drop-oldest")]
         self.add("cameras", with_deadlines(live, [LIVE_DEADLINE]), chosen, cameras=count)
@@ -159,18 +160,9 @@ class Study:
         parts: list[Callable[[], None]] = [self.loads, self.policies, self.bursts, self.sweep, self.scenarios]
         for part in (*parts, self.curve, self.answers):
             part()
-        self.service = merged(self.service, self.measure())
+        self.service = self.service.merged(self.measure())
         self.result["service"] = self.service._asdict()
         return self.result
-
-
-def merged(first: ServiceTimes, second: ServiceTimes) -> ServiceTimes:
-    """The times of two measurements of one server."""
-    stages: dict[str, Any] = {
-        stage: {size: [*times, *getattr(second, stage)[size]] for size, times in getattr(first, stage).items()}
-        for stage in ("encode", "evaluation", "decode", "label")
-    }
-    return first._replace(**stages)
 
 
 def carried(service: ServiceTimes, setting: Setting, deadline: float, seconds: float) -> float | None:

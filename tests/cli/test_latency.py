@@ -58,7 +58,7 @@ def test_settings_are_compared_on_the_same_cameras(tmp_path, stub):
     file = tmp_path / "study.json"
     options = (
         "--cameras",
-        200,
+        300,
         "--queue",
         2,
         "--policy",

@@ -8,9 +8,11 @@ import pytest
 from stub_servers import CLIPS, SleepingServer, VirtualClock, VirtualServer, service
 from test_load import mean_latency
 
+from videopure_fast import Purifier, tiny
 from videopure_fast.realtime.arrivals import Arrival, bursts, cameras, poisson, with_deadlines
 from videopure_fast.realtime.load import offer
-from videopure_fast.realtime.study import Setting, fewest, highest_load, summarize
+from videopure_fast.realtime.stream import StreamPurifier
+from videopure_fast.realtime.study import Setting, fewest, highest_load, measure_service, run, summarize
 
 
 def simulated(times, arrivals, setting=Setting(), **options):  # noqa: B008  (immutable)
@@ -137,3 +139,31 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"needs SimPy: pip install 'videopure-fast\[latency\]'"):
         simulate(service(1.0), [Arrival(0.0)], Setting())
+
+
+@pytest.mark.realtime
+@pytest.mark.parametrize("load", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_it_agrees_with_the_packaged_prior(max_batch, load):
+    """The model is fed with times measured just before and just after; at a load of 95 % it is only shown."""
+    purifier, (clips, _) = Purifier.from_pretrained("tiny", device="cpu"), tiny.sample_clips(4)
+    depth, setting = purifier.config.inversion_steps, Setting(max_batch, queue_size=1000)
+
+    def measured_service():
+        with StreamPurifier(purifier, max_batch=1) as server:
+            return measure_service(server, clips[0], depth=depth, repeats=10)
+
+    def build(setting):
+        return StreamPurifier(purifier, **setting._asdict())
+
+    before = measured_service()
+    arrivals = poisson(load / before.clip_seconds(), seconds=80 * before.clip_seconds() / load, seed=6)
+    measured = run(build, setting, list(clips), arrivals, warm=max_batch)["summary"]["latency"]
+    times = before.merged(measured_service())
+    expected = summarize(simulated(times, arrivals, setting, seed=1))["latency"]
+    print(
+        f"batches of {max_batch}, {load:.0%}: measured {measured}, simulated {expected}, {times.clip_seconds():.3f} s"
+    )
+    if load < 0.9:
+        for percentile in ("p50", "p95"):
+            assert expected[percentile] == pytest.approx(measured[percentile], rel=0.15)

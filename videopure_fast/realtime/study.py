@@ -86,6 +86,14 @@ class ServiceTimes(NamedTuple):
         sampling = self.evaluations(steps) * self.seconds("evaluation", clips)
         return once + sampling + self.votes * self.seconds("decode", clips)
 
+    def merged(self, other: ServiceTimes) -> ServiceTimes:
+        """The times of two measurements of one server, which measured the same batch sizes."""
+        found: dict[str, Any] = {}
+        for stage in ("encode", "evaluation", "decode", "label"):
+            mine, others = getattr(self, stage), getattr(other, stage)
+            found[stage] = {size: [*times, *others[size]] for size, times in mine.items()}
+        return self._replace(**found)
+
     def scaled(self, stage: str, factor: float) -> ServiceTimes:
         """The same server with one stage that takes `factor` of its time."""
         measured: Mapping[int, Sequence[float]] = getattr(self, stage)
