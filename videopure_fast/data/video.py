@@ -168,10 +168,14 @@ def read_frames(video: VideoInfo, size: int) -> Iterator[Tensor]:
     shape = working_size(video.height, video.width, size)
     decoded = (upright(frame, video.orientation) for frame in _decode(video.path))
     for frame in _torchcodec_frames(video) or decoded:
-        if frame.shape[1:] == shape:
-            yield frame
-        else:
-            yield F.interpolate(frame[None].contiguous(), shape, mode="bilinear", antialias=True)[0]
+        yield resized(frame, shape)
+
+
+def resized(frame: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A frame (3, H, W) uint8 in another size (height, width)."""
+    if frame.shape[1:] == shape:
+        return frame
+    return F.interpolate(frame[None].contiguous(), shape, mode="bilinear", antialias=True)[0]
 
 
 def torchcodec_decoder() -> type[Any] | None:

@@ -24,6 +24,7 @@ from .video import VideoInfo, audio_stream, open_video
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.audio import AudioStream
+    from av.video.codeccontext import VideoCodecContext
 
 
 class _Format(NamedTuple):
@@ -53,7 +54,7 @@ _MAX_LEAD = Fraction(1, 10)  # seconds by which sound may start before the pictu
 _MAX_OFFSET = 6 * 3600  # seconds between the starts of sound and pictures; more is damage
 
 
-class _Color(NamedTuple):
+class Color(NamedTuple):
     """Tags of a color space, as numbers of H.273, which FFmpeg uses, and swscale's name for the matrix."""
 
     primaries: int
@@ -61,10 +62,15 @@ class _Color(NamedTuple):
     matrix: int
     swscale: str
 
+    def tag(self, codec: VideoCodecContext) -> None:
+        """State this color space in what an encoder writes."""
+        codec.color_primaries, codec.color_trc, codec.colorspace = self[:3]
+        codec.color_range = _LIMITED_RANGE
 
-_BT709 = _Color(1, 1, 1, "ITU709")
-_BT601 = _Color(6, 6, 6, "ITU601")
-_LIMITED_RANGE = 1
+
+_BT709 = Color(1, 1, 1, "ITU709")
+_BT601 = Color(6, 6, 6, "ITU601")
+_LIMITED_RANGE = 1  # FFmpeg's AVCOL_RANGE_MPEG
 _FRAME_DURATION = 1 << 8  # FFmpeg's AV_CODEC_FLAG_FRAME_DURATION: packets last as long as their frames
 
 
@@ -119,7 +125,7 @@ class VideoWriter:
             raise ValueError(f"rate must be more than 0 frames per second, got {rate}")
         self._format = _FORMATS[self.path.suffix.lower()]
         self._height, self._width = height, width
-        self._color = _BT709 if height >= HD_LINES else _BT601
+        self._color = color_of(height)
         self._rate = _limited(rate)
         self._source = source
         self._keeps_times = source is not None and self._rate == _limited(source.rate)
@@ -145,7 +151,7 @@ class VideoWriter:
         expected = (3, self._height, self._width)
         if frame.dtype != torch.uint8 or frame.shape != expected:
             raise ValueError(f"frame is {frame.dtype} {tuple(frame.shape)}; accepted: torch.uint8 {expected}")
-        picture = _picture(frame, self._format.pixels, self._color)
+        picture = encoder_frame(frame, self._format.pixels, self._color)
         tick, following = self._clock(self._written), self._clock(self._written + 1)
         picture.pts, picture.duration, picture.time_base = tick, following - tick, self._clock.tick_seconds
         with self._failures():
@@ -222,8 +228,7 @@ class VideoWriter:
         codec.time_base = self._clock.tick_seconds
         codec.flags |= _FRAME_DURATION
         if self._format.pixels != "pal8":
-            codec.color_primaries, codec.color_trc, codec.colorspace = self._color[:3]
-            codec.color_range = _LIMITED_RANGE
+            self._color.tag(codec)
         if self._source is not None and self._source.pixel_aspect != 1:
             codec.sample_aspect_ratio = self._source.pixel_aspect
 
@@ -329,12 +334,17 @@ class VideoWriter:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
 
+def color_of(height: int) -> Color:
+    """The color space in which pictures of so many lines are written."""
+    return _BT709 if height >= HD_LINES else _BT601
+
+
 def _limited(rate: Fraction | float) -> Fraction:
     """A rate whose parts fit any container; one so low that it would become 0 is kept."""
     return Fraction(rate).limit_denominator(1001) or Fraction(rate).limit_denominator(2**30)
 
 
-def _picture(frame: Tensor, pixels: str, color: _Color) -> VideoFrame:
+def encoder_frame(frame: Tensor, pixels: str, color: Color) -> VideoFrame:
     """A frame (3, H, W) uint8 as a PyAV frame of the pixel format that an encoder takes."""
     import av
     from PIL import Image
