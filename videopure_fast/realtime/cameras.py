@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -326,35 +326,48 @@ class Camera:
             return self._masked(str(error))
 
     def _follow(self, container: InputContainer, stream: VideoStream) -> str | None:
-        import av
-
+        """Push the frames of an open source, at their pace, until it ends or should be opened anew; why."""
         stream.thread_type = "SLICE"  # threads that decode a frame each would hold as many frames back
         stream.codec_context.options = dict(_DECODE_OPTIONS)
         pace = _Pace(self._clock, float(stream.average_rate or 0)) if self.is_file else None
         latest = self._clock()
-        for packet in _packets(container):
-            if self._stop.is_set():
-                return None
-            decoded: list[VideoFrame] = []
-            if packet is not None and packet.stream.index == stream.index:
-                try:
-                    decoded = packet.decode()
-                except av.FFmpegError:
-                    self._damaged += 1
-            for frame in decoded:
-                if frame.is_corrupt:
-                    self._damaged += 1
-                    continue
-                if pace is not None and self._stop.wait(max(0.0, pace.due(frame.time) - self._clock())):
+        for frame in self._intact(_packets(container), stream):
+            if frame is not None:
+                due = self._clock() if pace is None else pace.due(frame.time)
+                if self._stop.wait(max(0.0, due - self._clock())):
                     return None
                 self._push(frame)
-            if any(not frame.is_corrupt for frame in decoded):
                 latest = self._clock()
+            elif self._stop.is_set():
+                return None
             elif self._clock() - latest > self._timeout:
                 return f"no picture for {self._timeout:g} s"
-        if self.is_file and self._seen is not None:
-            return None
-        return "it ended" if self._seen else "it has no frame that can be decoded"
+        if self._seen is None:
+            return "it has no frame that can be decoded"
+        return None if self.is_file else "it ended"
+
+    def _intact(self, packets: Iterable[Packet | None], stream: VideoStream) -> Iterator[VideoFrame | None]:
+        """The intact frames of a stream, and None after each packet. After damage they begin with a key frame: those
+        before it are predicted from what was damaged. Damage that neither the container nor the decoder sees stays."""
+        import av
+
+        intact, before = True, False
+        for packet in packets:
+            if packet is not None and packet.stream.index == stream.index:
+                # Where a parser splits the stream, FFmpeg marks the picture before the one that lost data.
+                corrupt, before = packet.is_corrupt or before, packet.is_corrupt
+                intact = intact and not corrupt
+                try:
+                    for frame in packet.decode():
+                        intact = not (frame.is_corrupt or corrupt) and (intact or frame.key_frame)
+                        if intact:
+                            yield frame
+                        else:
+                            self._damaged += 1
+                except av.FFmpegError:
+                    intact = False
+                    self._damaged += 1
+            yield None
 
     def _push(self, frame: VideoFrame) -> None:
         kind = (frame.width, frame.height, frame.rotation)
@@ -417,7 +430,8 @@ def _open_camera(source: str, timeout: float) -> Iterator[tuple[InputContainer, 
     options: dict[str, str]
     if scheme := _SCHEME.match(source):
         protocols, formats, options = _ADDRESSES[scheme[1].lower()]
-        options = {**options, "protocol_whitelist": protocols, "format_whitelist": formats, "fflags": "nobuffer"}
+        options = {**options, "protocol_whitelist": protocols, "format_whitelist": formats}
+        options["fpsprobesize"] = "0"  # the rate that a camera states is not asked for
         known: Any = formats if "," not in formats else None
     else:
         options, known = {"fflags": "nonblock"}, "v4l2"  # a device that stalls would hold the thread forever

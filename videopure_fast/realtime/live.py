@@ -7,12 +7,16 @@ the last purified frame until the next one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +35,8 @@ if TYPE_CHECKING:
 
 _RETRY = 2.0  # seconds before an address that failed is tried again
 _CHUNKS = 8  # pieces of at most a window of frames that wait for the encoder
-_PATIENCE = 10.0  # seconds to wait for a file's encoder; for an address nobody waits
+_PATIENCE = 5.0  # seconds to wait for the encoder of a file, and for each step of an output's end
+_LONGEST_REASON = 200  # characters of what the process that sends says
 _TICKS = 1000  # a second; of the times of frames
 # Files are whole at any moment: an mp4 is written in fragments. Each second or so begins with a key frame.
 _CONTAINERS = {
@@ -120,6 +125,8 @@ class LiveOutput:
             _check_file(Path(target))
         self._queue: queue.Queue[list[TimedFrame] | None] = queue.Queue(_CHUNKS)
         self._container: OutputContainer | None = None
+        self._sender: subprocess.Popen[bytes] | None = None  # of an address
+        self._given = 0  # frames to the container
         self._retry = 0.0  # when a failed address may be tried again
         self._origin: float | None = None  # when the frame came that is shown at time 0
         self._thread = threading.Thread(target=self._run, name=f"output {self.name}", daemon=True)
@@ -129,10 +136,12 @@ class LiveOutput:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Write what waits, and end the file. A thread that a server holds for long is left behind."""
+        """Write what waits, and end the file or the stream; within some seconds, whatever a server does."""
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=_PATIENCE)
-            self._thread.join(_PATIENCE)
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive() and self._sender is not None:
+            self._sender.kill()
 
     def write(self, frames: list[TimedFrame]) -> None:
         """Append frames, in the order of their times."""
@@ -148,9 +157,9 @@ class LiveOutput:
             if self.failure is not None and (not self._address or time.monotonic() < self._retry):
                 self.dropped += len(frames)
                 continue
-            before = self.written
-            self._guarded(lambda frames=frames: self._encode(frames))  # type: ignore[misc]
-            self.dropped += len(frames) - (self.written - before)
+            left = deque(frames)
+            self._guarded(partial(self._encode, left))
+            self.dropped += len(left)
         self._guarded(self._finish)
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -159,10 +168,9 @@ class LiveOutput:
 
         try:
             act()
-        except (av.FFmpegError, OSError) as error:
-            self.failure = error.strerror or type(error).__name__
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}".replace(self._target, self.name)
+            known = error.strerror if isinstance(error, (av.FFmpegError, OSError)) else str(error)
+            self.failure = self._end_sender() or (known or type(error).__name__).replace(self._target, self.name)
         else:
             return
         self._retry = time.monotonic() + _RETRY
@@ -171,13 +179,32 @@ class LiveOutput:
                 self._container.close()
         self._container = None
 
+    def _end_sender(self) -> str | None:
+        """End the input of the process that sends, and wait for it; what went wrong there. What it did not send was
+        dropped."""
+        if self._sender is None:
+            return None
+        sender, self._sender = self._sender, None
+        try:
+            _, said = sender.communicate(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            sender.kill()
+            _, said = sender.communicate()
+        sent, _, reason = said.decode(errors="replace").strip().rpartition("\n")[2].partition(" ")
+        lost = self._given - int(sent) if sent.isdecimal() else self._given
+        self.written -= lost
+        self.dropped += lost
+        return reason[:_LONGEST_REASON] or (None if sent.isdecimal() else "the process that sends was ended")
+
     def _open(self, frame: Tensor) -> OutputContainer:
         import av
 
         if self._address:
-            options = {"rtsp_transport": "tcp", "timeout": str(int(TIMEOUT * 1e6))}
-            options["protocol_whitelist"] = "rtsp,rtp,tcp"
-            container = av.open(self._target, "w", format="rtsp", options=options, timeout=TIMEOUT)
+            command = [sys.executable, "-m", "videopure_fast.realtime.publish", str(TIMEOUT)]
+            self._sender = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+            assert self._sender.stdin is not None
+            self._sender.stdin.write(f"{self._target}\n".encode())
+            container = av.open(self._sender.stdin, "w", format="mpegts", options={"flush_packets": "1"})
         else:
             kind, options = _CONTAINERS[Path(self._target).suffix.lower()]
             options = {**options, "flush_packets": "1"}
@@ -188,13 +215,17 @@ class LiveOutput:
         self._stream.codec_context.time_base = Fraction(1, _TICKS)
         self._color = color_of(frame.shape[1])
         self._color.tag(self._stream.codec_context)
-        self._last = -1
+        self._last, self._given = -1, 0
         return container
 
-    def _encode(self, frames: list[TimedFrame]) -> None:
+    def _encode(self, left: deque[TimedFrame]) -> None:
+        """Write frames, each of which then leaves the queue."""
+        if self._sender is not None and self._sender.poll() is not None:
+            raise BrokenPipeError(errno.EPIPE, "the server went away")
         if self._container is None:
-            self._container = self._open(frames[0].frame)
-        for frame, came in frames:
+            self._container = self._open(left[0].frame)
+        while left:
+            frame, came = left[0]
             if self._origin is None:
                 self._origin = came
             fitted = _fitted(frame, self._stream.height, self._stream.width)
@@ -202,13 +233,17 @@ class LiveOutput:
             self._last = max(self._last + 1, round((came - self._origin) * _TICKS))
             picture.pts, picture.time_base = self._last, Fraction(1, _TICKS)
             self._container.mux(self._stream.encode(picture))
+            left.popleft()
             self.written += 1
+            self._given += 1
         self.failure = None
 
     def _finish(self) -> None:
         if self._container is not None:
             self._container.mux(self._stream.encode())
             self._container.close()
+        if reason := self._end_sender():
+            raise OSError(0, reason)
 
 
 def _check_file(path: Path) -> None:
