@@ -16,8 +16,8 @@ from videopure_fast.realtime.serving import Answer, Closed, Dropped, QueueFull, 
 
 
 def gray(number):
-    """The value of a frame of a fake camera, whose number is below 50."""
-    return 40 + 4 * (number % 50)
+    """The value of a frame of a fake camera, whose number is below 27."""
+    return 40 + 8 * (number % 27)
 
 
 def video_bytes(count=12, *, step=40, kind="mpegts", codec="libx264", height=32, width=48, start=0, noise=False):

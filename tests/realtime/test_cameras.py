@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from realtime_fakes import FakeCamera, gray, sends, video_bytes
 
+from videopure_fast.data.picture import upright
+from videopure_fast.data.video import resized
 from videopure_fast.realtime import cameras
-from videopure_fast.realtime.cameras import Camera, Ring, check_source, source_name
+from videopure_fast.realtime.cameras import Camera, check_source, source_name
+from videopure_fast.realtime.ring import Ring
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
 SHORT = 0.4  # seconds without data after which a camera of these tests is gone
@@ -418,6 +421,19 @@ def test_too_large_frames_are_a_fault_of_the_camera(monkeypatch):
     assert clips and status.losses >= 1 and states[1][0] == "waiting" and states[1][1]
 
 
+@pytest.mark.parametrize("turn", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, 1)])
+@pytest.mark.parametrize("shape", [(64, 96), (16, 24), (80, 120)])
+def test_frames_are_resized_as_those_of_files(turn, shape):
+    """Within a few levels: another library does it, whose filter is alike."""
+    y, x = np.mgrid[:64, :96]
+    picture = np.stack([x * 2, y * 3, (x + y) % 64 * 2 + 60], -1).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+    shape = shape if turn[0] else shape[::-1]
+    found, expected = upright(frame, turn, shape), resized(upright(frame, turn), shape)
+    assert found.shape == expected.shape == (3, *shape)
+    assert (found.int() - expected.int()).abs().float().mean() < 2
+
+
 # Addresses that name other addresses
 
 
@@ -509,6 +525,24 @@ def test_a_device_is_polled_and_left_when_it_stalls(monkeypatch, tmp_path):
     assert opened[0]["format"] == "v4l2" and opened[0]["options"] == {"fflags": "nonblock"}
     assert [numbers(clip) for clip in clips][0] == [0, 1, 2, 3] and status.frames == 6
     assert ("waiting", f"no picture for {SHORT:g} s") in states
+
+
+def test_a_reader_that_is_held_is_noticed(monkeypatch):
+    """By a look-up of a name, a driver or a file system that no timeout reaches."""
+    release = threading.Event()
+
+    def held(*_given):
+        release.wait(20)
+        raise ValueError("it is back")
+
+    monkeypatch.setattr(cameras, "_open_camera", held)
+    with Camera("rtsp://nowhere/live", window=4, hop=4, size=16, timeout=0.1) as camera:
+        assert camera.status.state == "opening"
+        time.sleep(0.5)
+        assert camera.status.state == "waiting" and "has been held for" in camera.status.reason
+        release.set()
+        time.sleep(0.1)
+        assert camera.status.losses and camera.status.reason == "it is back"
 
 
 def test_what_nobody_foresaw_ends_the_camera_in_the_open(monkeypatch):

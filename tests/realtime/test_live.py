@@ -13,8 +13,9 @@ from realtime_fakes import FakeCamera, RtspRelay, StubServer, gray, sends, video
 
 from videopure_fast.data.video import probe
 from videopure_fast.realtime import cameras, live
-from videopure_fast.realtime.cameras import Camera, CameraClip, Ring
+from videopure_fast.realtime.cameras import Camera
 from videopure_fast.realtime.live import LiveOutput, PurifiedFrames, TimedFrame
+from videopure_fast.realtime.ring import CameraClip, Ring
 from videopure_fast.realtime.watcher import Record, Watcher, watching
 from videopure_fast.streaming import purify_stream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,12 +52,18 @@ def states_no_color(frame: VideoFrame) -> bool:
     return frame.colorspace == _UNSPECIFIED and frame.height >= HD_LINES and not frame.format.is_rgb
 
 
-def upright(frame: VideoFrame, turn: Orientation) -> Tensor:
+def upright(frame: VideoFrame, turn: Orientation, shape: tuple[int, int] | None = None) -> Tensor:
     """A decoded frame as it is shown, moved by `turn`: (3, H, W) uint8 RGB.
 
     YUV is converted as the frame's tags say; untagged, by BT.709 from HD_LINES lines on, else by BT.601.
+
+    shape: (height, width) of the result, if it is to be resized. swscale does that as it converts, by a bilinear filter
+    that averages where it shrinks: within a few levels of `video.resized`, in a twentieth of the time.
     """
-    options = {"src_colorspace": "ITU709"} if states_no_color(frame) else {}
+    options: dict[str, Any] = {"src_colorspace": "ITU709"} if states_no_color(frame) else {}
+    if shape is not None:
+        height, width = shape if turn[0] else shape[::-1]
+        options |= {"height": height, "width": width, "interpolation": "BILINEAR"}
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", **options)).permute(2, 0, 1)
     return oriented(pixels, turn)
 

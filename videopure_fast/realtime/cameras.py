@@ -11,18 +11,14 @@ import re
 import stat
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from ..data.picture import orientation, upright
-from ..data.video import open_video, resized, working_size
-from ..inputs import check_count, check_number
+from ..data.video import open_video, working_size
+from ..inputs import check_number
+from .ring import Ring
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
@@ -35,6 +31,7 @@ MAX_WORKING_PIXELS = 1024 * 1024  # in a frame as it is purified
 MAX_HELD_PIXELS = 2**26  # in the frames that are held of one camera: 192 MiB
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a camera is opened anew; they double while nothing comes
 _LONGEST_STEP = 10.0  # seconds between two frames of a file; a longer step of its time stamps is not waited for
+_SILENCE = 3  # timeouts after which a thread that does nothing is said to be held; opening may take two
 _POLL = 0.005  # seconds between two looks at a device that has no frame yet
 _USUAL_RATE = 25.0  # frames a second of a file that does not say
 
@@ -98,20 +95,6 @@ def check_source(source: str) -> bool:
         return True
 
 
-class CameraClip(NamedTuple):
-    """The newest frames of a camera.
-
-    frames: (3, F, H, W) uint8. first: number of the first one, counted from the camera's start. times: when each came,
-    in seconds of the camera's clock. segment: counts on when the camera is opened anew or changes its picture; no clip
-    has frames of two segments.
-    """
-
-    frames: Tensor
-    first: int
-    times: tuple[float, ...]
-    segment: int
-
-
 class CameraStatus(NamedTuple):
     """What a camera has done so far.
 
@@ -126,96 +109,6 @@ class CameraStatus(NamedTuple):
     damaged: int
     losses: int
     reason: str | None
-
-
-class Ring:
-    """The newest frames of one camera, written by its reader and taken as clips by another thread.
-
-    window: frames of a clip. hop: new frames after which there is one; of more new frames, those that no longer fit
-    into a window are dropped and counted. lossless: the writer waits instead until a clip is taken.
-    """
-
-    def __init__(self, window: int, hop: int, *, lossless: bool = False) -> None:
-        check_count("window", window, least=2)
-        check_count("hop", hop, most=window)
-        self.frames = self.dropped = self.segment = 0
-        self._window, self._hop, self._lossless = window, hop, lossless
-        self._held: deque[tuple[Tensor, float]] = deque(maxlen=window)
-        self._new = 0  # held frames that were in no clip
-        self._ended = False  # whether the held frames are the last of their segment
-        self._closed = self._woken = False
-        self._changed = threading.Condition()
-
-    def push(self, frame: Tensor, came: float) -> None:
-        """Add a frame (3, H, W) uint8 that came at a time. Frames of a segment have one size."""
-        with self._changed:
-            if self._lossless:
-                self._changed.wait_for(lambda: self._closed or not self._ready())
-            if self._ended:
-                self._forget()
-            if self._new == self._window:
-                self.dropped += 1  # the oldest is in no clip, and leaves
-            self._held.append((frame, came))
-            self._new = min(self._new + 1, self._window)
-            self.frames += 1
-            self._changed.notify_all()
-
-    def end(self, *, short: bool = False) -> None:
-        """The segment ends: new frames that are fewer than a hop end a last clip, aligned to the end.
-
-        short: also where all frames are fewer than a window, but two or more; else these are dropped.
-        """
-        with self._changed:
-            if self._lossless:
-                self._changed.wait_for(lambda: self._closed or not self._ready())
-            if not self._held or self._ended:
-                return
-            self.segment += 1
-            self._ended = self._new > 0 and (len(self._held) == self._window or (short and len(self._held) > 1))
-            if not self._ended:
-                self._forget()
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Nothing more comes, and nobody waits any more; a clip that is ready can still be taken."""
-        with self._changed:
-            self._closed = self._woken = True
-            self._changed.notify_all()
-
-    def wake(self) -> None:
-        """Let `take` return at once."""
-        with self._changed:
-            self._woken = True
-            self._changed.notify_all()
-
-    def take(self, timeout: float) -> CameraClip | None:
-        """The newest clip that was not taken yet; None if there is none within a time, or after `wake` or `close`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready() or self._woken, timeout)
-            self._woken = False
-            if not self._ready():
-                return None
-            frames, times = zip(*self._held, strict=True)
-            first, segment = self.frames - len(times), self.segment - self._ended
-            self._new = 0
-            if self._ended:
-                self._forget()
-            self._changed.notify_all()
-        return CameraClip(torch.stack(frames, 1), first, times, segment)
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether it is closed and its last clip was taken."""
-        with self._changed:
-            return self._closed and not self._ready()
-
-    def _ready(self) -> bool:
-        return self._ended or (self._new >= self._hop and len(self._held) == self._window)
-
-    def _forget(self) -> None:
-        self.dropped += self._new
-        self._held.clear()
-        self._new, self._ended = 0, False
 
 
 class Camera:
@@ -260,6 +153,7 @@ class Camera:
         self._window, self._size, self._timeout, self._clock, self._notify = window, size, timeout, clock, notify
         self._stop = threading.Event()
         self._state: State = "opening"
+        self._sign = clock()  # when the thread last did anything
         self._reason: str | None = None
         self._damaged = self._losses = 0
         self._seen: tuple[object, ...] | None = None  # what distinguishes the pictures of this segment
@@ -281,11 +175,14 @@ class Camera:
 
     @property
     def status(self) -> CameraStatus:
-        ring = self.ring
-        return CameraStatus(self._state, ring.frames, ring.dropped, self._damaged, self._losses, self._reason)
+        """What it has done, from any thread. A reader that the system does not give back is noticed here."""
+        ring, state, reason, silent = self.ring, self._state, self._reason, self._clock() - self._sign
+        if state in ("opening", "live") and silent > _SILENCE * self._timeout and not ring.waiting:
+            state, reason = "waiting", f"its reader has been held for {silent:.0f} s"
+        return CameraStatus(state, ring.frames, ring.dropped, self._damaged, self._losses, reason)
 
     def _enter(self, state: State, reason: str | None = None) -> None:
-        self._state, self._reason = state, reason
+        self._state, self._reason, self._sign = state, reason, self._clock()
         self._notify(state, reason)
 
     def _run(self) -> None:
@@ -313,8 +210,8 @@ class Camera:
         """Open the source and push its frames until it ends or fails; why, if it did not simply end."""
         import av
 
-        opened = _open_file(self._source) if self.is_file else _open_camera(self._source, self._timeout)
         try:
+            opened = open_video(Path(self._source)) if self.is_file else _open_camera(self._source, self._timeout)
             with opened as (container, stream):
                 self._seen = None
                 return self._follow(container, stream)
@@ -332,8 +229,10 @@ class Camera:
         pace = _Pace(self._clock, float(stream.average_rate or 0)) if self.is_file else None
         latest = self._clock()
         for frame in self._intact(_packets(container), stream):
+            self._sign = self._clock()
             if frame is not None:
                 due = self._clock() if pace is None else pace.due(frame.time)
+                self._sign = max(self._sign, due)
                 if self._stop.wait(max(0.0, due - self._clock())):
                     return None
                 self._push(frame)
@@ -378,7 +277,7 @@ class Camera:
             self._shape = _checked_size(sides, self._size, self._window)
             self._seen = kind
             self._enter("live")
-        self.ring.push(resized(upright(frame, self._turn), self._shape), self._clock())
+        self.ring.push(upright(frame, self._turn, self._shape), self._clock())
 
     def _masked(self, message: str) -> str:
         return " ".join(message.replace(self._source, self.name).split())
@@ -416,10 +315,6 @@ def _checked_size(sides: tuple[int, int], size: int, window: int) -> tuple[int, 
             f"{MAX_WORKING_PIXELS} pixels a frame and {MAX_HELD_PIXELS} a clip at most"
         )
     return shape
-
-
-def _open_file(source: str) -> AbstractContextManager[tuple[InputContainer, VideoStream]]:
-    return open_video(Path(source))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ from ..data.video import resized
 from ..data.video_writer import color_of, encoder_frame
 from ..files import check_writable
 from ..windows import CrossFade
-from .cameras import TIMEOUT, CameraClip, is_address, source_name
+from .cameras import TIMEOUT, is_address, source_name
+from .ring import CameraClip
 
 if TYPE_CHECKING:
     from av.container import OutputContainer

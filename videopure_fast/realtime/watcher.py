@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..files import check_writable
-from .cameras import TIMEOUT, Camera, CameraClip, CameraStatus
+from .cameras import TIMEOUT, Camera, CameraStatus
 from .live import LiveOutput, PurifiedFrames, TimedFrame
+from .ring import CameraClip
 from .serving import Answer, ClipServer, Closed, DeadlineMissed, Dropped, QueueFull
 
 _LOOK = 0.2  # seconds between two looks at a camera that gives no clips
