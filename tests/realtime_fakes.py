@@ -27,8 +27,9 @@ def video_bytes(count=12, *, step=40, kind="mpegts", codec="libx264", height=32,
         stream = container.add_stream(codec, rate=25)
         if codec == "libx264":
             stream.options = {"tune": "zerolatency", "g": "4", "crf": "5", "sc_threshold": "0"}
-        stream.pix_fmt, stream.height, stream.width = "yuv420p", height, width
-        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.pix_fmt, stream.height, stream.width = "yuvj420p" if codec == "mjpeg" else "yuv420p", height, width
+        if codec != "mjpeg":
+            stream.codec_context.time_base = Fraction(1, 1000)
         for i in range(count):
             picture = np.full((height, width, 3), gray(start + i), np.uint8)
             if noise:
@@ -38,6 +39,30 @@ def video_bytes(count=12, *, step=40, kind="mpegts", codec="libx264", height=32,
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return target.getvalue()
+
+
+@contextlib.contextmanager
+def datagrams(content):
+    """A port of this machine to which MPEG-TS is sent again and again, as packets that nobody waits for."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    closing = threading.Event()
+
+    def send():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            while not closing.is_set():
+                for start in range(0, len(content), 7 * 188):
+                    sender.sendto(content[start : start + 7 * 188], ("127.0.0.1", port))
+                    closing.wait(0.001)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        yield port
+    finally:
+        closing.set()
+        thread.join(5)
 
 
 class FakeCamera:
@@ -83,7 +108,7 @@ class FakeCamera:
         """Behavior: send content in pieces, each after a pause."""
 
         def behave(connection):
-            length = -(-len(content) // pieces)
+            length = -(-len(content) // pieces) or 1
             for start in range(0, len(content), length):
                 if self.closing.wait(pause):
                     return

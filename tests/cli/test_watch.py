@@ -127,16 +127,16 @@ def test_passwords_are_shown_nowhere(tmp_path, servers, monkeypatch, capsys):
 
 def test_a_full_queue_drops_and_counts(tmp_path, servers, monkeypatch):
     make = cli_watch._server
-    monkeypatch.setattr(cli_watch, "_server", lambda *given: make(*given, seconds=0.1))
+    monkeypatch.setattr(cli_watch, "_server", lambda *given: make(*given, seconds=0.08))
     record = tmp_path / "seen.jsonl"
     options = ("--size", 16, "--window", 4, "--hop", 4, "--record", record)
-    result = run(video(tmp_path / "a.mkv", 60), *options, "--queue", 1)
+    result = run(video(tmp_path / "a.mkv", 48), *options, "--queue", 1)
     assert result.exit_code == 0 and servers[0]["waiting"] == 1
     clips = lines(record)[-1]["clips"]
     assert clips["dropped"] > 2 and clips["purified"] > 2
     assert f"clips {clips['purified']}, refused {clips['dropped']}" in result.output
-    result = run(video(tmp_path / "a.mkv", 60), *options, "--policy", "block", "--queue", 1)
-    assert result.exit_code == 0 and lines(record)[-1]["clips"] == {"purified": 15}  # a file waits
+    result = run(video(tmp_path / "a.mkv", 24), *options, "--policy", "block", "--queue", 1)
+    assert result.exit_code == 0 and lines(record)[-1]["clips"] == {"purified": 6}  # a file waits
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, servers, monkeypatch):

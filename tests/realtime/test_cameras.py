@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from realtime_fakes import FakeCamera, gray, sends, video_bytes
+from realtime_fakes import FakeCamera, datagrams, gray, sends, video_bytes
 
 from videopure_fast.data.picture import upright
 from videopure_fast.data.video import resized
@@ -270,7 +270,7 @@ def test_a_camera_that_stalls_is_opened_anew():
 
 def test_a_camera_that_never_answers_is_left_and_tried_again():
     with FakeCamera(lambda connection: connection.recv(1)) as server:
-        _, status, states = watched(f"tcp://127.0.0.1:{server.port}", lambda camera, _: camera.status.losses > 1)
+        _, status, states = watched(f"tcp://127.0.0.1:{server.port}", lambda camera, _: camera.status.losses > 0)
     assert status.frames == 0 and {reason for state, reason in states if state == "waiting"} == {"no data for 0.4 s"}
 
 
@@ -446,6 +446,20 @@ def test_a_camera_by_http():
     with FakeCamera(http(video_bytes(6)), asks=True) as server:
         clips, _, _ = watched(f"http://user:secret@127.0.0.1:{server.port}/live", lambda camera, clips: clips)
     assert numbers(clips[0])[-1] in (3, 5) and server.asked[0].startswith("GET /live")
+
+
+def test_motion_jpeg_by_http():
+    content = video_bytes(12, kind="mpjpeg", codec="mjpeg").replace(b"--ffmpeg--", b"")
+    kind = "multipart/x-mixed-replace;boundary=ffmpeg"
+    with FakeCamera(http(20 * content, kind=kind), asks=True) as server:
+        clips, _, _ = watched(f"http://127.0.0.1:{server.port}/video", lambda camera, clips: len(clips) > 2)
+    assert [numbers(clip) for clip in clips[:3]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_a_camera_by_udp():
+    with datagrams(video_bytes(40)) as port:
+        clips, status, _ = watched(f"udp://127.0.0.1:{port}", lambda camera, clips: len(clips) > 2, timeout=1)
+    assert status.losses == 0 and all(numbers(clip) == sorted(numbers(clip)) for clip in clips[:1])
 
 
 @pytest.mark.parametrize("scheme", ["http", "tcp"])

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +22,11 @@ from .serving import Answer, ClipServer, Closed, DeadlineMissed, Dropped, QueueF
 _LOOK = 0.2  # seconds between two looks at a camera that gives no clips
 
 Outcome = Literal["purified", "dropped", "rejected", "late", "closed", "failed"]
-_OUTCOMES: list[tuple[type[BaseException], Outcome]] = [
+_OUTCOMES: list[tuple[type[Exception], Outcome]] = [
     (Dropped, "dropped"),
     (QueueFull, "rejected"),
     (DeadlineMissed, "late"),
     (Closed, "closed"),
-    (CancelledError, "closed"),
 ]
 
 
@@ -185,7 +184,7 @@ class Watcher:
             future = self._server.submit(clip.frames.float() / 255, deadline=left)
         except Exception as error:  # what one clip raises is its outcome, here as in a future
             future = Future()
-            future.set_exception(error)
+            future.set_exception(error.with_traceback(None))  # whose frames would keep the clip in memory
         self._pending.append((clip, future))
         future.add_done_callback(lambda _: self.camera.ring.wake())
 
@@ -225,11 +224,12 @@ class Watcher:
 
 
 def _outcome(future: Future[Answer]) -> Outcome:
-    try:
-        future.result()
-    except BaseException as error:  # a cancellation is no Exception in each Python
-        return next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), "failed")
-    return "purified"
+    if future.cancelled():
+        return "closed"
+    error = future.exception()
+    if error is None:
+        return "purified"
+    return next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), "failed")
 
 
 @contextlib.contextmanager
