@@ -5,15 +5,19 @@ import sys
 import threading
 import time
 
+import av
 import pytest
+import torch
 from conftest import build_purifier
 from realtime_fakes import FakeCamera, RtspRelay, StubServer, sends, video_bytes
 from typer.testing import CliRunner
 
-from videopure_fast import cli, purifier
+from videopure_fast import cli, purifier, tiny
 from videopure_fast.cli import watch as cli_watch
+from videopure_fast.data.picture import IDENTITY, upright
 from videopure_fast.data.video import probe
 from videopure_fast.realtime import cameras, live
+from videopure_fast.streaming import purify_stream
 
 
 def run(*arguments):
@@ -88,6 +92,29 @@ def test_files_are_watched_to_their_end(tmp_path, servers):
     assert (start["window"], start["hop"], start["policy"], start["classifier"]) == (8, 6, "drop-oldest", "tiny")
     assert sum(line["event"] == "clip" for line in others) == 5 and {line["camera"] for line in others} == {1, 2}
     assert sum(line["event"] == "end" for line in others) == 2
+
+
+def test_the_purifier_and_its_classifier_do_the_work(tmp_path, monkeypatch):
+    """What goes to the output is what `purify_stream` gives, bit for bit."""
+    model, source, output = build_purifier(), video(tmp_path / "a.mkv", 20, noise=True), tmp_path / "out.mp4"
+    written, write = [], live.LiveOutput.write
+    monkeypatch.setattr(purifier.Purifier, "from_pretrained", lambda name, **options: model)
+    monkeypatch.setattr(live.LiveOutput, "write", lambda self, frames: written.extend(frames) or write(self, frames))
+    record, options = tmp_path / "seen.jsonl", ("--policy", "block", "--size", 32, "--classifier", "tiny")
+    result = run(source, "-o", output, "--record", record, *options)
+    assert result.exit_code == 0, result.output
+    frames = [upright(frame, IDENTITY, (32, 48)) for frame in decoded(source)]
+    expected = list(purify_stream(model, frames, 20))
+    assert probe(output).frames == len(written) == 20
+    assert all(torch.equal(frame, other) for (frame, _), other in zip(written, expected, strict=True))
+    clips = [line for line in lines(record) if line["event"] == "clip"]
+    assert [line["first"] for line in clips] == [0, 6, 12] and {line["outcome"] for line in clips} == {"purified"}
+    assert {line["class"] for line in clips} <= {*tiny.CLASSES}
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        yield from container.decode(video=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -407,6 +407,29 @@ def test_what_nobody_foresaw_ends_a_watcher_in_the_open(tmp_path, monkeypatch):
     assert watcher.failure == "ZeroDivisionError: division by zero"
 
 
+def test_a_server_that_ends_ends_the_watcher(tmp_path):
+    """A camera never ends: it would go on for ever, and nothing be purified."""
+    with StubServer() as server:
+        with watching([video_file(tmp_path / "a.mkv", 500)], server, window=4, hop=4, size=32) as (watcher,):
+            wait_for(lambda: watcher.status.clips.get("purified"))
+            server.close()
+            finish([watcher])
+    assert watcher.failure == watcher.status.problem == "closed" and watcher.camera.stopped
+
+
+def test_a_server_is_prepared_for_each_shape_before_its_clips(tmp_path):
+    asked = []
+    with StubServer() as server:
+
+        def prepare(shape):
+            asked.append((shape, len(server.submitted)))
+
+        options = {"window": 4, "hop": 4, "size": 32, "prepare": prepare}
+        with watching([video_file(tmp_path / "a.mkv", 10)], server, **options) as (watcher,):
+            finish([watcher])
+    assert asked == [((3, 4, 32, 48), 0)] and watcher.status.clips == {"purified": 3}
+
+
 def test_latency_of_frames_is_bounded(tmp_path):
     """A frame is written `window - 1` frames, and a clip's time, after it came, at most."""
     step, seconds = 0.02, 0.03

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
     from ..purifier import Purifier
     from ..realtime.live import LiveOutput
+    from ..realtime.stream import StreamPurifier
     from ..realtime.watcher import Record, Watcher
 
 _TINY_SIDE, _USUAL_SIDE = 64, 224  # default --size, in pixels
 _WAITING = 2  # clips a source that wait at most, by default: an older one is stale
+_TOGETHER = 4  # clips in flight on a GPU at most
 _REFRESH, _SUMMARY = 0.25, 5.0  # seconds between two pictures of a terminal, and two lines where there is none
 
 Policy = Literal["drop-oldest", "reject", "block"]
@@ -144,33 +147,28 @@ def watch(
             names = {"cameras": [source_name(source) for source in sources], "model": model, "classifier": classifier}
             stack.enter_context(notes).write("start", **names, policy=policy, **settings)
         server = stack.enter_context(_server(purifier, module, policy, waiting or _WAITING * len(sources)))
-        classes = None if module is None else class_names(module)
-        lossless = policy == "block"
-        watchers = stack.enter_context(
-            watching(
-                sources,
-                server,
-                lossless=lossless,
-                timeout=timeout,
-                outputs=outputs,
-                record=notes,
-                classes=classes,
-                **settings,
-            )
-        )
+        options: dict[str, Any] = {"lossless": policy == "block", "timeout": timeout}
+        options |= {"outputs": outputs, "record": notes, "classes": None if module is None else class_names(module)}
+        if purifier.unet.device.type == "cuda":
+            options["prepare"] = cache(server.warmup)
+        watchers = stack.enter_context(watching(sources, server, **options, **settings))
         try:
             _follow(watchers)
         except KeyboardInterrupt:
             console.print("Stopping.")
         finally:
+            for watcher in watchers:
+                watcher.camera.stop()
             server.close(cancel=True)  # after the end of all files nothing waits
     _summarize(watchers, outputs, notes)
 
 
-def _server(purifier: Purifier, classifier: nn.Module | None, policy: Policy, waiting: int) -> Any:
+def _server(purifier: Purifier, classifier: nn.Module | None, policy: Policy, waiting: int) -> StreamPurifier:
     from ..realtime.stream import StreamPurifier
 
-    return StreamPurifier(purifier, classifier, policy=policy, queue_size=waiting)
+    # Clips that share a processor are each as late as the last of them: they do where that makes them faster together.
+    together = _TOGETHER if purifier.unet.device.type == "cuda" else 1
+    return StreamPurifier(purifier, classifier, policy=policy, queue_size=waiting, max_batch=together)
 
 
 def _classifier(name: str, purifier: Purifier) -> nn.Module:

@@ -174,6 +174,11 @@ class Camera:
         self.ring.close()
 
     @property
+    def stopped(self) -> bool:
+        """Whether it was stopped from outside."""
+        return self._stop.is_set()
+
+    @property
     def status(self) -> CameraStatus:
         """What it has done, from any thread. A reader that the system does not give back is noticed here."""
         ring, state, reason, silent = self.ring, self._state, self._reason, self._clock() - self._sign

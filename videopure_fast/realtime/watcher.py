@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -100,6 +100,10 @@ class Watcher:
         output: gets the purified frames.
         record: gets a line for each clip.
         classes: names of the labels.
+        prepare: called with the shape (3, F, H, W) of the first clip, and whenever it changes, before it is submitted;
+            as `StreamPurifier.warmup`. What comes meanwhile is dropped and counted, as ever.
+
+    A server that was closed before the camera was stopped is a failure, and ends the watcher.
     """
 
     def __init__(
@@ -114,9 +118,10 @@ class Watcher:
         output: LiveOutput | None = None,
         record: Record | None = None,
         classes: Sequence[str] | None = None,
+        prepare: Callable[[tuple[int, ...]], None] = lambda shape: None,
     ) -> None:
         self.camera, self._server, self._number, self._deadline = camera, server, number, deadline
-        self._output, self._record, self._classes = output, record, classes
+        self._output, self._record, self._classes, self._prepare = output, record, classes, prepare
         self._frames = PurifiedFrames(window, hop)
         self._pending: deque[tuple[CameraClip, Future[Answer]]] = deque()
         self._clips: Counter[Outcome] = Counter()
@@ -125,6 +130,7 @@ class Watcher:
         self._problem: str | None = None  # of the newest clip
         self._shown = 0
         self._segment = 0  # of the newest clip
+        self._shape: tuple[int, ...] = ()  # of the newest clip
         self._thread = threading.Thread(target=self._run, name=f"watcher {camera.name}", daemon=True)
 
     def __enter__(self) -> Watcher:
@@ -155,7 +161,7 @@ class Watcher:
             latency,
             None if oldest is None else time.monotonic() - oldest[0].times[-1],
             self._shown,
-            camera.reason or self._problem or failing or None,
+            self.failure or camera.reason or self._problem or failing or None,
         )
 
     def _run(self) -> None:
@@ -176,15 +182,21 @@ class Watcher:
         self._write("end", **self.camera.status._asdict(), clips=dict(self._clips), shown=self._shown)
 
     def _submit(self, clip: CameraClip) -> None:
-        left = None if self._deadline is None else clip.times[-1] + self._deadline - time.monotonic()
-        self._segment = clip.segment
+        self._segment, shape = clip.segment, tuple(clip.frames.shape)
         try:
+            if shape != self._shape:
+                self._shape = shape
+                self._prepare(shape)
+            left = None if self._deadline is None else clip.times[-1] + self._deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise DeadlineMissed("its deadline was over before it could be given to the server")
             future = self._server.submit(clip.frames.float() / 255, deadline=left)
         except Exception as error:  # what one clip raises is its outcome, here as in a future
             future = Future()
             future.set_exception(error.with_traceback(None))  # whose frames would keep the clip in memory
+            if isinstance(error, Closed) and not self.camera.stopped:
+                self.failure = str(error)
+                self.camera.stop()
         self._pending.append((clip, future))
         future.add_done_callback(lambda _: self.camera.ring.wake())
 
@@ -246,6 +258,7 @@ def watching(
     outputs: Sequence[LiveOutput | None] | None = None,
     record: Record | None = None,
     classes: Sequence[str] | None = None,
+    prepare: Callable[[tuple[int, ...]], None] = lambda shape: None,
 ) -> Iterator[list[Watcher]]:
     """Watchers of the sources, one for each, at work until they end or this context manager's block does.
 
@@ -277,6 +290,7 @@ def watching(
                 output=output,
                 record=record,
                 classes=classes,
+                prepare=prepare,
             )
             if output is not None:
                 stack.enter_context(output)
