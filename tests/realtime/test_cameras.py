@@ -17,7 +17,7 @@ from videopure_fast.realtime.cameras import Camera, check_source, source_name
 from videopure_fast.realtime.ring import Ring
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
-SHORT = 0.4  # seconds without data after which a camera of these tests is gone
+SHORT = 0.3  # seconds without data after which a camera of these tests is gone
 
 
 @pytest.fixture(autouse=True)
@@ -271,7 +271,9 @@ def test_a_camera_that_stalls_is_opened_anew():
 def test_a_camera_that_never_answers_is_left_and_tried_again():
     with FakeCamera(lambda connection: connection.recv(1)) as server:
         _, status, states = watched(f"tcp://127.0.0.1:{server.port}", lambda camera, _: camera.status.losses > 0)
-    assert status.frames == 0 and {reason for state, reason in states if state == "waiting"} == {"no data for 0.4 s"}
+    assert status.frames == 0 and {reason for state, reason in states if state == "waiting"} == {
+        f"no data for {SHORT:g} s"
+    }
 
 
 def test_refused_connections_are_tried_at_growing_intervals(monkeypatch):
@@ -550,9 +552,9 @@ def test_a_reader_that_is_held_is_noticed(monkeypatch):
         raise ValueError("it is back")
 
     monkeypatch.setattr(cameras, "_open_camera", held)
-    with Camera("rtsp://nowhere/live", window=4, hop=4, size=16, timeout=0.1) as camera:
+    with Camera("rtsp://nowhere/live", window=4, hop=4, size=16, timeout=0.05) as camera:
         assert camera.status.state == "opening"
-        time.sleep(0.5)
+        time.sleep(0.2)
         assert camera.status.state == "waiting" and "has been held for" in camera.status.reason
         release.set()
         time.sleep(0.1)
