@@ -60,7 +60,7 @@ def source_name(source: str) -> str:
     without characters that would move a terminal's cursor. A secret that is part of a path is shown."""
     if match := _SCHEME.match(source):
         rest = source[match.end() :]
-        user, at, rest = rest.rpartition("@")  # the last: a password may have any character
+        _, at, rest = rest.rpartition("@")  # the last: a password may have any character
         place, mark, query = rest.partition("?")
         place, fragment, _ = place.partition("#")
         shown = []
@@ -125,6 +125,9 @@ class Camera:
             take twice as long.
         clock: seconds of the time at which frames come.
         notify: called from the thread with each new state and the reason, if there is one.
+
+    A camera by rtsp may send FFmpeg on to another rtsp address; no other source leads to a second one. Certificates of
+    https and rtsps are not checked.
 
     Only intact frames come; damaged ones are counted. A picture of a size that is not accepted is a fault of the
     camera, as is garbage: it is opened anew.
