@@ -32,7 +32,7 @@ def stub(monkeypatch):
         return SleepingServer(service(SECONDS), setting)
 
     monkeypatch.setattr(Purifier, "from_pretrained", lambda name, **_: build_purifier(inversion_steps=2))
-    monkeypatch.setattr(latency, "_builder", lambda purifier, votes: build)
+    monkeypatch.setattr(latency, "_builder", lambda *_: build)
     return built
 
 
@@ -128,6 +128,8 @@ def test_scenarios_by_loadgen(tmp_path):
         (("--arrivals", "/nowhere.json"), "there is no file /nowhere.json"),
         (("--cameras", "1", "--hop", "99", "--seconds", "1"), "hop must be 1 to 16"),
         (("--json", "/nowhere/study.json"), "there is no folder /nowhere"),
+        (("--plot", "load.svg", "--arrivals", "moments.json"), "no file moments.json"),
+        (("--timeline", "clips.svg", "--scenario", "server"), "LoadGen"),
         (("--plot", "load.jpg"), "accepted extensions are .svg, .png"),
     ],
 )

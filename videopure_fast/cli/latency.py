@@ -110,6 +110,7 @@ def latency(
     from ..realtime import study, tables
     from ..realtime.arrivals import cameras as of_cameras
     from ..realtime.arrivals import recorded
+    from ..realtime.loadgen import import_loadgen
     from ..realtime.stream import Order, Policy
 
     if json_file is not None:
@@ -130,8 +131,19 @@ def latency(
         )
     ]
     scenarios = [] if scenario is None else _names("scenario", scenario, tuple(_SCENARIOS))
+    recorded_arrivals = None if arrivals is None else recorded(arrivals)
+    if scenarios:
+        import_loadgen()
+    if plot_file is not None and (scenarios or arrivals):
+        raise ValueError("--plot draws latency against load, which --scenario and --arrivals do not have")
+    if timeline_file is not None and scenarios:
+        raise ValueError("--timeline draws the clips of a run, which LoadGen keeps to itself")
     purifier, clips = _prepare(model, steps, device)
-    bench = _Bench(_builder(purifier, votes), settings, clips, seconds, deadlines, seed)
+    frames = clips[0].shape[1]
+    live = (
+        None if cameras is None else of_cameras(cameras, seconds=seconds, rate=fps, window=frames, hop=hop, seed=seed)
+    )
+    bench = _Bench(_builder(purifier, clips[0], votes), settings, clips, seconds, deadlines, seed)
     depth = purifier.config.inversion_steps
     with bench.build(study.Setting()) as server:
         service = study.measure_service(server, clips[0], depth=depth)
@@ -143,11 +155,10 @@ def latency(
         found = bench.scenarios(service, scenarios)
     elif sweep:
         found = bench.sweep(service)
-    elif arrivals is not None:
-        found = bench.compare(None, recorded(arrivals))
-    elif cameras is not None:
-        offered = of_cameras(cameras, seconds=seconds, rate=fps, window=clips[0].shape[1], hop=hop, seed=seed)
-        found = bench.compare(cameras * fps / hop * service.clip_seconds(), offered)
+    elif recorded_arrivals is not None:
+        found = bench.compare(None, recorded_arrivals)
+    elif live is not None and cameras is not None:
+        found = bench.compare(cameras * fps / hop * service.clip_seconds(), live)
     else:
         found = itertools.chain.from_iterable(bench.load(service, one) for one in loads)
     for row in found:
@@ -181,11 +192,16 @@ def _prepare(model: str, steps: int | None, device: str | None) -> tuple[Purifie
     return purifier, list(noise.to(purifier.unet.device))
 
 
-def _builder(purifier: Purifier, votes: str) -> Build:
-    """Makes the server of a setting."""
+def _builder(purifier: Purifier, clip: Tensor, votes: str) -> Build:
+    """Makes the server of a setting, ready for clips of this shape."""
     from ..realtime.stream import StreamPurifier
 
-    return lambda setting: StreamPurifier(purifier, return_votes=votes == "all", **setting._asdict())
+    def build(setting: Setting) -> StreamPurifier:
+        server = StreamPurifier(purifier, return_votes=votes == "all", **setting._asdict())
+        server.warmup(clip.shape)
+        return server
+
+    return build
 
 
 class _Bench(NamedTuple):
@@ -215,9 +231,7 @@ class _Bench(NamedTuple):
             arrivals = with_deadlines(arrivals, self.deadlines)
         for setting in self.settings:
             with _progress(len(arrivals), "" if load is None else f"{load:.0%} load") as update:
-                yield study.run(
-                    self.build, setting, self.clips, arrivals, warm=setting.max_batch, progress=update, load=load
-                )
+                yield study.run(self.build, setting, self.clips, arrivals, progress=update, load=load)
 
     def sweep(self, service: ServiceTimes) -> Iterator[dict[str, Any]]:
         """The runs by which the highest load is found, by load."""

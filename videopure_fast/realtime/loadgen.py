@@ -60,10 +60,7 @@ def run_scenario(
     clips are no longer computed.
     """
     _check(plan)
-    try:
-        import mlperf_loadgen as loadgen
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    loadgen = import_loadgen()
     system = _System(loadgen, server, clips, progress or (lambda: None))
     with tempfile.TemporaryDirectory() as folder:
         output = loadgen.LogOutputSettings()
@@ -142,6 +139,15 @@ class _System:
             raise
         finally:
             thread.join()
+
+
+def import_loadgen() -> Any:
+    """LoadGen's module. ImportError that says how to install it."""
+    try:
+        import mlperf_loadgen
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    return mlperf_loadgen
 
 
 def _check(plan: Plan) -> None:

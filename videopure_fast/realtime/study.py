@@ -118,19 +118,19 @@ def measure_service(
 ) -> ServiceTimes:
     """Measure an idle server's stages, read from the times of its answers.
 
-    While it computes a clip of another shape, which no batch can join, the clips of one batch gather in its queue.
+    While it computes a clip of another shape, which no batch can join, the clips of a larger batch gather in its queue.
     ValueError where it did not take them together.
     """
     found: dict[str, dict[int, list[float]]] = {stage: {} for stage in ("encode", "evaluation", "decode", "label")}
     other = clip[:, : max(2, clip.shape[1] // 2)]
-    if other.shape == clip.shape:
+    if max(batches) > 1 and other.shape == clip.shape:
         raise ValueError(f"clips have {clip.shape[1]} frames; accepted: 3 or more")
     parts = {"evaluation": 2 * (depth + 1), "decode": votes}
     for size in batches:
         for repeat in range(repeats + 1):
-            ahead = server.submit(other)
+            if size > 1:
+                server.submit(other)
             futures = [server.submit(clip) for _ in range(size)]
-            ahead.result()
             times = [future.result().times for future in futures]
             if max(one.started for one in times) - min(one.started for one in times) > _APART:
                 raise ValueError(f"the server did not take {size} clips together; accepted: its largest batch or less")
@@ -192,14 +192,11 @@ def run(
     clips: Sequence[Tensor],
     arrivals: Sequence[Arrival],
     *,
-    warm: int = 1,
     progress: Callable[[], None] | None = None,
     **labels: Any,
 ) -> dict[str, Any]:
-    """Offer the arrivals to a new server, after `warm` clips at once that do not count. labels: of the row."""
+    """Offer the arrivals to a new server, which `build` has warmed up. labels: what the row also says."""
     with build(setting) as server:
-        for future in [server.submit(clips[0]) for _ in range(warm)]:
-            future.result()
         records = offer(server, clips, arrivals, progress=progress)
     return row(setting, records, **labels)
 
@@ -221,7 +218,7 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """A row for each setting, all on the same arrivals."""
     for setting in settings:
-        yield run(build, setting, clips, arrivals, warm=setting.max_batch, progress=progress, **labels)
+        yield run(build, setting, clips, arrivals, progress=progress, **labels)
 
 
 def carried_load(
@@ -247,7 +244,9 @@ def carried_load(
 
     def meets(load: float) -> bool:
         arrivals = poisson(load / service.clip_seconds(), seconds=seconds, seed=seed)
-        tried.append(run(build, setting, clips, arrivals, warm=batch, progress=progress, load=load))
+        if not arrivals:
+            return True
+        tried.append(run(build, setting, clips, arrivals, progress=progress, load=load))
         latency = tried[-1]["summary"]["latency"]
         return latency is not None and latency["p95"] <= deadline
 
