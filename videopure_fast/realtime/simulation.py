@@ -8,6 +8,7 @@ simulated, and rows made of them say so.
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 import random
 from collections.abc import Callable, Generator, Sequence
@@ -37,21 +38,46 @@ def simulate(
     environment = simpy.Environment()
     drawn = None if seed is None else random.Random(seed)
     seconds = functools.cache(service.seconds) if seed is None else service.seconds
-    fleet = [_Server(environment, seconds, setting, drawn) for _ in range(servers)]
+    fleet = _Fleet([_Server(environment, seconds, setting, drawn) for _ in range(servers)])
     clips = [_Clip(arrival, service) for arrival in arrivals]
-    for server in fleet:
+    for server in fleet.servers:
         environment.process(server.serve())
     environment.process(_arrive(environment, clips, fleet))
     environment.run()
     return [clip.record() for clip in clips]
 
 
-def _arrive(environment: Any, clips: Sequence[_Clip], fleet: Sequence[_Server]) -> Generator[Any, Any, None]:
+def _arrive(environment: Any, clips: Sequence[_Clip], fleet: _Fleet) -> Generator[Any, Any, None]:
     """Submit each clip when it is due. A full queue that blocks holds up those behind it, as it does the generator."""
     for clip in clips:
         if clip.arrival.due > environment.now:  # clips of one moment are all in the queue before a server looks
             yield environment.timeout(clip.arrival.due - environment.now)
-        yield from min(fleet, key=_Server.clips).submit(clip)
+        server = fleet.least()
+        yield from server.submit(clip)
+        fleet.note(server)
+
+
+class _Fleet:
+    """Servers by how many clips wait or are in flight at each. A server tells when it has fewer."""
+
+    def __init__(self, servers: Sequence[_Server]) -> None:
+        self.servers = servers
+        self._order = [(0, number) for number in range(len(servers))]  # a heap; an entry is old if the number changed
+        self._numbers = {id(server): number for number, server in enumerate(servers)}
+        for server in servers:
+            server.on_fewer = self.note
+
+    def least(self) -> _Server:
+        """One with the fewest clips."""
+        while True:
+            clips, number = self._order[0]
+            if self.servers[number].clips() == clips:
+                return self.servers[number]
+            heapq.heappop(self._order)
+
+    def note(self, server: _Server) -> None:
+        """How many clips a server has now."""
+        heapq.heappush(self._order, (server.clips(), self._numbers[id(server)]))
 
 
 class _Clip:
@@ -91,6 +117,7 @@ class _Server:
         drawn: random.Random | None,
     ) -> None:
         self._environment, self._seconds, self._setting, self._drawn = environment, seconds, setting, drawn
+        self.on_fewer: Callable[[_Server], None] = lambda _: None
         self._waiting: list[_Clip] = []
         self._active: list[_Clip] = []
         self._changed = environment.event()  # a clip came, or left the queue
@@ -135,13 +162,17 @@ class _Server:
             self._pass(ended)
             yield from self._step("label", ended)
             self._pass(ended)
-            self._active = [clip for clip in self._active if clip.votes]
+            if ended:
+                self._active = [clip for clip in self._active if clip.votes]
+                self.on_fewer(self)
 
     def _admit(self) -> list[_Clip]:
         """Refuse whoever cannot be in time any more, and take clips from the queue while there is room."""
-        now, before = self._environment.now, len(self._waiting)
+        now, before, clips = self._environment.now, len(self._waiting), self.clips()
         self._active = [clip for clip in self._active if clip.is_possible(now)]
         self._waiting = [clip for clip in self._waiting if clip.is_possible(now + clip.least)]
+        if self.clips() < clips:
+            self.on_fewer(self)
         ordered = self._waiting
         if self._setting.order == "edf":
             ordered = sorted(ordered, key=lambda clip: clip.deadline)

@@ -275,11 +275,11 @@ def fewest(meets: Callable[[int], bool], least: int = 1, most: int = 1_000_000) 
 
     A higher number is taken to be easier.
     """
-    high = least
+    high, step = least, 1
     while not meets(high):
-        if high == most:
+        if high >= most:
             return None
-        least, high = high + 1, min(2 * high, most)
+        least, high, step = high + 1, min(high + step, most), 2 * step
     while least < high:
         middle = (least + high) // 2
         least, high = (least, middle) if meets(middle) else (middle + 1, high)
