@@ -44,6 +44,7 @@ def test_public_names_are_shown():
         for alias in node.names
     }
     assert {
-        ("videopure_fast", name) for name in ("purify", "Purifier", "DefendedClassifier", "use_backend")
+        ("videopure_fast", name)
+        for name in ("purify", "Purifier", "DefendedClassifier", "StreamPurifier", "use_backend")
     } <= imported
     assert {("videopure_fast.attacks", "apgd"), ("videopure_fast.evaluation", "benchmark")} <= imported

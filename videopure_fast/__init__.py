@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from .functional import purify
     from .ops.backend import use_backend
     from .purifier import Purifier
+    from .realtime.stream import StreamPurifier
 
 __version__ = "0.1.0"
-__all__ = ["DefendedClassifier", "Purifier", "PurifyConfig", "purify", "tiny", "use_backend"]
+__all__ = ["DefendedClassifier", "Purifier", "PurifyConfig", "StreamPurifier", "purify", "tiny", "use_backend"]
 
 # Public name -> its module, imported at first use: importing torch here would add a second to every `--help`.
 _MODULES = {
     "DefendedClassifier": "defense.classifier",
     "Purifier": "purifier",
     "PurifyConfig": "config",
+    "StreamPurifier": "realtime.stream",
     "purify": "functional",
     "use_backend": "ops.backend",
 }
