@@ -60,9 +60,10 @@ def test_clips_at_their_own_steps_share_evaluations(prompts, fast):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_answers_on_a_gpu(dtype):
-    purifier = build_purifier(dtype=dtype, inversion_steps=3).cuda()
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-5), (torch.float16, 1e-2)])
+def test_answers_on_a_gpu(dtype, most):
+    """Captured, in groups of up to four; in float16 a sign of the guidance may flip, and the mean is compared."""
+    purifier = build_purifier(dtype=dtype, inversion_steps=3, temporal_weight=0.01).cuda()
     sent = videos(7)
     with StreamPurifier(purifier, Classifier().to("cuda", dtype), return_votes=True) as stream:
         stream.warmup(sent[0].shape)
@@ -70,8 +71,8 @@ def test_answers_on_a_gpu(dtype):
         for i, (video, future) in enumerate(zip(sent, futures, strict=True)):
             expected = purifier.with_config(inversion_steps=i % 4)(video, return_votes=True)
             answer = future.result(SECONDS)
-            apart = (answer.votes - expected).abs() > (1e-4 if dtype == torch.float32 else 2e-2)
-            assert apart.float().mean() < 1e-3 and answer.label is not None
+            error = (answer.votes - expected).abs()
+            assert (error.mean() if dtype == torch.float16 else error.max()) <= most and answer.label is not None
 
 
 def test_dtypes_and_sizes_are_the_clips_own(purifier):

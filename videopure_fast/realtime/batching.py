@@ -114,7 +114,7 @@ class Batch:
         self._depths: dict[int, Purifier] = {}
         self._unet: object = purifier._executor.unet  # the form that the steps below are made of
         self._steps: dict[bool, BatchStep] = {}
-        self._captures = Captures(2 * len(sizes))
+        self._captures = Captures(2 * len(sizes), one_thread=True)
         self._alone: dict[tuple[tuple[int, ...], int], float] = {}
         self._last: torch.cuda.Event | None = None
 

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -81,22 +82,27 @@ class Captures:
     function is a prepared object that computes the same each time. It must neither read a tensor on the host nor draw
     random numbers, and whatever it needs must have been made before: captured memory is reused by the next replay.
     Threads may call at once. A copy holds no captures.
+
+    most: kept captures; the one used longest ago goes first. one_thread: no two calls come at once, so that graphs on a
+    GPU share their memory.
     """
 
-    def __init__(self, most: int = _MOST_CAPTURES) -> None:
-        self._most = most
+    def __init__(self, most: int = _MOST_CAPTURES, *, one_thread: bool = False) -> None:
+        self._most, self._one_thread = most, one_thread
+        self._pool: Any = None
         self._lock = threading.RLock()
         self.made: Recent[CudaGraph | Recording | None] = Recent(most)  # None: it could not be captured
         self._waiting: Recent[int] = Recent(_MOST_WAITING)  # calls that are still to come before a recording
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Captures, (self._most,)
+        return partial(Captures, self._most, one_thread=self._one_thread), ()
 
     def clear(self) -> None:
         """Drop all captures: what they were made of has changed."""
         with self._lock:
             self.made.clear()
             self._waiting.clear()
+            self._pool = None  # memory of no graph is given back, and its handle with it
 
     @property
     def records_next(self) -> bool:
@@ -131,7 +137,11 @@ class Captures:
     def _capture(self, key: Hashable, function: Function, *tensors: Tensor) -> CudaGraph | Recording | None:
         captured: CudaGraph | Recording | None
         try:
-            captured = CudaGraph(function, *tensors) if tensors[0].is_cuda else Recording(function, *tensors)
+            if tensors[0].is_cuda and self._one_thread and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            captured = (
+                CudaGraph(function, *tensors, pool=self._pool) if tensors[0].is_cuda else Recording(function, *tensors)
+            )
         except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong raises again, uncaptured
             reason = (str(error) or type(error).__name__).splitlines()[0]
             warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=4)

@@ -19,9 +19,11 @@ class CudaGraph:
     The graph reads and writes memory of its own: a call copies its inputs in, replays, and copies the outputs out.
     Threads that call at once are served one after another, also where each has a stream of its own. The function must
     launch the same kernels each time and read no value on the host. What it holds is kept alive.
+
+    pool: of torch.cuda.graph_pool_handle, for graphs that share their memory: no two of them may run at once.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, pool: Any = None) -> None:
         self._function = function
         self._lock = threading.Lock()
         self._copied_out = torch.cuda.Event()
@@ -34,7 +36,7 @@ class CudaGraph:
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": other threads may go on to allocate and synchronize while this one captures.
-            graph = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
+            graph = torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local")
             with _capturing, graph:
                 self._outputs = function(*self._inputs)
             self._copied_out.record(current)
