@@ -133,7 +133,7 @@ def simulated(result: dict[str, Any]) -> Iterator[str]:
         what = f"{found['machine']}{', ' + found['change'] if found['change'] else ''}"
         lines.append(
             [what, f"{found['clip_seconds']:.3g}", str(found["window"]), f"{found['busy_servers']:.0f}"]
-            + [f"**{found['servers']}**"]
+            + [f"**{found['servers'] or 'too slow'}**"]
         )
     first = answers["fleets"][0]
     yield (
