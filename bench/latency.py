@@ -41,7 +41,8 @@ ASSUMED_CURVE = {1: 1.0, 2: 4 / 3, 4: 2.0}  # a batch of 4 costs 2 single clips:
 FLEET_CAMERAS, FLEET_SECONDS, FLEET_DEADLINE, FLEET_SHARE = 1000, 30, 2.0, 0.99
 FASTER_DECODER = 0.1  # of the decoder's time
 LEAST_SECONDS = 25  # of a run of a trial
-GPU_FRAMES, GPU_DEPTH, GPU_VOTES_DECODED = 32, 5, 7  # of the profile that says how long an H200's stages take
+GPU_ROW = "stages: ours, 1x32x224x224"  # of the results of `make gpu`
+GPU_FRAMES, GPU_DEPTH, GPU_VOTES_DECODED = 32, 5, 7  # of that row
 
 
 class Study:
@@ -147,7 +148,7 @@ class Study:
         assumed = assumed_service()
         limits = {limit: carried(assumed, Setting(limit, 10**6), DEADLINE_CLIPS, 3000) for limit in BATCHES}
         gpu = h200_service()
-        machines = {"this machine": (self.service, WINDOW), "one H200 as profiled": (gpu, GPU_FRAMES)}
+        machines = {"this machine": (self.service, WINDOW), "one H200, clips of 224x224": (gpu, GPU_FRAMES)}
         fleets = []
         for name, (service, window) in machines.items():
             for what, factor in (("", 1.0), (f"a decoder that takes {FASTER_DECODER:.0%} of its time", FASTER_DECODER)):
@@ -188,9 +189,9 @@ def assumed_service() -> ServiceTimes:
 
 
 def h200_service() -> ServiceTimes:
-    """Of one clip on an H200, by its profile; more clips at once are taken to need as much time each."""
-    stages = json.loads((RESULTS / "nvidia-h200-profile.json").read_text())["stages"]
-    encode, chain, decode = (stages[name]["ms"] / 1e3 for name in ("encode", "chain_graph", "decode"))
+    """Of one clip on an H200, as `make gpu` measured its stages; more clips at once are taken to need as much each."""
+    stages = json.loads((RESULTS / "nvidia-h200.json").read_text())["rows"][GPU_ROW]["stages"]
+    encode, chain, decode = (stages[name]["median"] for name in ("encode", "chain", "decode"))
     evaluation = chain / (2 * (GPU_DEPTH + 1))
     return ServiceTimes(
         {1: [encode]}, {1: [evaluation]}, {1: [decode / GPU_VOTES_DECODED]}, {1: [0.0]}, GPU_DEPTH, VOTES

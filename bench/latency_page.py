@@ -145,8 +145,8 @@ def simulated(result: dict[str, Any]) -> Iterator[str]:
     yield from markdown(["simulated server", "s a clip", "frames", "busy on average", "needed"], lines)
     yield ""
     yield (
-        "The H200's stages are those of its committed profile, with four votes decoded; several clips at once are "
-        "taken to gain nothing there."
+        "The H200's stages are those that `make gpu` measured for one clip with a given flow, with four votes decoded; "
+        "several clips at once are taken to gain nothing there."
     )
     yield ""
     assumed = answers["assumed"]
