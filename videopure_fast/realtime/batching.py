@@ -24,6 +24,7 @@ from ..sampling import BatchStep, Chain, ClipStep, batch_rows
 from .serving import Answer, Times
 
 _MOST_DEPTHS = 16  # of which the settings are kept
+_SHAPES = 4  # of clips, whose captured steps are kept
 _WARM_ROUNDS = 2  # on the CPU, a step is recorded when it comes again
 _SHARE = 0.2  # of a clip that took longer than usual, in what such clips are taken to need
 _DOUBT = 0.05  # by which that shrinks with each clip that it keeps out
@@ -114,7 +115,7 @@ class Batch:
         self._depths: dict[int, Purifier] = {}
         self._unet: object = purifier._executor.unet  # the form that the steps below are made of
         self._steps: dict[bool, BatchStep] = {}
-        self._captures = Captures(2 * len(sizes), one_thread=True)
+        self._captures = Captures(2 * len(sizes) * _SHAPES, one_thread=True)
         self._alone: dict[tuple[tuple[int, ...], int], float] = {}
         self._last: torch.cuda.Event | None = None
 
