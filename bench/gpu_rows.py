@@ -12,7 +12,6 @@ import pstats
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,10 @@ from gpu_models import DTYPE, BenchModels, Workload, describe, name_of
 from gpu_runner import GateFailed, Row
 from gpu_timing import count_launches, graph_of, seconds_of, timed, turn
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from tune_calls import LIBRARY_CALLS
 
 from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.machine import PeakMemory, synchronize
 from videopure_fast.measure.profile import measure_roofline
-from videopure_fast.models import transformers
 from videopure_fast.realtime.stream import StreamPurifier
 from videopure_fast.realtime.study import measure_service
 from videopure_fast.sampling import vote
@@ -80,17 +76,15 @@ def purification(models: BenchModels, path: str, workload: Workload) -> Row:
     return row | (count_launches(lambda: purify(clips), device) if workload.clips == 1 else {})
 
 
-FIRST_CALLS = ("plain", "by function", "by operation", "with little of cuDNN's attention")
-SMALLEST_CUDNN_KEYS = 196  # of pixels of a frame that cuDNN attends to where there is little of it
+FIRST_CALLS = ("plain", "by function")
 MOST_FUNCTIONS = 60
 
 
 def first_call(models: BenchModels, workload: Workload, how: str = "plain") -> Row:
     """The first call of `ours` in a process of its own; it is not checked.
 
-    how, of FIRST_CALLS: plain, whose Triton has compiled nothing before; the others find the kernels that earlier rows
-    have compiled. "by function" says which functions of Python took the time, "by operation" how long the first call
-    of each of torch's convolutions, products and attentions took, and the second.
+    how, of FIRST_CALLS: "plain", whose Triton has compiled nothing before; or "by function", which finds the kernels
+    that earlier rows have compiled, and says which functions of Python took the time.
     """
     given = str(models.device), models.quick, tuple(workload), how
     code = f"import gpu_rows; gpu_rows.print_first_seconds(*{given!r})"
@@ -108,16 +102,10 @@ def print_first_seconds(device: str, quick: bool, workload: tuple[Any, ...], how
     models, work = BenchModels(torch.device(device), quick), Workload(*workload)
     purifier, clips = models.purifier(work, fast=True), models.clips(work)
     purify = PATHS["ours"](purifier)
-    if how == FIRST_CALLS[-1]:
-        transformers.LEAST_CUDNN_KEYS = SMALLEST_CUDNN_KEYS
-    profiler, first_times, found = cProfile.Profile(), FirstTimes(models.device), {}
+    profiler, found = cProfile.Profile(), {}
     if how == "by function":
         first = seconds_of(lambda: profiler.runcall(lambda: purify(clips).cpu()))
         found = {"own": longest(profiler, "tottime"), "with_callees": longest(profiler, "cumtime")}
-    elif how == "by operation":
-        with first_times:
-            first = seconds_of(lambda: purifier(clips, return_votes=True, capture=False).cpu())
-        found = {"operations": first_times.longest()}
     else:
         first = seconds_of(lambda: purify(clips).cpu())
     second = seconds_of(lambda: purify(clips).cpu())
@@ -132,34 +120,6 @@ def longest(profiler: cProfile.Profile, order: str) -> list[tuple[str, int, floa
         (f"{Path(file).name}:{line} {name}", taken[1], taken[column]) for (file, line, name), taken in stats.items()
     ]
     return sorted(rows, key=lambda row: -row[2])[:MOST_FUNCTIONS]
-
-
-class FirstTimes(TorchFunctionMode):
-    """How long the first and the second of equal calls of a library's operation take, until the GPU is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-        self._seconds: dict[str, list[float]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if getattr(func, "__name__", "") not in LIBRARY_CALLS or any(x.is_meta for x in tensors):
-            return func(*args, **kwargs)
-        shapes = ", ".join(f"{'x'.join(map(str, x.shape))} by {x.stride()}" for x in tensors)
-        taken = self._seconds.setdefault(f"{func.__name__}({shapes}) {name_of(tensors[0].dtype)}", [])
-        if len(taken) == 2:
-            return func(*args, **kwargs)
-        synchronize(self._device)
-        began = time.perf_counter()
-        result = func(*args, **kwargs)
-        synchronize(self._device)
-        taken.append(time.perf_counter() - began)
-        return result
-
-    def longest(self) -> list[tuple[str, list[float]]]:
-        return sorted(self._seconds.items(), key=lambda item: -item[1][0])
 
 
 def label(models: BenchModels, workload: Workload) -> Row:

@@ -43,9 +43,6 @@ FEW_ROWS, SMALL_ROWS, MANY_PROGRAMS = 64, 512, 256
 PART_ROWS, MOST_PROGRAMS, FEWEST_PROGRAMS, MAX_CHUNKS = 512, 2112, 264, 64
 MIN_BLOCK_G, MIN_SUMS = 16, 64  # enough for the models, which then share their kernels
 SUMS_TILE = 1024  # that the second kernel reads at a time
-# Two kernels may take so many bytes of samples by turns, so that the second reads them from the L2 cache, where all of
-# them together have no place in it (H100 and H200: 50 MB).
-TURNS, CACHE_BYTES = {"two kernels, 26 MB by turns": 26e6, "two kernels, 13 MB by turns": 13e6}, 50e6
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "group_size", "samples_per_clip"])
@@ -106,7 +103,7 @@ def _whole_sample_kernel(
     normalize_rows(sample, output_ptr, offset, scale, shift, 0, rows, BLOCK_M, SILU)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk_rows", "first", "chunks", "group_size", "samples_per_clip"])
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "group_size", "samples_per_clip"])
 def _statistics_kernel(
     x_ptr: tl.tensor,
     second_ptr: tl.tensor | None,
@@ -115,7 +112,6 @@ def _statistics_kernel(
     sums_ptr: tl.tensor,  # (samples, chunks, 2, channels / GRAIN): of values, and of squares
     rows: tl.tensor,
     chunk_rows: tl.tensor,
-    first: tl.tensor,  # chunk of this launch
     chunks: tl.tensor,
     channels: tl.tensor,
     group_size: tl.tensor,
@@ -134,7 +130,7 @@ def _statistics_kernel(
 ) -> None:
     blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
-    chunk = first + tl.program_id(0) // blocks  # counted over all samples
+    chunk = tl.program_id(0) // blocks  # counted over all samples
     index = (chunk // chunks).to(tl.int64)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptr += index * x_stride_sample
@@ -161,9 +157,7 @@ def _statistics_kernel(
     tl.store(sums_ptr + grains, tl.sum(tl.reshape(squares, [BLOCK_C // GRAIN, GRAIN]), 1), mask=grain < grains)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "part_rows", "first", "parts", "chunks", "group_size", "grain", "samples_per_clip"]
-)
+@triton.jit(do_not_specialize=["rows", "part_rows", "parts", "chunks", "group_size", "grain", "samples_per_clip"])
 def _apply_kernel(
     x_ptr: tl.tensor,
     second_ptr: tl.tensor | None,
@@ -174,7 +168,6 @@ def _apply_kernel(
     output_ptr: tl.tensor,  # contiguous
     rows: tl.tensor,
     part_rows: tl.tensor,
-    first: tl.tensor,  # part of this launch
     parts: tl.tensor,
     chunks: tl.tensor,
     channels: tl.tensor,
@@ -197,7 +190,7 @@ def _apply_kernel(
 ) -> None:
     blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
-    part = first + tl.program_id(0) // blocks  # counted over all samples
+    part = tl.program_id(0) // blocks  # counted over all samples
     index = (part // parts).to(tl.int64)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptr += index * x_stride_sample
@@ -221,8 +214,8 @@ def _apply_kernel(
     sums_ptr += index * chunks * 2 * grains + first_group * group_grains
     sums = tl.zeros([CHUNKS, SUMS], tl.float32)
     squares = tl.zeros([CHUNKS, SUMS], tl.float32)
-    for some in range(0, chunks, CHUNKS):
-        chunk = some + tl.arange(0, CHUNKS)[:, None]
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)[:, None]
         pointers, loaded = sums_ptr + (chunk * 2 * grains + position[None, :]), (chunk < chunks) & inside[None, :]
         sums += tl.load(pointers, mask=loaded, other=0.0)
         squares += tl.load(pointers + grains, mask=loaded, other=0.0)
@@ -305,17 +298,14 @@ def normalize(
     small = rows <= FEW_ROWS or rows <= SMALL_ROWS and programs >= MULTIPROCESSORS
     fits = block_c <= WIDTHS[-1]
     whole = fits and (small or total is None and programs >= MANY_PROGRAMS)
-    sample_bytes = rows * channels * x.element_size()
-    large = samples * sample_bytes > CACHE_BYTES
-    turns = {way: int(taken // sample_bytes) for way, taken in TURNS.items() if large and taken >= sample_bytes}
-    ways = [*(["one kernel"] if fits else []), "two kernels", *turns]
+    ways = ("one kernel", "two kernels") if fits else ("two kernels",)
     key = nearby(samples), rows, channels, groups, "sum" if total is not None else "norm", precision(x.dtype)
     with torch.cuda.device_of(x):
         way = choose("group_norm_silu", key, ways, "one kernel" if whole else "two kernels")
         if way == "one kernel":
             _normalize_whole_samples(norm, group_channels, block_c)
         else:
-            _normalize_parts(norm, turns.get(way, samples))
+            _normalize_parts(norm)
     return output
 
 
@@ -336,44 +326,41 @@ def _normalize_whole_samples(norm: _Norm, group_channels: int, block_c: int) -> 
     )
 
 
-def _normalize_parts(norm: _Norm, turn: int) -> None:
-    """By two kernels, for so many samples at a time."""
+def _normalize_parts(norm: _Norm) -> None:
     samples, rows, _ = norm.sources[0].shape
     channels, group_size = len(norm.weight), norm.group_size
     block_c = min(BLOCK_C, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block_c)
-    sizes = STATISTICS if norm.total is None else ADDITION
+    programs = samples * triton.cdiv(channels, block_c)  # for a part of each sample
+    adds = norm.total is not None
+    sizes = ADDITION if adds else STATISTICS
     tile = _tile(block_c, norm, sizes)
-    chunk_rows, chunks = _parts(rows, min(turn, samples) * blocks, tile["BLOCK_M"], MAX_CHUNKS)
+    chunk_rows, chunks = _parts(rows, programs, tile["BLOCK_M"], MAX_CHUNKS)
     grain = 2 if group_size % 2 == 0 else 1
     sums = norm.output.new_empty(samples, chunks, 2, channels // grain, dtype=torch.float32)
-    written = None if norm.total is None else norm.total.view(samples, rows, channels)
-    summed = norm if written is None else norm._replace(sources=(written, None, None))
-    apply_tile = _tile(block_c, norm, APPLY)
-    part_rows, parts = _parts(rows, min(turn, samples) * blocks, apply_tile["BLOCK_M"], rows)
+    _statistics_kernel[(programs * chunks,)](
+        *(*norm.sources, norm.total, sums),
+        *(rows, chunk_rows, chunks, channels, group_size, norm.samples_per_clip, *norm.strides()),
+        ADD=adds,
+        GRAIN=grain,
+        LOADS=sizes[1],
+        **tile,
+    )
+    if norm.total is not None:
+        norm = norm._replace(sources=(norm.total.view(samples, rows, channels), None, None))
+    tile = _tile(block_c, norm, APPLY)
+    part_rows, parts = _parts(rows, programs, tile["BLOCK_M"], rows)
     touched = block_c // group_size if block_c % group_size == 0 else (block_c - 2) // group_size + 2
     most_sums = max(triton.next_power_of_2(touched * group_size // grain), MIN_SUMS)
-    for first in range(0, samples, turn):
-        programs = min(turn, samples - first) * blocks  # for a part of each sample
-        _statistics_kernel[(programs * chunks,)](
-            *(*norm.sources, norm.total, sums),
-            *(rows, chunk_rows, first * chunks, chunks, channels, group_size, norm.samples_per_clip, *norm.strides()),
-            ADD=norm.total is not None,
-            GRAIN=grain,
-            LOADS=sizes[1],
-            **tile,
-        )
-        _apply_kernel[(programs * parts,)](
-            *(*summed.sources, norm.weight, norm.bias, sums, norm.output),
-            *(rows, part_rows, first * parts, parts, chunks, channels, group_size, grain, norm.samples_per_clip),
-            *summed.strides(),
-            norm.eps,
-            SILU=norm.silu,
-            BLOCK_G=max(triton.next_power_of_2(touched), MIN_BLOCK_G),
-            SUMS=most_sums,
-            CHUNKS=max(SUMS_TILE // most_sums, 1),
-            **apply_tile,
-        )
+    _apply_kernel[(programs * parts,)](
+        *(*norm.sources, norm.weight, norm.bias, sums, norm.output),
+        *(rows, part_rows, parts, chunks, channels, group_size, grain, norm.samples_per_clip, *norm.strides()),
+        norm.eps,
+        SILU=norm.silu,
+        BLOCK_G=max(triton.next_power_of_2(touched), MIN_BLOCK_G),
+        SUMS=most_sums,
+        CHUNKS=max(SUMS_TILE // most_sums, 1),
+        **tile,
+    )
 
 
 def _whole_groups(group_size: int, channels: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .geglu import gated
 from .launch import choose_tile, options, rows_within_32_bits
 from .moments import part_columns, row_norm, write_moments
-from .product_tiles import DESCRIBED, further_tiles, kind_of, most_registers, usual_tiles
+from .product_tiles import DESCRIBED, GATED_TILES, OTHER_GATED_TILES, TILES, kind_of, most_registers
 from .tuned import choose, nearby
 
 # As many tiles above one another are computed column by column, so that x and weight are read from the L2 cache.
@@ -310,13 +310,14 @@ def matrix_product(
     assert norm is None or residual is None, "a residual would be normalized with the sum that begins with it"
     with torch.cuda.device_of(x):
         kind = kind_of([t for t in (x, weight, output, skip, residual) if t is not None])
-        measured = None if moments is None else columns
-        tiles = usual_tiles(kind, gates, measured)
+        tiles = (GATED_TILES if gates else TILES)[kind]
+        if moments is not None:  # a program writes those of a part
+            tiles = tuple(tile for tile in tiles if tile.width == part_columns(columns))
+        others = OTHER_GATED_TILES.get(kind, ()) if gates else ()
         key = nearby(samples * rows), outputs, inputs, weight_inputs - inputs, taps, kind
-        what = "gated" if gates else "measured" if measured else "folded" if norm else "plain"
+        what = "gated" if gates else "measured" if moments is not None else "folded" if norm else "plain"
         reasoned = choose_tile(tiles, rows, outputs, samples)
-        tiles += further_tiles(kind, gates, measured, rows, outputs, samples)
-        tile = choose("matrix_product", (*key, what), tiles, reasoned)
+        tile = choose("matrix_product", (*key, what), (*tiles, *others), reasoned)
         m, n, second, k = tile.block_m, tile.block_n, tile.second, tile.block_k
         tma = kind == DESCRIBED
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EXAMPLES, LAYOUTS, assert_equal, check, dtypes, every_backend, laid_out, normal, run, triton_alone
+from op_cases import EXAMPLES, LAYOUTS, check, dtypes, every_backend, laid_out, normal
 from torch import Tensor
 
 # Channels and groups: groups of 8, 5 and 6 channels, one group, groups of one channel, a group wider than a tile.
@@ -167,26 +167,3 @@ def test_offsets_beyond_32_bits(backend, device, size, far, tmp_path):
     tensors[far] = memory.as_strided(small.shape, (apart, *small.stride()[1:]))
     tensors[far].copy_(small)
     check(backend, device, "group_norm_silu", *tensors, **{**SETTINGS, "groups": 3, "over_frames": True})
-
-
-@triton_alone
-def test_samples_by_turns(backend, device, monkeypatch):
-    """Four of 6 samples at a time, of two clips, with an embedding and with an addend: as all at once."""
-    from videopure_fast.kernels import group_norm_silu as module
-
-    monkeypatch.setattr(module, "CACHE_BYTES", 0)
-    monkeypatch.setattr(module, "choose", lambda op, key, ways, reasoned: ways[-1])
-    for dtype in dtypes(backend, device):
-        x, weight, bias, embedding, _ = cast(inputs(2, 3, 6, 11, 40, embedding=True, mean=3.0), dtype)
-        taken = {"by turns": 4 * x[0, 0].numel() * dtype.itemsize}
-        for op, tensors in (
-            ("group_norm_silu", (x, weight, bias, embedding, None)),
-            ("add_group_norm_silu", (x, x.flip(0), bias, weight, bias)),
-        ):
-            results = []
-            for turns in ({}, taken):
-                monkeypatch.setattr(module, "TURNS", turns)
-                found = run(backend, device, op, *tensors, **SETTINGS)
-                results.append(found if isinstance(found, tuple) else (found,))
-            for actual, expected in zip(results[1], results[0], strict=True):
-                assert_equal(actual, expected.double(), dtype)

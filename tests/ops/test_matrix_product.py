@@ -20,10 +20,10 @@ GATED = {True: "GATED_TILES", False: "TILES"}
 
 @pytest.fixture(params=["triton"], ids=["triton-interpreted"])
 def product():
-    """The module of the product's tiles, which needs Triton."""
-    from videopure_fast.kernels import product_tiles
+    """The module of the product, which needs Triton and has its tiles."""
+    from videopure_fast.kernels import matrix_product
 
-    return product_tiles
+    return matrix_product
 
 
 def tensors_of(kind: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -57,8 +57,8 @@ def test_every_tile(product, monkeypatch, kind, gated):
     """More rows than a tile has, and outputs and inputs that no tile divides."""
     monkeypatch.setattr("videopure_fast.kernels.linear_geglu.MAX_FUSED_INPUTS", {"half": 1000, "float32": 1000})
     with loading("descriptors" if kind == "half, sm_90" else "pointers"):
-        further = product.OTHER_GATED_TILES if gated else product.LARGE_TILES
-        for tile in (*getattr(product, GATED[gated])[kind], *(further if kind == "half, sm_90" else ())):
+        others = product.OTHER_GATED_TILES.get(kind, ()) if gated else ()
+        for tile in (*getattr(product, GATED[gated])[kind], *others):
             monkeypatch.setattr(product, GATED[gated], {kind: (tile,)})
             odd, rows = kind == "half, unaligned", tile.block_m + 2
             if gated:
@@ -71,9 +71,7 @@ def test_every_tile(product, monkeypatch, kind, gated):
 def test_tables_cover_every_kind_and_part(product, gated):
     table = getattr(product, GATED[gated])
     assert set(table) == set(KINDS)
-    further = product.OTHER_GATED_TILES if gated else product.LARGE_TILES
-    assert all(tile.second == tile.block_n for tile in further) if gated else 160 in {t.width for t in further}
-    for tiles in table.values():
+    for tiles in (*table.values(), *(product.OTHER_GATED_TILES.values() if gated else ())):
         assert gated or {128, 160} <= {tile.width for tile in tiles}
         assert not gated or all(tile.second == tile.block_n for tile in tiles)
 
@@ -93,10 +91,10 @@ def test_which_tensors_have_descriptors(product):
     }
     with loading("descriptors"):
         for kind, tensors in kinds.items():
-            assert {product._kind([x, tensor]) for tensor in tensors} == {kind}
-        assert product._kind([x, x[..., 4:20]]) != product.DESCRIBED
-        assert product._kind([x.float()]) == "float32"
-    assert product._kind([x]) == "half, sm_80"
+            assert {product.kind_of([x, tensor]) for tensor in tensors} == {kind}
+        assert product.kind_of([x, x[..., 4:20]]) != product.DESCRIBED
+        assert product.kind_of([x.float()]) == "float32"
+    assert product.kind_of([x]) == "half, sm_80"
 
 
 def test_tiles_of_the_models_widths_waste_nothing(product):

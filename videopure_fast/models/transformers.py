@@ -20,31 +20,12 @@ from .weights import Weights
 
 # (queries, keys, values), each (N, heads, tokens, head size) -> attended values, with scale 1/sqrt(head size).
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-# On a GPU, attention to fewer keys than this takes kernels built into torch. cuDNN, which torch prefers on sm_90,
-# builds one for each shape at its first call; it gains 3.4 ms a clip at 784 keys, 0.7 at 196, and 0.2 at all others
-# together (H200, one clip of 32 frames of 224x224). 0: torch chooses always.
-LEAST_CUDNN_KEYS = 0
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's attention. What needs a gradient, and heads that the kernels built in do not know, are torch's choice."""
-    few = (
-        k.shape[-2] < LEAST_CUDNN_KEYS
-        and q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] in (64, 128)
-    )
-    if not few or (torch.is_grad_enabled() and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v)
-    if q.shape[-2] == k.shape[-2]:  # the pixels of a small frame, of which flash attention fills no tile
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 def attention_function(name: str) -> AttentionFn:
     """ "sdpa", torch's, or "xformers", its memory_efficient_attention. ImportError where that is not installed."""
     if name == "sdpa":
-        return torch_attention
+        return F.scaled_dot_product_attention
     if name != "xformers":
         raise ValueError(f"unknown attention {name!r}; accepted: 'sdpa', 'xformers'")
     try:
@@ -142,7 +123,7 @@ def temporal_transformer(weights: Weights, model: nn.Module, pending: Pending, *
 def attend_pixels(qkv: Tensor, heads: int, attention_fn: AttentionFn) -> Tensor:
     """Self-attention over the pixels of each frame: (B, F, H, W, 3D) -> (B, F, H, W, D)."""
     sequences, channels = qkv.flatten(0, 1).flatten(1, 2), qkv.shape[-1] // 3
-    small = channels <= 8 * heads and attention_fn in (F.scaled_dot_product_attention, torch_attention)
+    small = channels <= 8 * heads and attention_fn is F.scaled_dot_product_attention
     wanted = torch.is_grad_enabled() and qkv.requires_grad
     if small and not wanted and is_available("cpu", "temporal_attention", sequences):
         # torch's own attention takes 1.5 times as long for heads so small. The pixels take the place of frames.
