@@ -67,7 +67,10 @@ class CallsOfOps(TorchDispatchMode):
 
 
 def on_meta(x):
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    """With the offset of x, by which its address is aligned or not."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.empty(x.storage_offset() + extent, dtype=x.dtype, device="meta")
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def launched_by(calls):
