@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import os
+import pickle
 import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -391,6 +396,7 @@ def test_a_warmup_makes_what_clips_need(purifier):
         ({"batch_sizes": (1, 8)}, ValueError, "batch_sizes"),
         ({"batch_sizes": 4}, TypeError, "sequence"),
         ({"classifier": max}, TypeError, "torch.nn.Module"),
+        ({"clock": 0.0}, TypeError, "clock"),
     ],
 )
 def test_bad_settings(purifier, arguments, error, message):
@@ -405,6 +411,8 @@ def test_bad_purifiers_and_clips(purifier):
         with pytest.raises(ValueError, match="accepted: 'videopure' or 'ddim_inversion'"):
             StreamPurifier(build_purifier(**config))
     with StreamPurifier(purifier) as stream:
+        with pytest.raises(ValueError, match="sides of 16 or more"):
+            stream.submit(clips(3, 9, 16, 16))
         for clip, error in (
             (clips(1, 3, 5, 16, 16), ValueError),
             (clips(3, 9, 16, 16), ValueError),
@@ -420,6 +428,41 @@ def test_bad_purifiers_and_clips(purifier):
         with pytest.raises((ValueError, TypeError), match="inversion_steps"):
             stream.submit(clips(3, 5, 16, 16), steps=-1)
         assert stream.counts.submitted == 0
+
+
+def test_a_stream_is_not_copied(purifier):
+    with StreamPurifier(purifier) as stream:
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="make one of a Purifier"):
+                duplicate(stream)
+
+
+UNCLOSED = """
+import os
+from videopure_fast import Purifier, tiny
+from videopure_fast.realtime.serving import Closed
+from videopure_fast.realtime.stream import StreamPurifier
+
+clips, _ = tiny.sample_clips(4)
+stream = StreamPurifier(Purifier.from_pretrained("tiny", inversion_steps=1))
+child = os.fork()
+if not child:
+    try:
+        stream.submit(clips[0])
+    except Closed:
+        stream.close()
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+futures = [stream.submit(clip) for clip in clips]
+futures[0].add_done_callback(lambda _: print("ended", flush=True))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_program_that_forks_and_never_closes_ends():
+    ended = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, timeout=SECONDS)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ended\n", "")
 
 
 # Thousands of clips

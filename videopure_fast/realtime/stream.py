@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from ..inputs import check_count, check_flag, check_number, check_video, gray_video
+from ..inputs import LEAST_SIDE, check_count, check_flag, check_number, check_video, gray_video
 from ..purifier import Purifier
 from .batching import Batch, Clock, Request
 from .serving import Answer, Closed, DeadlineMissed, Dropped, QueueFull
@@ -72,7 +74,8 @@ class StreamPurifier:
             to `max_batch` on a GPU, where each is captured, and 1 on a CPU, where sharing gains nothing.
         clock: seconds, as time.monotonic.
 
-    A context manager; leaving it finishes what was submitted, or cancels it where an error is on its way.
+    A context manager; leaving it finishes what was submitted, or cancels it where an error is on its way. The end of
+    the program cancels what is left. A process that is forked needs a stream of its own, and none can be copied.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class StreamPurifier:
                 raise ValueError(f"unknown {name} {value!r}; accepted: {', '.join(accepted)}")
         check_flag("return_votes", return_votes)
         check_flag("early_stop", early_stop)
+        if not callable(clock):
+            raise TypeError(f"clock must be a function that returns seconds, got {type(clock).__name__}")
         self._purifier = purifier
         self._max_batch, self._queue_size = max_batch, queue_size
         self._policy, self._order, self._clock = policy, order, clock
@@ -117,6 +122,9 @@ class StreamPurifier:
         # The worker sees the caller's context, such as the backend that was chosen.
         run = contextvars.copy_context().run
         self._worker = threading.Thread(target=run, args=(self._work,), name="StreamPurifier", daemon=True)
+        self._process = os.getpid()
+        # A thread that is still computing when the interpreter ends would abort the process.
+        atexit.register(self.close, cancel=True)
         self._worker.start()
 
     def submit(self, clip: Tensor, *, deadline: float | None = None, steps: int | None = None) -> Future[Answer]:
@@ -185,6 +193,8 @@ class StreamPurifier:
 
     def close(self, *, cancel: bool = False) -> None:
         """End: finish all clips that were submitted, or with `cancel` end their futures in Closed. Waits for it."""
+        if os.getpid() != self._process:  # forked: the thread is not here, and the lock may be held for ever
+            return
         with self._changed:
             if self._closing is None or cancel:
                 self._closing = "cancel" if cancel else "finish"
@@ -198,11 +208,16 @@ class StreamPurifier:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.close(cancel=kind is not None)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a StreamPurifier has a thread: it cannot be copied or pickled; make one of a Purifier instead")
+
     # Callers' threads
 
     def _request(self, clip: Tensor, deadline: float | None, steps: int | None) -> Request:
+        if os.getpid() != self._process:
+            raise Closed("the stream is another process's, which this one was forked from: make a stream here")
         check_video(clip)
-        most, least = self._purifier.max_frames, 2 * self._purifier.vae_factor
+        most, least = self._purifier.max_frames, max(LEAST_SIDE, 2 * self._purifier.vae_factor)
         if clip.ndim != 4 or clip.shape[1] > most or min(clip.shape[-2:]) < least:
             accepted = f"accepted: one clip (3, F, H, W) of 2 to {most} frames with sides of {least} or more"
             raise ValueError(f"clip has shape {tuple(clip.shape)}; {accepted}")
@@ -339,6 +354,7 @@ class StreamPurifier:
             self._batch.flights, self._waiting = [], []
             warmups, self._warmups = self._warmups, []
             self._changed.notify_all()
+        atexit.unregister(self.close)
         reason = self._broken or Closed("the stream was closed before the clip's answer was there")
         self._end([(request, reason) for request in left])
         for warm in warmups:
