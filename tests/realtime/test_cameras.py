@@ -178,6 +178,9 @@ def test_bad_windows(window, hop):
         ("http://host/video?channel=secret@+/=", "http://***@+/="),
         ("http://host/video?channel=verylongsecret", "http://host/video?channel=***"),
         ("https://host/video#secret", "https://host/video#***"),
+        ("rtsp:/user:secret@host/live", "rtsp:/***@host/live"),
+        ("user:secret@host/live", "***@host/live"),
+        ("me@home/clip.mp4", "me@home/clip.mp4"),
         ("rtsp://host/\x1b[2J\n", "rtsp://host/?[2J?"),
     ],
 )

@@ -130,8 +130,9 @@ def watch(
         check_number("--deadline", deadline, zero=False)
     for source in sources:
         check_source(source)
-    if output and (len(output) != len(sources) or len(set(output)) != len(output)):
+    if output and len(output) != len(sources):
         raise ValueError(f"--output is given {len(output)} times for {len(sources)} sources; accepted: one for each")
+    _check_apart(sources, output or [], record)
     outputs = [LiveOutput(target) for target in output] if output else None
     notes = None if record is None else Record(record)
     overrides = {} if steps is None else {"inversion_steps": steps}
@@ -140,7 +141,7 @@ def watch(
     )
     module = None if classifier is None else _classifier(classifier, purifier)
     window, hop = _window(window, hop, purifier)
-    size = size or (_TINY_SIDE if model == "tiny" else _USUAL_SIDE)
+    size = (_TINY_SIDE if model == "tiny" else _USUAL_SIDE) if size is None else size
     settings: dict[str, Any] = {"window": window, "hop": hop, "size": size, "deadline": deadline}
     with ExitStack() as stack:
         if notes is not None:
@@ -161,6 +162,20 @@ def watch(
                 watcher.camera.stop()
             server.close(cancel=True)  # after the end of all files nothing waits
     _summarize(watchers, outputs, notes)
+
+
+def _check_apart(sources: Sequence[str], outputs: Sequence[str], record: Path | None) -> None:
+    """ValueError where what is written is a source, or is written twice."""
+    from ..realtime.cameras import is_address, source_name
+
+    written = [*outputs, *([] if record is None else [str(record)])]
+    places = [path if is_address(path) else os.path.realpath(path) for path in (*sources, *written)]
+    for path, place in zip(written, places[len(sources) :], strict=True):
+        if places.count(place) > 1:
+            raise ValueError(
+                f"cannot write {source_name(path)}: it is a SOURCE, or another --output or --record, too; "
+                "accepted: a place of its own for each"
+            )
 
 
 def _server(purifier: Purifier, classifier: nn.Module | None, policy: Policy, waiting: int) -> StreamPurifier:

@@ -46,6 +46,7 @@ _ADDRESSES: dict[str, tuple[str, str, dict[str, str]]] = {
     "udp": ("udp", "mpegts", {}),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_LOGIN = re.compile(r"(?=.*:.*@)([A-Za-z][A-Za-z0-9+.-]+:?/+)?")  # what may be an address that is not written right
 # Parameters of an address whose values are shown. Any other may be a password, whatever its name.
 _SHOWN = {"camera", "channel", "codec", "fps", "height", "profile", "resolution", "stream", "subtype", "width"}
 
@@ -58,7 +59,7 @@ State = Literal["opening", "live", "waiting", "ended", "failed"]
 def source_name(source: str) -> str:
     """A source as it may be shown: without user and password, without values of parameters but for harmless ones, and
     without characters that would move a terminal's cursor. A secret that is part of a path is shown."""
-    if match := _SCHEME.match(source):
+    if match := _SCHEME.match(source) or _LOGIN.match(source):
         rest = source[match.end() :]
         _, at, rest = rest.rpartition("@")  # the last: a password may have any character
         place, mark, query = rest.partition("?")
@@ -72,6 +73,13 @@ def source_name(source: str) -> str:
             match[0] + "***@" * bool(at) + place + (mark + "&".join(shown) if mark else "") + "#***" * bool(fragment)
         )
     return "".join(character if character.isprintable() else "?" for character in source)
+
+
+def masked(message: str, source: str) -> str:
+    """A message about a source in one line, with the source as it may be shown."""
+    for written in (source, str(Path(source))):
+        message = message.replace(written, source_name(source)) if written else message
+    return " ".join(message.split())
 
 
 def is_address(source: str) -> bool:
@@ -91,8 +99,11 @@ def check_source(source: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if stat.S_ISCHR(Path(source).stat().st_mode):
             return False
-    with open_video(Path(source)):
-        return True
+    try:
+        with open_video(Path(source)):
+            return True
+    except (OSError, ValueError) as error:
+        raise type(error)(masked(str(error), source)) from None
 
 
 class CameraStatus(NamedTuple):
@@ -210,7 +221,7 @@ class Camera:
                 self._stop.wait(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
         except Exception as error:  # what nobody foresaw ends this camera, in the open, and no other
-            self._enter("failed", f"{type(error).__name__}: {self._masked(str(error))}")
+            self._enter("failed", f"{type(error).__name__}: {masked(str(error), self._source)}")
         finally:
             self.ring.close()
 
@@ -228,7 +239,7 @@ class Camera:
         except av.FFmpegError as error:
             return error.strerror  # without the address, which has the password
         except (OSError, ValueError) as error:
-            return self._masked(str(error))
+            return masked(str(error), self._source)
 
     def _follow(self, container: InputContainer, stream: VideoStream) -> str | None:
         """Push the frames of an open source, at their pace, until it ends or should be opened anew; why."""
@@ -286,9 +297,6 @@ class Camera:
             self._seen = kind
             self._enter("live")
         self.ring.push(upright(frame, self._turn, self._shape), self._clock())
-
-    def _masked(self, message: str) -> str:
-        return " ".join(message.replace(self._source, self.name).split())
 
 
 class _Pace:

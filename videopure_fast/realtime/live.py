@@ -28,7 +28,7 @@ from ..data.video import resized
 from ..data.video_writer import color_of, encoder_frame
 from ..files import check_writable
 from ..windows import CrossFade
-from .cameras import TIMEOUT, is_address, source_name
+from .cameras import TIMEOUT, is_address, masked, source_name
 from .ring import CameraClip
 
 if TYPE_CHECKING:
@@ -123,7 +123,10 @@ class LiveOutput:
         if self._address and not target.lower().startswith("rtsp://"):
             raise ValueError(f"cannot write to {self.name}: accepted are {', '.join(_CONTAINERS)} files and rtsp://")
         if not self._address:
-            _check_file(Path(target))
+            try:
+                _check_file(Path(target))
+            except ValueError as error:
+                raise ValueError(masked(str(error), target)) from None
         self._queue: queue.Queue[list[TimedFrame] | None] = queue.Queue(_CHUNKS)
         self._container: OutputContainer | None = None
         self._sender: subprocess.Popen[bytes] | None = None  # of an address
