@@ -35,6 +35,18 @@ def test_a_classifier_of_ones_own_is_fifteen_lines_that_run(capsys):
     assert "gray-box pgd" in capsys.readouterr().out
 
 
+def test_live_clips_are_answered(monkeypatch, capsys):
+    from videopure_fast import Purifier
+
+    (block,) = (block for block in BLOCKS if "StreamPurifier" in block)
+    shallow = Purifier.from_pretrained("tiny", inversion_steps=0)
+    monkeypatch.setattr(Purifier, "from_pretrained", lambda: shallow)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["answer"].label == int(names["labels"][-1])
+    assert "answered=4" in capsys.readouterr().out
+
+
 def test_public_names_are_shown():
     imported = {
         (node.module, alias.name)

@@ -54,6 +54,19 @@ def test_one_command_shows_how_latency_grows_with_the_load(tmp_path):
     assert plot.read_text().count("p95, measured") == 1 and timeline.stat().st_size > 10_000
 
 
+def test_tables_and_help_fit_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ("--batch", "1,2", "--load", "50,200", "--queue", 1, "--policy", "reject", "--seconds", 0.5)
+    result = run(*options)
+    assert result.exit_code == 0 and "…" not in result.output, result.output
+    for setting in ("one by one", "batches of 2"):
+        assert f"{setting}, fifo, queue of 1, reject\n" in result.output
+    assert "At 50% of that" in result.output
+    shown = run("--help").output
+    for line in latency.latency.__doc__.splitlines():
+        assert "  " not in line.strip() or line.strip() in shown  # a line of a table or an example is not broken
+
+
 def test_settings_are_compared_on_the_same_cameras(tmp_path, stub):
     file = tmp_path / "study.json"
     options = (
@@ -120,6 +133,8 @@ def test_scenarios_by_loadgen(tmp_path):
         (("--batch", "1.5"), "--batch must be positive whole numbers"),
         (("--deadline", "-1"), "--deadline must be positive"),
         (("--deadline", "inf"), "--deadline must be positive"),
+        (("--fps", "0"), "--fps must be more than 0"),
+        (("--fps", "nan"), "--fps must be more than 0"),
         (("--policy", "drop"), "unknown policy 'drop'; accepted: block, reject, drop-oldest"),
         (("--order", "lifo"), "unknown order 'lifo'; accepted: fifo, edf"),
         (("--scenario", "Server"), "unknown scenario 'Server'; accepted: singlestream, multistream, server, offline"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from stub_servers import CLIP, CLIPS, SleepingServer, service
 
-from videopure_fast.realtime import study
+from videopure_fast.realtime import figures, study
 from videopure_fast.realtime.arrivals import Arrival, poisson
 from videopure_fast.realtime.load import Record, offer
 from videopure_fast.realtime.serving import Times
@@ -45,6 +45,21 @@ def test_figures_of_a_run_without_answers():
     assert found["failed"] == 1 and found["error"] == "ValueError: no"
     assert found["latency"] is found["queue_age"] is found["stages"] is None
     assert found["answered_per_second"] == found["utilization"] == found["in_time"] == 0
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+def test_a_timeline_of_few_clips_is_readable(tmp_path, monkeypatch, clips):
+    """Its texts are within the picture."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    records = [record(i, i, i + 0.1, i + 0.2, i + 0.5, i + 0.8, i + 1.0) for i in range(clips)]
+    figures.draw_timeline(study.row(Setting(), records), tmp_path / "clips.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    for text in (ax.xaxis.label, ax.yaxis.label, ax._left_title, *figure.legends[0].get_texts()):
+        box = text.get_window_extent()
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x0 >= 0 and box.x1 <= figure.bbox.x1, text
 
 
 def test_service_times_are_those_of_the_server():

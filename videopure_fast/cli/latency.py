@@ -41,7 +41,10 @@ def latency(
     hop: Annotated[int, typer.Option(min=1, help="Frames from one clip of a camera to its next.")] = 16,
     arrivals: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Offer clips at the moments of a JSON list: seconds, or [seconds, source]."),
+        typer.Option(
+            metavar="FILE",
+            help="Offer clips at the moments of a JSON list: seconds, or [seconds, source, deadline, steps].",
+        ),
     ] = None,
     scenario: Annotated[
         str | None,
@@ -83,29 +86,31 @@ def latency(
     MLPerf's four scenarios, by MLCommons' LoadGen (pip install 'videopure-fast[latency]'):
 
     ```
-      singlestream   One clip at a time; the next comes when the last is answered.
-                     Figure: p90 of a clip. For one user who waits. There is no queue.
-      multistream    Four clips at a time; the next four come when all are answered.
-                     Figure: p99 of the four. For a machine with four cameras in step.
-      server         Clips at random moments, at 80 % load, also while others wait.
-                     Figure: p99, which is to meet the deadline. For many users.
-      offline        All clips at once.
-                     Figure: clips a second. For files; latency says nothing here.
-    Runs may be shorter than MLPerf's ten minutes; the output then says so.
+    singlestream  One clip at a time; the next when the last is answered.
+                  Figure: p90 of a clip. For one user who waits. No queue.
+    multistream   Four clips at a time; the next four when all are answered.
+                  Figure: p99 of the four. For four cameras in step.
+    server        Clips at random moments, at 80 % load, others waiting or not.
+                  Figure: p99, which is to meet the deadline. For many users.
+    offline       All clips at once.
+                  Figure: clips a second. For files, where nobody waits.
     ```
+
+    Runs may be shorter than MLPerf's ten minutes; the output then says so.
 
     Several settings, such as --batch 1,4 or --policy reject,drop-oldest, are compared on the same arrivals.
 
     Examples:
 
     ```
-      videopure-fast latency --plot load.svg --timeline clips.svg
-      videopure-fast latency --sweep --deadline 1.5
-      videopure-fast latency --cameras 3 --deadline 2 --queue 4 --policy reject,drop-oldest
-      videopure-fast latency --scenario singlestream,server --seconds 60
+    videopure-fast latency --plot load.svg --timeline clips.svg
+    videopure-fast latency --sweep --deadline 1.5
+    videopure-fast latency --cameras 3 --deadline 2 --batch 1,4
+    videopure-fast latency --scenario singlestream,server --seconds 60
     ```
     """
     from ..files import check_writable
+    from ..inputs import check_number
     from ..measure.plot import check_picture
     from ..realtime import study, tables
     from ..realtime.arrivals import cameras as of_cameras
@@ -113,6 +118,7 @@ def latency(
     from ..realtime.loadgen import import_loadgen
     from ..realtime.stream import Order, Policy
 
+    check_number("--fps", fps, zero=False)
     if json_file is not None:
         check_writable(json_file)
     for picture in filter(None, (plot_file, timeline_file)):
@@ -269,18 +275,21 @@ def _progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], service: ServiceTimes) -> None:
+    """A table for each setting, narrow enough for a terminal of 80 columns, and what they say in words."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from ..realtime import tables
 
-    names = [tables.name_of(row) for row in rows]
-    same = len(set(names)) == 1
-    table = Table(*([] if same else ["server"]), title=names[0] if same else "", caption=tables.LEGEND)
-    for column in tables.HEADER:
-        table.add_column(column, justify="right")
-    for name, row in zip(names, rows, strict=True):
-        table.add_row(*([] if same else [name]), *tables.cells(row))
-    console.print(table)
+    for name in dict.fromkeys(map(tables.name_of, rows)):
+        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        for column in tables.HEADER:
+            table.add_column(column, justify="right")
+        for row in rows:
+            if tables.name_of(row) == name:
+                table.add_row(*tables.cells(row))
+        console.print(table)
+    console.print(tables.LEGEND)
     for sentence in tables.sentences(service, rows):
         console.print(sentence)
     if error := next((row["summary"]["error"] for row in rows if row["summary"]["error"]), None):

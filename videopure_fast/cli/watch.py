@@ -80,7 +80,11 @@ def watch(
         ),
     ] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Append to this file what came and what was decided, as lines of JSON.")
+        Path | None,
+        typer.Option(
+            help="Append to this file what came and what was decided, as lines of JSON: the start, each state of a "
+            "camera, each clip, each end."
+        ),
     ] = None,
     size: Annotated[
         int | None,
@@ -107,14 +111,15 @@ def watch(
     before. A frame is shown at most `window - 1` frames, and the time of a clip's answer, after it came; --deadline
     bounds that time.
 
-    Passwords in addresses are not shown, nor recorded.
+    Passwords in addresses are not shown, nor recorded; but other users of the machine may see this command's own line.
 
     Examples:
 
     ```
-      videopure-fast watch clip.mp4 --classifier tiny --record seen.jsonl
-      videopure-fast watch rtsp://user:password@camera/live --classifier my_models:video_classifier -o purified.mp4
-      videopure-fast watch /dev/video0 --window 16 --hop 12 --deadline 1.5 -o rtsp://localhost:8554/purified
+    videopure-fast watch clip.mp4 --classifier tiny --record seen.jsonl
+    videopure-fast watch rtsp://user:password@camera/live -o purified.mp4
+    videopure-fast watch a.mp4 b.mp4 -o a.ts -o b.ts --policy block
+    videopure-fast watch /dev/video0 --deadline 1.5 -o rtsp://host:8554/out
     ```
     """
     import torch

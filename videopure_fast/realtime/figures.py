@@ -114,8 +114,7 @@ def draw_timeline(row: Mapping[str, Any], path: str | os.PathLike[str], *, note:
         ax.set_ylim(len(records) - 0.4, -0.6)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
-        ax.set_ylabel("clips, in the order in which they were due")
-        ax.set_xlabel("seconds")
+        ax.set_xlabel("seconds; a line for each clip, in the order in which they were due")
         ax.grid(axis="x", color=GRID, linewidth=0.8)
         said = "simulated: " if row["simulated"] else ""
         ax.set_title(note or f"{said}{Setting(**row['setting'])}", loc="left")
