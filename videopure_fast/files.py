@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +47,13 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot make the folder {path}: {getattr(error, 'strerror', error)}") from error
     if not os.access(path, os.W_OK):
         raise ValueError(f"cannot write to {path}")
+
+
+def clashing(read: Sequence[str | os.PathLike[str]], written: Sequence[str | os.PathLike[str]]) -> str | None:
+    """The first of the files to write that is read too, or written twice, whatever it is called; None if there is none."""
+    places = [os.path.realpath(path) for path in (*read, *written)]
+    clashes = (path for path, place in zip(written, places[len(read) :], strict=True) if places.count(place) > 1)
+    return next(map(str, clashes), None)
 
 
 def resolve_output(path: str | os.PathLike[str]) -> Path:

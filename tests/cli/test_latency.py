@@ -145,10 +145,15 @@ def test_scenarios_by_loadgen(tmp_path):
         (("--json", "/nowhere/study.json"), "there is no folder /nowhere"),
         (("--plot", "load.svg", "--arrivals", "moments.json"), "no file moments.json"),
         (("--timeline", "clips.svg", "--scenario", "server"), "LoadGen"),
+        (("--plot", "a.svg", "--timeline", "./a.svg"), "cannot write a.svg: it is another FILE"),
+        (("--arrivals", "a.json", "--json", "./a.json"), "cannot write a.json: it is another FILE"),
+        (("--sweep", "--deadline", "1", "--cameras", "2"), "say what to offer; accepted: one of them"),
+        (("--scenario", "server", "--batch", "1,2"), "--scenario is given 2 settings"),
         (("--plot", "load.jpg"), "accepted extensions are .svg, .png"),
     ],
 )
-def test_bad_options_are_refused(options, seen):
+def test_bad_options_are_refused(options, seen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = run(*options)
     assert result.exit_code == 1 and seen in str(result.exception)
 

@@ -109,7 +109,7 @@ def latency(
     videopure-fast latency --scenario singlestream,server --seconds 60
     ```
     """
-    from ..files import check_writable
+    from ..files import check_writable, clashing
     from ..inputs import check_number
     from ..measure.plot import check_picture
     from ..realtime import study, tables
@@ -123,6 +123,11 @@ def latency(
         check_writable(json_file)
     for picture in filter(None, (plot_file, timeline_file)):
         check_picture(picture)
+    written = [path for path in (json_file, plot_file, timeline_file) if path is not None]
+    if (clash := clashing([] if arrivals is None else [arrivals], written)) is not None:
+        raise ValueError(f"cannot write {clash}: it is another FILE of this call, too; accepted: one for each")
+    if sum((sweep, cameras is not None, arrivals is not None, scenario is not None)) > 1:
+        raise ValueError("--sweep, --cameras, --arrivals and --scenario say what to offer; accepted: one of them")
     deadlines = [] if deadline is None else _numbers("deadline", deadline)
     if sweep and len(deadlines) != 1:
         raise ValueError("--sweep needs one --deadline SECONDS")
@@ -139,6 +144,8 @@ def latency(
     scenarios = [] if scenario is None else _names("scenario", scenario, tuple(_SCENARIOS))
     recorded_arrivals = None if arrivals is None else recorded(arrivals)
     if scenarios:
+        if len(settings) > 1:
+            raise ValueError(f"--scenario is given {len(settings)} settings of the server; accepted: one")
         import_loadgen()
     if plot_file is not None and (scenarios or arrivals):
         raise ValueError("--plot draws latency against load, which --scenario and --arrivals do not have")

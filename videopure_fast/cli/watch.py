@@ -125,6 +125,7 @@ def watch(
     import torch
 
     from ..adapters import class_names
+    from ..files import clashing
     from ..inputs import check_number
     from ..purifier import Purifier
     from ..realtime.cameras import check_source, source_name
@@ -137,7 +138,9 @@ def watch(
         check_source(source)
     if output and len(output) != len(sources):
         raise ValueError(f"--output is given {len(output)} times for {len(sources)} sources; accepted: one for each")
-    _check_apart(sources, output or [], record)
+    if (clash := clashing(sources, [*(output or []), *([] if record is None else [str(record)])])) is not None:
+        seen = f"cannot write {source_name(clash)}: it is a SOURCE, or another --output or --record, too"
+        raise ValueError(f"{seen}; accepted: a place of its own for each")
     outputs = [LiveOutput(target) for target in output] if output else None
     notes = None if record is None else Record(record)
     overrides = {} if steps is None else {"inversion_steps": steps}
@@ -167,20 +170,6 @@ def watch(
                 watcher.camera.stop()
             server.close(cancel=True)  # after the end of all files nothing waits
     _summarize(watchers, outputs, notes)
-
-
-def _check_apart(sources: Sequence[str], outputs: Sequence[str], record: Path | None) -> None:
-    """ValueError where what is written is a source, or is written twice."""
-    from ..realtime.cameras import is_address, source_name
-
-    written = [*outputs, *([] if record is None else [str(record)])]
-    places = [path if is_address(path) else os.path.realpath(path) for path in (*sources, *written)]
-    for path, place in zip(written, places[len(sources) :], strict=True):
-        if places.count(place) > 1:
-            raise ValueError(
-                f"cannot write {source_name(path)}: it is a SOURCE, or another --output or --record, too; "
-                "accepted: a place of its own for each"
-            )
 
 
 def _server(purifier: Purifier, classifier: nn.Module | None, policy: Policy, waiting: int) -> StreamPurifier:
