@@ -50,7 +50,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def clashing(read: Sequence[str | os.PathLike[str]], written: Sequence[str | os.PathLike[str]]) -> str | None:
-    """The first of the files to write that is read too, or written twice, whatever it is called; None if there is none."""
+    """The first of the files to write that is read too, or written twice, by whatever name; None if there is none."""
     places = [os.path.realpath(path) for path in (*read, *written)]
     clashes = (path for path, place in zip(written, places[len(read) :], strict=True) if places.count(place) > 1)
     return next(map(str, clashes), None)

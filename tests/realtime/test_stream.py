@@ -354,6 +354,20 @@ def test_callbacks_may_raise_and_submit(purifier):
         assert isinstance(later.result(SECONDS).result(SECONDS), Answer)
 
 
+def test_callbacks_cannot_wait_for_a_warmup(purifier):
+    refused = Future()
+
+    def warm(_):
+        try:
+            stream.warmup((3, 5, 16, 18))
+        except RuntimeError as error:
+            refused.set_result(str(error))
+
+    with StreamPurifier(purifier) as stream:
+        stream.submit(videos(1)[0]).add_done_callback(warm)
+        assert "callback" in refused.result(SECONDS)
+
+
 def test_asyncio(purifier):
     sent = videos(3)
 

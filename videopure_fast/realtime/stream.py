@@ -56,8 +56,8 @@ class StreamPurifier:
     answer equals `purifier(clip)`, bit for bit where clips share no evaluation, as on a CPU.
 
     It pays for fairness, and for throughput where one clip does not fill the device. Clips of another shape wait until
-    those in flight have ended. The purifier may be used elsewhere at the same time. Where its models change, clips in
-    flight begin again.
+    those in flight have ended. The purifier may be used elsewhere at the same time. Where its weights change, clips in
+    flight begin again; where it is moved or converted, as by `to`, those in flight may fail.
 
     Args:
         purifier: of a deterministic method, without `feedback`.
@@ -163,8 +163,10 @@ class StreamPurifier:
     def warmup(self, shape: Sequence[int], *, steps: int | None = None) -> None:
         """Make what clips of this shape (3, F, H, W) need, for every batch size: kernels, captures. Waits for its end.
 
-        Clips that are submitted meanwhile wait.
+        Clips that are submitted meanwhile wait. RuntimeError in a callback of a future, which would wait for itself.
         """
+        if threading.current_thread() is self._worker:
+            raise RuntimeError("a future's callback cannot wait for a warmup: the thread that calls it makes it")
         clip = gray_video(shape)
         requests = [self._request(clip, None, steps) for _ in range(self._batch.sizes[-1])]
         done: Future[None] = Future()
