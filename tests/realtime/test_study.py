@@ -47,6 +47,21 @@ def test_figures_of_a_run_without_answers():
     assert found["answered_per_second"] == found["utilization"] == found["in_time"] == 0
 
 
+@pytest.mark.parametrize("policies, batches", [(["block"], [1, 2]), (["reject", "drop-oldest"], [1])])
+def test_settings_have_panels_of_their_own(tmp_path, monkeypatch, policies, batches):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    records = [record(i, i, i + 0.1, i + 0.2, i + 0.5, i + 0.8, i + 1.0) for i in range(3)]
+    settings = [Setting(batch, policy=policy) for batch in batches for policy in policies]
+    rows = [study.row(setting, records, load=load) for load in (0.5, 0.8) for setting in settings]
+    figures.draw_load(rows, tmp_path / "load.png")
+    *panels, last = drawn[0].axes
+    assert len(panels) == 2 and len({ax.get_title() for ax in panels}) == 2
+    for ax in panels:
+        assert all(len(line.get_xdata()) == 2 for line in ax.get_lines())
+    assert [tick.get_text() for tick in last.get_xticklabels()] == ["50", "80"]
+
+
 @pytest.mark.parametrize("clips", [1, 3])
 def test_a_timeline_of_few_clips_is_readable(tmp_path, monkeypatch, clips):
     """Its texts are within the picture."""

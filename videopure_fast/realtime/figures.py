@@ -29,7 +29,7 @@ _BAR = 0.72  # height of a clip's bar, in rows
 def draw_load(
     rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, deadline: float | None = None, note: str = ""
 ) -> None:
-    """Latency percentiles against load, a panel for each batch limit, and where the time goes.
+    """Latency percentiles against load, a panel for each setting, and where the time goes at the first of them.
 
     rows: those of runs with a "load", a share of what the server can do. Simulated rows are lines without marks, and
     the legend says so; measured ones are marks. ValueError where nothing was measured.
@@ -39,23 +39,31 @@ def draw_load(
     measured = [row for row in rows if not row["simulated"]]
     if not measured:
         raise ValueError("no run with a load was measured; accepted: a study with one or more")
-    limits = sorted({row["setting"]["max_batch"] for row in measured})
+    settings = sorted({Setting(**row["setting"]) for row in measured})
+    rules = {setting[1:] for setting in settings}  # what distinguishes them beside the batch
     with styled():
         from matplotlib.figure import Figure
 
-        width = _PANEL[0] * (len(limits) + 1)
+        width = _PANEL[0] * (len(settings) + 1)
         figure = Figure((width, _PANEL[1] + 0.6), layout="constrained")
-        *panels, last = figure.subplots(1, len(limits) + 1, squeeze=False)[0]
+        *panels, last = figure.subplots(1, len(settings) + 1, squeeze=False)[0]
         top = max(row["summary"]["latency"]["p99"] for row in measured)
-        for ax, limit in zip(panels, limits, strict=True):
-            _draw_percentiles(ax, [row for row in rows if row["setting"]["max_batch"] == limit], deadline, 1.15 * top)
+        for ax, setting in zip(panels, settings, strict=True):
+            one = setting.max_batch == 1
+            title = "one clip at a time" if one else f"up to {setting.max_batch} clips in a batch"
+            ax.set_title(title if len(rules) == 1 else f"{title}\n{setting.order}, {setting.policy}")
+            _draw_percentiles(ax, _rows_of(setting, rows), deadline, 1.15 * top)
         panels[0].set_ylabel("seconds from due to answer")
-        _draw_stages(last, [row for row in measured if row["setting"]["max_batch"] == limits[0]])
+        _draw_stages(last, _rows_of(settings[0], measured))
         handles = {label: handle for ax in (*panels, last) for handle, label in zip(*_legend(ax), strict=True)}
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
         if note:
             figure.suptitle(note, fontsize="medium")
         save_figure(figure, path)
+
+
+def _rows_of(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if Setting(**row["setting"]) == setting]
 
 
 def _legend(ax: Axes) -> tuple[list[Any], list[str]]:
@@ -64,8 +72,6 @@ def _legend(ax: Axes) -> tuple[list[Any], list[str]]:
 
 
 def _draw_percentiles(ax: Axes, rows: Sequence[Mapping[str, Any]], deadline: float | None, top: float) -> None:
-    limit = rows[0]["setting"]["max_batch"]
-    ax.set_title("one clip at a time" if limit == 1 else f"up to {limit} clips in a batch")
     ax.set_xlabel("load, % of what the server can do")
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     for simulated, style in ((True, {"linestyle": "-", "alpha": 0.55}), (False, {"linestyle": "", "marker": "o"})):
