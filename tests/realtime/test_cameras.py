@@ -1,3 +1,4 @@
+import os
 import threading
 import time
 from pathlib import Path
@@ -538,6 +539,9 @@ def test_a_device_is_polled_and_left_when_it_stalls(monkeypatch, tmp_path):
         return FakeDevice(path, 6)
 
     monkeypatch.setattr(av, "open", fake)
+    with pytest.raises(ValueError, match="/dev/null is not a file"):
+        check_source("/dev/null")
+    monkeypatch.setattr(cameras, "_CAMERA_DEVICE", os.major(os.stat("/dev/null").st_rdev))
     clips, status, states = watched("/dev/null", lambda camera, _: camera.status.losses > 0)
     assert opened[0]["format"] == "v4l2" and opened[0]["options"] == {"fflags": "nonblock"}
     assert [numbers(clip) for clip in clips][0] == [0, 1, 2, 3] and status.frames == 6

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 import stat
 import threading
@@ -32,6 +33,7 @@ MAX_HELD_PIXELS = 2**26  # in the frames that are held of one camera: 192 MiB
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a camera is opened anew; they double while nothing comes
 _LONGEST_STEP = 10.0  # seconds between two frames of a file; a longer step of its time stamps is not waited for
 _SILENCE = 3  # timeouts after which a thread that does nothing is said to be held; opening may take two
+_CAMERA_DEVICE = 81  # Linux's major number of video devices
 _POLL = 0.005  # seconds between two looks at a device that has no frame yet
 _USUAL_RATE = 25.0  # frames a second of a file that does not say
 
@@ -96,8 +98,9 @@ def check_source(source: str) -> bool:
         if any(character.isspace() or not character.isprintable() for character in source):
             raise ValueError(f"the address {name} has characters that no address has")
         return False
-    with contextlib.suppress(OSError, ValueError):
-        if stat.S_ISCHR(Path(source).stat().st_mode):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: Windows has no such numbers
+        found = Path(source).stat()
+        if stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) == _CAMERA_DEVICE:
             return False
     try:
         with open_video(Path(source)):
