@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from videopure_fast import DefendedClassifier
 from videopure_fast.realtime.batching import Batch
 from videopure_fast.realtime.serving import Answer, Closed, DeadlineMissed, Dropped, QueueFull, Times
 from videopure_fast.realtime.stream import StreamPurifier
+from videopure_fast.runtime import readback
 
 SECONDS = 60
 
@@ -182,6 +184,84 @@ def test_changed_models_are_seen(purifier):
             purifier.unet.conv_out.weight.mul_(0.5)
         after = stream.submit(video).result(SECONDS).clip
         assert not torch.equal(before, after) and torch.equal(after, purifier(video))
+
+
+def test_other_models_and_settings_are_for_clips_to_come(purifier):
+    """Models that are assigned serve every depth; the settings stay those with which the stream began."""
+    purifier, other, video = build_purifier(inversion_steps=2), build_purifier(inversion_steps=2), videos(1)[0]
+    with torch.no_grad():
+        other.unet.conv_out.weight.mul_(0.5)
+    with StreamPurifier(purifier, max_batch=2) as stream:
+        stream.submit(video, steps=1).result(SECONDS)
+        purifier.unet = other.unet
+        futures = [stream.submit(video, steps=steps) for steps in (1, 1, 2)]
+        purifier.config = replace(purifier.config, inversion_steps=0, spatial_weight=0.0)
+        for steps, future in zip((1, 1, 2), futures, strict=True):
+            expected = other.with_config(inversion_steps=steps)(video)
+            assert torch.equal(future.result(SECONDS).clip, expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_that_move_let_clips_in_flight_begin_again(monkeypatch, fails):
+    purifier, video, decode, moved = build_purifier(), videos(1)[0], Batch._decode, []
+
+    def move(batch, group):
+        if not moved:
+            moved.append(purifier.double())
+            if fails:
+                raise RuntimeError("tensors of two dtypes")
+        decode(batch, group)
+
+    monkeypatch.setattr(Batch, "_decode", move)
+    with StreamPurifier(purifier, Classifier(), early_stop=False) as stream:
+        answer = stream.submit(video).result(SECONDS)
+        assert torch.equal(answer.clip, purifier(video)) and len(answer.logits) == len(
+            purifier(video, return_votes=True)
+        )
+
+
+def test_a_change_that_is_seen_late_doubles_no_clip(purifier, monkeypatch):
+    """On a GPU a clip knows at its end that its models had changed, while others end as well."""
+    purifier, (deep, shallow) = build_purifier(inversion_steps=3), videos(2)
+    held, encode, flagged = Held(monkeypatch), Batch._encode, []
+
+    def doubtful(batch, group):
+        encode(batch, group)
+        if group[0].request.steps == 1 and not flagged:
+            flagged.append(True)
+            readback.flag_change(torch.tensor(True))
+
+    monkeypatch.setattr(Batch, "_encode", doubtful)
+    advance = Batch.advance
+
+    def joined(batch):
+        if batch.flights and len(batch.flights[0].steps) == 4 and not flagged and len(batch.flights) == 1:
+            batch.admit([requests.pop()])
+        return advance(batch)
+
+    monkeypatch.setattr(Batch, "advance", joined)
+    with StreamPurifier(purifier) as stream:
+        requests = [stream._request(shallow, None, 1)]
+        futures = [requests[0].future, stream.submit(deep)]
+        held.go.set()
+        clips = [future.result(SECONDS).clip for future in futures]
+    assert flagged and stream._broken is None and stream.counts.answered == 2
+    assert torch.equal(clips[0], purifier.with_config(inversion_steps=1)(shallow))
+    assert torch.equal(clips[1], purifier(deep))
+
+
+def test_what_fails_in_an_answer_is_one_clips_own(purifier):
+    class Odd(nn.Module):
+        labels = 2
+
+        def forward(self, x):
+            self.labels += 1
+            return torch.zeros(len(x), self.labels)
+
+    with StreamPurifier(purifier, Odd(), early_stop=False) as stream:
+        with pytest.raises(RuntimeError, match="equal size"):
+            stream.submit(videos(1)[0]).result(SECONDS)
+        assert stream._broken is None
 
 
 # Queue, deadlines, ends

@@ -85,10 +85,6 @@ class Flight:
     logits: dict[int, Tensor] = field(default_factory=dict)
     result: Answer | BaseException | None = None
 
-    def again(self, *, alone: bool = False) -> Flight:
-        """The same clip at its start."""
-        return Flight(self.request, self.purifier, self.started, alone or self.alone)
-
 
 class Batch:
     """The clips in flight through one purifier, all of one shape.
@@ -152,16 +148,17 @@ class Batch:
     def advance(self) -> list[tuple[Request, Answer | BaseException]]:
         """Take every clip one step further; returns those that have ended, each with its answer or what went wrong."""
         with self._purifier._inference():
+            if self._purifier._executor.unet is not self._unet:
+                self._forget()
             for flight in self.flights:
                 flight.iterations += 1
                 flight.shared += len(self.flights)
             for stage in get_args(Stage)[:-1]:
                 for group in self._groups([flight for flight in self.flights if flight.stage == stage]):
-                    self._attempt(getattr(self, f"_{stage}"), group)
+                    if group[0] in self.flights:  # else it has begun again
+                        self._attempt(getattr(self, f"_{stage}"), group)
             self._keep_pace()
-            ended = [flight for flight in tuple(self.flights) if self._has_ended(flight)]
-        self.flights = [flight for flight in self.flights if flight not in ended]
-        return [(flight.request, flight.result) for flight in ended if flight.result is not None]
+            return self._ended()
 
     def leave(self, flight: Flight) -> None:
         """Compute no more of a clip."""
@@ -181,6 +178,7 @@ class Batch:
         self._unet = self._purifier._executor.unet
         self._steps.clear()
         self._captures.clear()
+        self._depths.clear()  # which have the forms that they were made with
         self._begin_again(self.flights)
 
     def _groups(self, flights: list[Flight]) -> Iterator[list[Flight]]:
@@ -199,6 +197,8 @@ class Batch:
             with readback.collecting() as flags:
                 stage(group)
         except BaseException as error:  # of the caller's models, or memory
+            if self._purifier._executor.unet is not self._unet:
+                return  # they were moved meanwhile, and the next iteration begins again
             if len(group) == 1:
                 group[0].stage, group[0].result = "end", _cause(group[0], error)
             else:
@@ -208,7 +208,13 @@ class Batch:
                 flight.flags.extend(flags)
 
     def _begin_again(self, flights: Sequence[Flight], *, alone: bool = False) -> None:
-        self.flights = [flight.again(alone=alone) if flight in flights else flight for flight in self.flights]
+        """The same clips at their start."""
+        self.flights = [
+            Flight(one.request, self._at_depth(one.request.steps), one.started, alone or one.alone)
+            if one in flights
+            else one
+            for one in self.flights
+        ]
 
     # Stages
 
@@ -291,6 +297,15 @@ class Batch:
 
     # Ends
 
+    def _ended(self) -> list[tuple[Request, Answer | BaseException]]:
+        """Takes clips out of flight that have their results. One that ends may let others begin again."""
+        ended = []
+        for flight in tuple(self.flights):
+            if flight in self.flights and self._has_ended(flight) and flight.result is not None:
+                self.flights.remove(flight)
+                ended.append((flight.request, flight.result))
+        return ended
+
     def _has_ended(self, flight: Flight) -> bool:
         """Whether a clip has its result: its answer, or what went wrong."""
         if flight.stage != "end" or flight.result is not None:
@@ -305,6 +320,8 @@ class Batch:
             if not flight.alone and self.sizes[-1] > 1:  # it may be another clip of its group that is not finite
                 self._begin_again([flight], alone=True)
                 return False
+            flight.result = error
+        except Exception as error:  # of logits that do not belong together, or memory
             flight.result = error
         return True
 

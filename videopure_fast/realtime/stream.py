@@ -56,11 +56,11 @@ class StreamPurifier:
     answer equals `purifier(clip)`, bit for bit where clips share no evaluation, as on a CPU.
 
     It pays for fairness, and for throughput where one clip does not fill the device. Clips of another shape wait until
-    those in flight have ended. The purifier may be used elsewhere at the same time. Where its weights change, clips in
-    flight begin again; where it is moved or converted, as by `to`, those in flight may fail.
+    those in flight have ended. The purifier may be used elsewhere at the same time. Where its models change,
+    or are moved or converted as by `to`, clips in flight begin again.
 
     Args:
-        purifier: of a deterministic method, without `feedback`.
+        purifier: of a deterministic method, without `feedback`. Its settings are taken as they are now.
         classifier: a module of clips (B, 3, F, H, W) in [0, 1] on the purifier's device that returns logits (B, K);
             every answer then has the majority's label.
         max_batch: clips in flight at most.
@@ -102,7 +102,7 @@ class StreamPurifier:
         check_flag("early_stop", early_stop)
         if not callable(clock):
             raise TypeError(f"clock must be a function that returns seconds, got {type(clock).__name__}")
-        self._purifier = purifier
+        self._purifier = purifier = purifier.with_config()  # whose settings nobody else can change
         self._max_batch, self._queue_size = max_batch, queue_size
         self._policy, self._order, self._clock = policy, order, clock
         self._batch = Batch(
