@@ -92,6 +92,13 @@ def test_deadlines_are_obeyed():
 
 
 @pytest.mark.realtime
+def test_clips_join_no_others_that_would_then_miss_their_deadlines():
+    """Where all four were in flight at once, each would be answered after 4 seconds."""
+    records = simulated(service(1.0), [Arrival(0.0, number, 3.5) for number in range(4)], Setting(max_batch=4))
+    assert [record.outcome for record in records] == ["answered", "answered", "answered", "missed"]
+
+
+@pytest.mark.realtime
 def test_a_fleet_shares_the_clips():
     """Each camera needs a clip's time in full: so many cameras need as many servers, and one less cannot keep up."""
     arrivals = with_deadlines(cameras(12, seconds=40, rate=16, window=16, hop=16, seed=1), [2.0])

@@ -370,6 +370,31 @@ def test_a_deadline_that_passes_in_flight_ends_the_clip(purifier, monkeypatch):
         assert isinstance(other.result(SECONDS), Answer)
 
 
+def test_clips_join_no_others_that_would_then_miss_their_deadlines(purifier, monkeypatch):
+    """Of four that come at once, two are in time; the time that all four share would be enough for none."""
+    now, held, video = [0.0], Held(monkeypatch), videos(1)[0]
+    advance = Batch.advance
+
+    def timed(batch):
+        ended = advance(batch)
+        now[0] += 1.0 * (len(batch.flights) + len(ended))  # an evaluation each
+        return ended
+
+    monkeypatch.setattr(Batch, "advance", timed)
+    with StreamPurifier(purifier, clock=lambda: now[0]) as stream:
+        held.go.set()
+        answer = stream.submit(video).result(SECONDS)
+        alone = answer.times.done - answer.times.started + 1
+        stream._batch._alone[tuple(video.shape), purifier.config.inversion_steps] = alone
+        held.go.clear()
+        stream.submit(videos(1, 3, 4, 16, 16)[0])  # while it is in flight the others gather
+        until(lambda: stream.counts.in_flight == 1)
+        futures = [stream.submit(video, deadline=3.5 * alone) for _ in range(4)]
+        held.go.set()
+        wait(futures, SECONDS)
+    assert [future.exception() is None for future in futures] == [True, True, False, False]
+
+
 def test_canceled_clips_free_their_places(purifier, monkeypatch):
     held, video = Held(monkeypatch), videos(1)[0]
     with StreamPurifier(purifier, max_batch=1, queue_size=1, policy="reject") as stream:
@@ -578,6 +603,9 @@ class StubBatch:
         return 0.0
 
     def doubt(self, request): ...
+
+    def keeps_deadlines(self, joining):
+        return True
 
     def admit(self, requests):
         from types import SimpleNamespace

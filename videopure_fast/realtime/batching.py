@@ -27,6 +27,7 @@ _MOST_DEPTHS = 16  # of which the settings are kept
 _SHAPES = 4  # of clips, whose captured steps are kept
 _WARM_ROUNDS = 2  # on the CPU, a step is recorded when it comes again
 _SHARE = 0.2  # of a clip that took longer than usual, in what such clips are taken to need
+_MARGIN = 1.2  # times that, for clips that would share the time: what others take longer, all of them do
 _DOUBT = 0.05  # by which that shrinks with each clip that it keeps out
 
 Clock = Callable[[], float]
@@ -85,6 +86,10 @@ class Flight:
     logits: dict[int, Tensor] = field(default_factory=dict)
     result: Answer | BaseException | None = None
 
+    def spent(self, now: float) -> float:
+        """Seconds that were its own, of those that it has shared with others in flight."""
+        return (now - self.started) * self.iterations / self.shared if self.shared else 0.0
+
 
 class Batch:
     """The clips in flight through one purifier, all of one shape.
@@ -127,6 +132,12 @@ class Batch:
     def doubt(self, request: Request) -> None:
         """Such a clip was refused: trust what they take a little less, so that one of them will tell."""
         self._alone[request.kind] = (1 - _DOUBT) * self.least_seconds(request)
+
+    def keeps_deadlines(self, joining: Sequence[Request]) -> bool:
+        """Whether nobody would miss a deadline if these joined those in flight."""
+        now = self._clock()
+        needs = [(one.request, one.spent(now)) for one in self.flights] + [(request, 0.0) for request in joining]
+        return share_in_time(now, [(one.deadline, self.least_seconds(one), spent) for one, spent in needs])
 
     def warm(self, requests: Sequence[Request]) -> None:
         """Compute as many of these as share an evaluation, for every size, until there is nothing new to make."""
@@ -335,7 +346,7 @@ class Batch:
             label = int(_counts(flight).argmax())
         purified = like_video(flight.decoded[order[-1]], clip)
         now = self._clock()
-        taken = (now - flight.started) * flight.iterations / flight.shared
+        taken = flight.spent(now)
         before = self._alone.get(flight.request.kind, taken)
         self._alone[flight.request.kind] = min(taken, before + _SHARE * (taken - before))
         times = Times(flight.request.submitted, flight.started, **flight.times, done=now)
@@ -349,6 +360,16 @@ class Batch:
             self._last = event
             if before is not None:
                 before.synchronize()
+
+
+def share_in_time(now: float, clips: Sequence[tuple[float, float, float]]) -> bool:
+    """Whether clips that share the time equally all meet their deadlines.
+
+    clips: of each, its deadline, the seconds that it takes alone, and how many of these it has had. It is done when
+    every other one, too, has had as many seconds as it still needs itself, or has ended before.
+    """
+    left = [(deadline, max(0.0, _MARGIN * alone - spent)) for deadline, alone, spent in clips]
+    return all(now + sum(min(own, other) for _, other in left) <= deadline for deadline, own in left)
 
 
 def _counts(flight: Flight) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..inputs import check_count
 from .arrivals import Arrival
+from .batching import share_in_time
 from .load import Outcome, Record
 from .serving import Times
 from .study import ServiceTimes, Setting
@@ -39,7 +40,8 @@ def simulate(
     drawn = None if seed is None else random.Random(seed)
     seconds = functools.cache(service.seconds) if seed is None else service.seconds
     fleet = _Fleet([_Server(environment, seconds, setting, drawn) for _ in range(servers)])
-    clips = [_Clip(arrival, service) for arrival in arrivals]
+    alone = functools.cache(lambda steps: service.clip_seconds(steps=steps))
+    clips = [_Clip(arrival, service, alone(arrival.steps)) for arrival in arrivals]
     for server in fleet.servers:
         environment.process(server.serve())
     environment.process(_arrive(environment, clips, fleet))
@@ -83,12 +85,13 @@ class _Fleet:
 class _Clip:
     """A clip on its way through a server.
 
-    least: seconds that it takes where it is alone. evaluations, votes: those that are still to come.
+    alone: seconds that it takes where no other is in flight. evaluations, votes: those that are still to come.
+    iterations, shared: of the server since it joined, and the clips in flight, summed over them.
     """
 
-    def __init__(self, arrival: Arrival, service: ServiceTimes) -> None:
-        self.arrival = arrival
-        self.least = 0.0 if arrival.deadline is None else service.clip_seconds(steps=arrival.steps)
+    def __init__(self, arrival: Arrival, service: ServiceTimes, alone: float) -> None:
+        self.arrival, self.alone = arrival, alone
+        self.iterations = self.shared = 0
         self.evaluations, self.votes = service.evaluations(arrival.steps), service.votes
         self.deadline = math.inf if arrival.deadline is None else arrival.due + arrival.deadline
         self.outcome: Outcome = "answered"
@@ -99,6 +102,10 @@ class _Clip:
         if done > self.deadline:
             self.outcome = "missed"
         return done <= self.deadline
+
+    def spent(self, now: float) -> float:
+        """Seconds that were its own, of those that it has shared."""
+        return (now - self.points[1]) * self.iterations / self.shared if self.shared else 0.0
 
     def record(self) -> Record:
         times = Times(*self.points) if self.outcome == "answered" else None
@@ -147,6 +154,9 @@ class _Server:
             while not self._waiting and not self._active:
                 yield self._changed
             joined = self._admit()
+            for clip in self._active:
+                clip.iterations += 1
+                clip.shared += len(self._active)
             yield from self._step("encode", joined)
             self._pass(joined)
             sampling = [clip for clip in self._active if clip.evaluations]
@@ -170,13 +180,20 @@ class _Server:
         """Refuse whoever cannot be in time any more, and take clips from the queue while there is room."""
         now, before, clips = self._environment.now, len(self._waiting), self.clips()
         self._active = [clip for clip in self._active if clip.is_possible(now)]
-        self._waiting = [clip for clip in self._waiting if clip.is_possible(now + clip.least)]
+        self._waiting = [clip for clip in self._waiting if clip.is_possible(now + clip.alone)]
         if self.clips() < clips:
             self.on_fewer(self)
         ordered = self._waiting
         if self._setting.order == "edf":
             ordered = sorted(ordered, key=lambda clip: clip.deadline)
-        joined = ordered[: self._setting.max_batch - len(self._active)]
+        joined: list[_Clip] = []
+        for clip in ordered[: self._setting.max_batch - len(self._active)]:
+            together = [*self._active, *joined, clip]
+            if len(together) > 1 and not share_in_time(
+                now, [(one.deadline, one.alone, one.spent(now)) for one in together]
+            ):
+                break
+            joined.append(clip)
         self._waiting = [clip for clip in self._waiting if clip not in joined]
         self._active += joined
         if joined and self._drawn is not None:

@@ -134,7 +134,7 @@ class StreamPurifier:
             clip: (3, F, H, W), floats in [0, 1] or uint8, of no more frames than the purifier's `max_frames`. It must
                 not be changed before the answer is there.
             deadline: seconds from now until the answer is of use. A clip that can no longer make it is not computed:
-                its future ends in DeadlineMissed.
+                its future ends in DeadlineMissed. Nor do clips join others that would then miss theirs.
             steps: its depth T, in the place of the purifier's `inversion_steps`.
 
         TypeError or ValueError for other arguments, QueueFull, and Closed are raised here. `future.cancel()` works
@@ -315,8 +315,8 @@ class StreamPurifier:
     def _admissible(self) -> list[Request]:
         """Who of those that wait may join now.
 
-        Where clips are in flight, one of another shape waits for their end, and so does whoever comes after it. Where
-        none are, the first one decides on the shape.
+        Where clips are in flight, one of another shape waits for their end, as does one for whom a deadline would be
+        missed, and so does whoever comes after it. Where none are, the first one joins, and decides on the shape.
         """
         shape = self._batch.shape
         admitted: list[Request] = []
@@ -327,6 +327,8 @@ class StreamPurifier:
                 break
             shape = shape or tuple(request.clip.shape)
             if tuple(request.clip.shape) == shape:
+                if (joining or admitted) and not self._batch.keeps_deadlines([*admitted, request]):
+                    break
                 admitted.append(request)
             elif joining:
                 break
