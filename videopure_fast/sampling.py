@@ -295,8 +295,10 @@ class BatchStep:
 def batch_rows(steps: Sequence[ClipStep], like: Tensor) -> tuple[Tensor, ...]:
     """The arguments of a `BatchStep` beside the latents. like: a tensor on the models' device."""
     per_clip = (len(steps), 1, 1, 1, 1)
-    inverts = torch.tensor([step.inverts for step in steps], device=like.device).view(per_clip)
-    scales = torch.tensor([step.guidance_scale for step in steps], dtype=like.dtype, device=like.device).view(per_clip)
+    inverts = torch.tensor([step.inverts for step in steps], device="cpu")
+    scales = torch.tensor([step.guidance_scale for step in steps], dtype=like.dtype, device="cpu")
+    # Copied without waiting for the work before: a GPU would idle between two steps.
+    inverts, scales = (rows.to(like.device, non_blocking=True).view(per_clip) for rows in (inverts, scales))
     embeddings = [torch.stack(rows) for rows in zip(*(step.embeddings for step in steps), strict=True)]
     return torch.stack([step.coefficients for step in steps]), inverts, scales, *embeddings
 
