@@ -51,6 +51,15 @@ def test_answers_are_the_purifiers_bit_for_bit(method, prompts):
             assert list(answer.times) == sorted(answer.times)
 
 
+def test_no_flow_is_computed_for_a_method_without_votes():
+    def flow(prev, next):
+        raise RuntimeError("nobody needs it")
+
+    purifier, video = build_purifier(method="ddim_inversion", flow=flow), videos(1)[0]
+    with StreamPurifier(purifier) as stream:
+        assert torch.equal(stream.submit(video).result(SECONDS).clip, purifier(video))
+
+
 @pytest.mark.parametrize("prompts", [1, 2])
 @pytest.mark.parametrize("fast", [True, False])
 def test_clips_at_their_own_steps_share_evaluations(prompts, fast):

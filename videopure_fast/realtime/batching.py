@@ -51,10 +51,11 @@ class Request:
 
 
 class Encoded(NamedTuple):
-    """What the stages after the encoder need of a clip: latents (1, 4, F, h, w), flow (1, F-1, 2, h, w)."""
+    """What the stages after the encoder need of a clip: latents (1, 4, F, h, w), and for voting its flow
+    (1, F-1, 2, h, w)."""
 
     target: Tensor
-    flow: Tensor
+    flow: Tensor | None
     chain: Chain
 
 
@@ -236,8 +237,10 @@ class Batch:
             self._forget()
             return
         clips = torch.cat([one.purifier._preprocess(one.request.clip[None]) for one in group])
-        targets, flows = self._purifier._encode(clips), self._purifier._latent_flow(clips)
-        for flight, target, flow in zip(group, targets.split(1), flows.split(1), strict=True):
+        targets = self._purifier._encode(clips)
+        voting = self._purifier.config.method == "videopure"
+        flows = self._purifier._latent_flow(clips).split(1) if voting else [None] * len(group)
+        for flight, target, flow in zip(group, targets.split(1), flows, strict=True):
             chain = flight.purifier._chain(target)
             flight.encoded = Encoded(target, flow, chain)
             flight.states, flight.steps = [target], chain.clip_steps()[::-1]
@@ -277,8 +280,8 @@ class Batch:
             states, noise_preds = torch.stack(flight.states), torch.stack(flight.noise_preds)
             readback.check_finite("denoise", states, noise_preds, dtype=self._purifier._executor.dtype)
             flight.votes = states[-1:]
-            if flight.encoded.chain.voting:
-                target, flow, _ = flight.encoded
+            target, flow, _ = flight.encoded
+            if flow is not None:
                 coefficients = flight.purifier._schedule.vote_coefficients()
                 flight.votes = flight.purifier._vote(states, noise_preds, target, flow, coefficients)
             last = len(flight.votes) - 1  # the purified clip, which is always wanted
@@ -345,6 +348,8 @@ class Batch:
             logits = torch.stack([flight.logits[vote] for vote in order]).to(clip.device)
             label = int(_counts(flight).argmax())
         purified = like_video(flight.decoded[order[-1]], clip)
+        if clip.is_cuda:  # the caller may use another stream
+            torch.cuda.current_stream(clip.device).synchronize()
         now = self._clock()
         taken = flight.spent(now)
         before = self._alone.get(flight.request.kind, taken)
@@ -356,7 +361,7 @@ class Batch:
         """On a GPU, wait until it has come to the iteration before this one: what is enqueued cannot be joined."""
         if self._purifier._executor.device.type == "cuda":
             event, before = torch.cuda.Event(), self._last
-            event.record()
+            event.record(torch.cuda.current_stream(self._purifier._executor.device))  # a thread begins with GPU 0
             self._last = event
             if before is not None:
                 before.synchronize()
