@@ -404,6 +404,29 @@ def test_clips_join_no_others_that_would_then_miss_their_deadlines(purifier, mon
     assert [future.exception() is None for future in futures] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_an_overload_leaves_clips_that_are_in_time(monkeypatch, max_batch):
+    """Of 20 times the clips that there is time for, one after another is in time, and not each begun and given up."""
+    purifier, video, now, futures = build_purifier(inversion_steps=1), videos(1)[0], [0.0], []
+    advance = Batch.advance
+
+    def timed(batch):
+        flying = len(batch.flights)
+        ended = advance(batch)
+        now[0] += flying  # a second for each of the four evaluations
+        if futures and len(futures) < 400:
+            futures.extend(stream.submit(video, deadline=8.0) for _ in range(5))
+        return ended
+
+    monkeypatch.setattr(Batch, "advance", timed)
+    options = {"max_batch": max_batch, "queue_size": 64, "policy": "drop-oldest"}
+    with StreamPurifier(purifier, clock=lambda: now[0], **options) as stream:
+        stream.submit(video).result(SECONDS)
+        futures.append(stream.submit(video, deadline=8.0))
+        until(lambda: len(futures) >= 400 and futures[-1].done())
+    assert stream.counts.answered >= 15
+
+
 def test_canceled_clips_free_their_places(purifier, monkeypatch):
     held, video = Held(monkeypatch), videos(1)[0]
     with StreamPurifier(purifier, max_batch=1, queue_size=1, policy="reject") as stream:

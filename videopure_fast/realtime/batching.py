@@ -131,7 +131,7 @@ class Batch:
         return self._alone.get(request.kind, 0.0)
 
     def doubt(self, request: Request) -> None:
-        """Such a clip was refused: trust what they take a little less, so that one of them will tell."""
+        """Such a clip was refused as it came: trust what they take a little less, so that one of them will tell."""
         self._alone[request.kind] = (1 - _DOUBT) * self.least_seconds(request)
 
     def keeps_deadlines(self, joining: Sequence[Request]) -> bool:
@@ -173,8 +173,10 @@ class Batch:
             return self._ended()
 
     def leave(self, flight: Flight) -> None:
-        """Compute no more of a clip."""
+        """Compute no more of a clip, which takes more seconds than it has had."""
         self.flights.remove(flight)
+        request = flight.request
+        self._alone[request.kind] = max(self.least_seconds(request), flight.spent(self._clock()))
 
     def _at_depth(self, steps: int) -> Purifier:
         if steps == self._purifier.config.inversion_steps:

@@ -304,10 +304,11 @@ class StreamPurifier:
         """Takes clips out of the queue that can no longer be in time, or were canceled."""
         ended: list[Ended] = []
         for request in list(self._waiting):
-            late = self._clock() + self._batch.least_seconds(request) > request.deadline
+            least = self._batch.least_seconds(request)
+            late = self._clock() + least > request.deadline
             if late or request.future.cancelled():
                 self._waiting.remove(request)
-                if late:
+                if request.submitted + least > request.deadline:  # whether or not it had to wait
                     self._batch.doubt(request)
                 ended.append((request, DeadlineMissed("the clip's answer could no longer have been there in time")))
         return ended
