@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -249,3 +250,25 @@ def test_threads_share_a_graph_on_streams_of_their_own():
 
     run_in_threads(2, run)
     assert not wrong and len(recordings(purifier)) == 1
+
+
+@pytest.mark.gpu
+def test_graphs_of_one_thread_share_their_memory():
+    x = torch.zeros(2**24, device="cuda")  # 64 MiB, as each of the two tensors that a graph has at once
+
+    def chained(x):
+        for _ in range(3):
+            x = x + 1
+        return (x[:1].clone(),)
+
+    def reserved(one_thread):
+        captures = Captures(one_thread=one_thread)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for _ in range(4):
+            assert captures(partial(chained), x, first_activation=None)[0].item() == 3
+        torch.cuda.empty_cache()
+        assert all(captures.made.values())
+        return torch.cuda.memory_reserved() - before
+
+    assert reserved(True) <= reserved(False) - 3 * 2 * x.nbytes

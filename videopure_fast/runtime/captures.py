@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import backend
-from .cuda_graph import CudaGraph
+from .cuda_graph import CudaGraph, GraphMemory
 from .replay import Recording, is_observed
 
 Function = Callable[..., tuple[Tensor, ...]]  # of tensors
@@ -89,7 +89,7 @@ class Captures:
 
     def __init__(self, most: int = _MOST_CAPTURES, *, one_thread: bool = False) -> None:
         self._most, self._one_thread = most, one_thread
-        self._pool: Any = None
+        self._memory: GraphMemory | None = None
         self._lock = threading.RLock()
         self.made: Recent[CudaGraph | Recording | None] = Recent(most)  # None: it could not be captured
         self._waiting: Recent[int] = Recent(_MOST_WAITING)  # calls that are still to come before a recording
@@ -102,7 +102,7 @@ class Captures:
         with self._lock:
             self.made.clear()
             self._waiting.clear()
-            self._pool = None  # memory of no graph is given back, and its handle with it
+            self._memory = None  # memory of no graph is given back, and its handle with it
 
     @property
     def records_next(self) -> bool:
@@ -137,11 +137,12 @@ class Captures:
     def _capture(self, key: Hashable, function: Function, *tensors: Tensor) -> CudaGraph | Recording | None:
         captured: CudaGraph | Recording | None
         try:
-            if tensors[0].is_cuda and self._one_thread and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            captured = (
-                CudaGraph(function, *tensors, pool=self._pool) if tensors[0].is_cuda else Recording(function, *tensors)
-            )
+            if not tensors[0].is_cuda:
+                captured = Recording(function, *tensors)
+            else:
+                if self._one_thread and self._memory is None:
+                    self._memory = GraphMemory(tensors[0].device)
+                captured = CudaGraph(function, *tensors, memory=self._memory)
         except Exception as error:  # a compiler's, CUDA's or torch's; what is really wrong raises again, uncaptured
             reason = (str(error) or type(error).__name__).splitlines()[0]
             warnings.warn(f"nothing was captured, which is slower: {reason}", stacklevel=4)

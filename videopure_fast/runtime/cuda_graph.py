@@ -13,6 +13,17 @@ from torch import Tensor
 _capturing = threading.Lock()
 
 
+class GraphMemory:
+    """Memory that graphs of one device share: no two of them may run at once.
+
+    Torch gives memory of a stream to that stream alone, so that all are captured on the same one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """function(*tensors) -> tensors, captured for tensors of these shapes on a CUDA GPU; a call runs it for others.
 
@@ -20,22 +31,25 @@ class CudaGraph:
     Threads that call at once are served one after another, also where each has a stream of its own. The function must
     launch the same kernels each time and read no value on the host. What it holds is kept alive.
 
-    pool: of torch.cuda.graph_pool_handle, for graphs that share their memory: no two of them may run at once.
+    memory: what it shares with other graphs; None for memory of its own.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, pool: Any = None) -> None:
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, memory: GraphMemory | None = None
+    ) -> None:
         self._function = function
         self._lock = threading.Lock()
         self._copied_out = torch.cuda.Event()
         self._inputs = tuple(tensor.clone() for tensor in tensors)
         with torch.cuda.device(tensors[0].device):  # torch's default stream for captures may be another GPU's
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side, current = memory.stream if memory else torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 function(*self._inputs)  # compiles kernels and chooses algorithms, which a capture may not
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": other threads may go on to allocate and synchronize while this one captures.
+            pool = memory.pool if memory else None
             graph = torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local")
             with _capturing, graph:
                 self._outputs = function(*self._inputs)
