@@ -4,6 +4,7 @@ import random
 import shutil
 import threading
 import time
+import weakref
 
 import av
 import numpy as np
@@ -348,6 +349,23 @@ def test_a_full_queue_is_counted_and_recorded(tmp_path, policy, outcome):
     # Each frame was in a clip or was counted, and those of purified clips alone are shown.
     assert 4 * len(found) + camera.dropped == 40
     assert watcher.status.shown == output.written == 4 * clips["purified"]
+
+
+def test_clips_that_were_dropped_hold_no_frames(tmp_path, monkeypatch):
+    """Also while an older clip, whose answer is shown before, takes its time."""
+    taken, take = [], Ring.take
+
+    def noted(ring, timeout):
+        if clip := take(ring, timeout):
+            taken.append(weakref.ref(clip.frames))
+        return clip
+
+    monkeypatch.setattr(Ring, "take", noted)
+    source = video_file(tmp_path / "a.mkv", 40)
+    with StubServer(seconds=1.0, size=1) as server, watching([source], server, window=4, hop=4, size=32) as (watcher,):
+        wait_for(lambda: len(taken) >= 5)
+        wait_for(lambda: sum(frames() is not None for frames in taken) <= 1)
+        assert watcher.running and not watcher.status.clips
 
 
 def test_a_clip_that_is_too_late_is_not_given_to_the_server(tmp_path):

@@ -197,7 +197,8 @@ class Watcher:
             if isinstance(error, Closed) and not self.camera.stopped:
                 self.failure = str(error)
                 self.camera.stop()
-        self._pending.append((clip, future))
+        # Its frames are the server's: however long older clips take, those that were dropped meanwhile hold none.
+        self._pending.append((clip._replace(frames=clip.frames.new_empty(0)), future))
         future.add_done_callback(lambda _: self.camera.ring.wake())
 
     def _settle(self, clip: CameraClip, future: Future[Answer]) -> None:
