@@ -9,7 +9,7 @@ from videopure_fast.realtime import figures, study
 from videopure_fast.realtime.arrivals import Arrival, poisson
 from videopure_fast.realtime.load import Record, offer
 from videopure_fast.realtime.serving import Times
-from videopure_fast.realtime.study import Setting, compare, fewest, highest_load, measure_service, run, summarize
+from videopure_fast.realtime.study import Setting, fewest, highest_load, measure_service, run, summarize
 
 # A batch of 4 is taken to cost as much as 2 single clips: no machine was measured.
 ASSUMED_CURVE = {1: 1.0, 2: 4 / 3, 4: 2.0}
@@ -109,7 +109,10 @@ def test_service_times_between_and_beyond_what_was_measured():
 def test_settings_are_compared_on_the_same_arrivals():
     arrivals = [Arrival(0.0, number) for number in range(12)]
     settings = [Setting(), Setting(queue_size=3, policy="reject"), Setting(queue_size=3, policy="drop-oldest")]
-    rows = list(compare(lambda setting: SleepingServer(service(0.01), setting), settings, CLIPS, arrivals, load=9))
+    rows = [
+        run(lambda setting: SleepingServer(service(0.01), setting), setting, CLIPS, arrivals, load=9)
+        for setting in settings
+    ]
     assert [row["load"] for row in rows] == [9, 9, 9]
     dues = [[record.due for record in study.read_records(row)] for row in rows]
     assert dues[0] == dues[1] == dues[2]

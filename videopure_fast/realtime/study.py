@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -205,20 +205,6 @@ def row(setting: Setting, records: Sequence[Record], *, simulated: bool = False,
     """One run as it is saved: its setting, its figures, and what became of each clip."""
     found = {**labels, "simulated": simulated, "setting": setting._asdict(), "summary": summarize(records)}
     return {**found, "records": [_flat(record) for record in records]}
-
-
-def compare(
-    build: Build,
-    settings: Sequence[Setting],
-    clips: Sequence[Tensor],
-    arrivals: Sequence[Arrival],
-    *,
-    progress: Callable[[], None] | None = None,
-    **labels: Any,
-) -> Iterator[dict[str, Any]]:
-    """A row for each setting, all on the same arrivals."""
-    for setting in settings:
-        yield run(build, setting, clips, arrivals, progress=progress, **labels)
 
 
 def carried_load(
