@@ -56,7 +56,7 @@ def test_products_of_a_purification(models):
 
 
 def test_launches_of_an_evaluation(evaluation):
-    assert 650 <= launches(evaluation).total() <= 710
+    assert 660 <= launches(evaluation).total() <= 730
 
 
 def test_launches_of_a_decode(decoding):
@@ -64,13 +64,13 @@ def test_launches_of_a_decode(decoding):
 
 
 def test_what_the_attention_over_frames_launches(evaluation):
-    """One kernel for those of 320 channels; elsewhere a chain of two, the product and the attention alone."""
+    """One kernel where an H200 measured it to be the faster way; else two, the product and the attention alone."""
     chains = Counter(
         (operation.shapes[0][-1], len(operation.launches))
         for operation in evaluation
         if operation.name == "folded_temporal_attention"
     )
-    assert chains == {(320, 1): 10, (512, 2): 2, (640, 2): 10, (1280, 2): 12}
+    assert chains == {(320, 1): 10, (512, 2): 2, (640, 2): 10, (1280, 1): 10, (1280, 2): 2}
 
 
 @pytest.mark.parametrize("stage", ["evaluation", "decoding", "encoding"])
