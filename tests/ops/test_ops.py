@@ -733,7 +733,7 @@ def test_transforms_of_functions_reach_the_ops():
 # Triton's interpreter
 
 
-@pytest.mark.parametrize("share", range(4))
+@pytest.mark.parametrize("share", [0, 1, *(pytest.param(share, marks=pytest.mark.slow) for share in (2, 3))])
 def test_triton_in_the_interpreter(share):
     """A quarter of the kernels' tests, in another process: triton reads TRITON_INTERPRET once, when it is imported."""
     pytest.importorskip("triton")
