@@ -65,6 +65,7 @@ def test_its_own_settings(purifier):
         Purifier.from_pretrained("tiny", magic=1)
 
 
+@pytest.mark.slow
 def test_a_fooled_classifier_is_right_again(purifier, tmp_path):
     """A broken purifier fails: none 0.0, the VAE alone far below, and even chance would be 0.125."""
     threats = (Threat("none", clips=16), Threat("gray-box", "pgd", {"steps": 10, "step_size": 2 / 255}, 16))
