@@ -22,7 +22,7 @@ STAGES = {
     "tuned": Stage(0.5, "one clip by that table"),
     "batch": Stage(1.5, "several clips, and small ones"),
     "stream": Stage(0.5, "clips that come one by one and share evaluations: throughput, and what a clip takes"),
-    "compile": Stage(0.5, 'torch.compile(mode="max-autotune"); what it has compiled is kept for the next run'),
+    "compile": Stage(0.5, "torch.compile, reduce-overhead and max-autotune; what it compiles is kept for the next run"),
     "lossy": Stage(0.5, "one clip with a lossy decoder"),
     "rest": Stage(30, "only where it is named: rows that take minutes, and small ops"),
 }

@@ -33,7 +33,9 @@ from videopure_fast.realtime.study import measure_service
 from videopure_fast.sampling import vote
 from videopure_fast.schedule import Schedule
 
-STREAMED_BATCHES = 3
+STREAMED_BATCHES = 3  # so many times the clips that share an evaluation are timed together
+FIRST_CALLS = ("plain", "by function")
+MOST_FUNCTIONS = 60  # of a profile that a row keeps
 COMPILED_PATHS = ("algebra-inductor", "algebra-compiled", "authors-compiled")
 
 
@@ -74,10 +76,6 @@ def purification(models: BenchModels, path: str, workload: Workload) -> Row:
         "warnings": sorted({str(warning.message).splitlines()[0] for warning in caught})[:3],
     }
     return row | (count_launches(lambda: purify(clips), device) if workload.clips == 1 else {})
-
-
-FIRST_CALLS = ("plain", "by function")
-MOST_FUNCTIONS = 60
 
 
 def first_call(models: BenchModels, workload: Workload, how: str = "plain") -> Row:

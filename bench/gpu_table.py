@@ -57,7 +57,7 @@ def _cells(name: str, rows: dict[str, Row]) -> tuple[str, ...]:
 
 
 def _milliseconds(stage: Row) -> float:
-    """Of a stage that was timed, or of its kernels together."""
+    """The time of a stage, or of its kernels together."""
     if "median" in stage:
         return 1e3 * stage["median"]
     return 1e3 * sum(kind["seconds"] for kind in stage["kinds"].values())

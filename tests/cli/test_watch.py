@@ -19,9 +19,6 @@ from videopure_fast.data.video import probe
 from videopure_fast.realtime import cameras, live
 from videopure_fast.streaming import purify_stream
 
-# They stand in real time, and one of them fails now and then among all other tests.
-pytestmark = pytest.mark.realtime
-
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["watch", *map(str, arguments)])

@@ -380,7 +380,7 @@ def test_a_deadline_that_passes_in_flight_ends_the_clip(purifier, monkeypatch):
 
 
 def test_clips_join_no_others_that_would_then_miss_their_deadlines(purifier, monkeypatch):
-    """Of four that come at once, two are in time; the time that all four share would be enough for none."""
+    """Two of four that come at once are in time; the time that all four share would be enough for none."""
     now, held, video = [0.0], Held(monkeypatch), videos(1)[0]
     advance = Batch.advance
 

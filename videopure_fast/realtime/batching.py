@@ -97,7 +97,7 @@ class Batch:
 
     classifier: of clips (B, 3, F, H, W) in [0, 1]; None for none. all_votes: decode every vote. early_stop: stop
     decoding when the majority's label is settled. sizes: of the groups of clips that share an evaluation, ascending
-    from 1. capture: as for a Purifier.
+    from 1.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Batch:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of the clips in flight."""
+        """The shape that the clips in flight have; None where there are none."""
         return tuple(self.flights[0].request.clip.shape) if self.flights else None
 
     def least_seconds(self, request: Request) -> float:
@@ -144,7 +144,7 @@ class Batch:
         """Compute as many of these as share an evaluation, for every size, until there is nothing new to make."""
         for size in self.sizes:
             for _ in range(_WARM_ROUNDS):
-                self._alone.clear()
+                self._alone.pop(requests[0].kind, None)  # what it took while things were made says nothing
                 self.admit(requests[:size])
                 while self.flights:
                     for _, result in self.advance():
@@ -362,7 +362,7 @@ class Batch:
     def _keep_pace(self) -> None:
         """On a GPU, wait until it has come to the iteration before this one: what is enqueued cannot be joined."""
         if self._purifier._executor.device.type == "cuda":
-            event, before = torch.cuda.Event(), self._last
+            event, before = torch.cuda.Event(blocking=True), self._last  # else the wait would spin on a core
             event.record(torch.cuda.current_stream(self._purifier._executor.device))  # a thread begins with GPU 0
             self._last = event
             if before is not None:
