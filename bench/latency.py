@@ -189,7 +189,7 @@ def assumed_service() -> ServiceTimes:
 
 
 def h200_service() -> ServiceTimes:
-    """What one clip takes on an H200, as `make gpu` measured its stages; more at once are taken to need as much each."""
+    """What one clip takes on an H200 by the rows of `make gpu`; of several at once each is taken to need as much."""
     stages = json.loads((RESULTS / "nvidia-h200.json").read_text())["rows"][GPU_ROW]["stages"]
     encode, chain, decode = (stages[name]["median"] for name in ("encode", "chain", "decode"))
     evaluation = chain / (2 * (GPU_DEPTH + 1))

@@ -20,7 +20,7 @@ from videopure_fast.realtime.study import Setting, summarize
 
 
 def mean_latency(load):
-    """Of M/D/1, over the service time: the formula of Pollaczek and Khinchine for a constant service."""
+    """The mean wait of M/D/1 over the service time, by the formula of Pollaczek and Khinchine."""
     return 1 + load / (2 * (1 - load))
 
 

@@ -406,7 +406,7 @@ def test_clips_join_no_others_that_would_then_miss_their_deadlines(purifier, mon
 
 @pytest.mark.parametrize("max_batch", [1, 4])
 def test_an_overload_leaves_clips_that_are_in_time(monkeypatch, max_batch):
-    """Of 20 times the clips that there is time for, one after another is in time, and not each begun and given up."""
+    """At 20 times the load one clip after another is in time, and not each begun and given up."""
     purifier, video, now, futures = build_purifier(inversion_steps=1), videos(1)[0], [0.0], []
     advance = Batch.advance
 
