@@ -20,7 +20,7 @@ from videopure_fast.realtime.study import Setting, summarize
 
 
 def mean_latency(load):
-    """The mean wait of M/D/1 over the service time, by the formula of Pollaczek and Khinchine."""
+    """The mean of wait and service in M/D/1, in service times: the formula of Pollaczek and Khinchine."""
     return 1 + load / (2 * (1 - load))
 
 
@@ -34,7 +34,7 @@ def share_waiting_less(wait, load):
 
 
 def latency_quantile(quantile, load):
-    """Of M/D/1, over the service time."""
+    """A quantile of wait and service in M/D/1, in service times."""
     low, high = 0.0, 30.0
     for _ in range(60):
         middle = (low + high) / 2

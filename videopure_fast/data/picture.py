@@ -58,7 +58,7 @@ def upright(frame: VideoFrame, turn: Orientation, shape: tuple[int, int] | None 
     YUV is converted as the frame's tags say; untagged, by BT.709 from HD_LINES lines on, else by BT.601.
 
     shape: (height, width) of the result, if it is to be resized. swscale does that as it converts, by a bilinear filter
-    that averages where it shrinks: within a few levels of `video.resized`, in a twentieth of the time.
+    that averages where it shrinks: within a few levels of `video.resized`, and much sooner.
     """
     options: dict[str, Any] = {"src_colorspace": "ITU709"} if states_no_color(frame) else {}
     if shape is not None:
