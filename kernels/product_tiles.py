@@ -9,8 +9,8 @@ from .launch import Tile, aligned, has_wgmma, precision
 # The kind of product whose tensors have descriptors.
 DESCRIBED = "half, sm_90"
 # Chosen by reasoning, which tuned.json overrules where it was measured; all compile without spills and without waits
-# between matrix instructions, by triton 3.6 and 3.9. Two programs share a multiprocessor of sm_90, so that one writes its
-# result while the other multiplies.
+# between matrix instructions, by triton 3.6 and 3.9. Two programs share a multiprocessor of sm_90, so that one writes
+# its result while the other multiplies.
 TILES = {
     DESCRIBED: (
         Tile(128, 128, 64, 8, 3, second=32),

@@ -1,4 +1,5 @@
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ["COLUMNS"] = "200"  # wide enough for every table, whatever the terminal: rich reads it when it is imported
@@ -9,6 +10,10 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 
 from videopure_fast import Purifier, PurifyConfig, sampling
 from videopure_fast.ops.backend import full_float32
+
+# A shell starts what it runs in the background with SIGINT ignored, and tests of Ctrl-C send it to this process.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNET = {
     "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
