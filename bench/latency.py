@@ -75,8 +75,9 @@ class Study:
         for setting in settings:
             before = self.measure()
             row = study.run(self.build, setting, self.clips, arrivals, part=part, **labels)
-            service = before.merged(self.measure())
-            simulated = simulate(service, arrivals, setting, seed=SEED)
+            after = self.measure()
+            simulated = simulate(before.merged(after), arrivals, setting, seed=SEED)
+            labels["drift"] = after.clip_seconds() / before.clip_seconds() - 1  # of the machine's speed, meanwhile
             self.result["rows"] += [row, study.row(setting, simulated, simulated=True, part=part, **labels)]
             print(f"{part}, {labels}, {setting}: {row['summary']['latency']}", flush=True)
 

@@ -77,9 +77,10 @@ def interrupt_when(condition, number=signal.SIGINT, limit=8.0):
 def test_files_are_watched_to_their_end(tmp_path, servers):
     sources = [video(tmp_path / "a.mkv"), video(tmp_path / "b.mkv", 14, height=48, width=32)]
     outputs = [tmp_path / "a.mp4", tmp_path / "b.ts"]
-    record = tmp_path / "seen.jsonl"
+    record, listed = tmp_path / "seen.jsonl", tmp_path / "cameras.txt"
+    listed.write_text(f"{sources[1]}\n")
     result = run(
-        *sources,
+        *(sources[0], f"@{listed}"),
         *("-o", outputs[0], "-o", outputs[1], "--record", record, "--size", 16),
         "--classifier",
         "tiny",

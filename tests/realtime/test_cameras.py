@@ -14,7 +14,7 @@ from realtime_fakes import FakeCamera, datagrams, gray, sends, video_bytes
 from videopure_fast.data.picture import upright
 from videopure_fast.data.video import resized
 from videopure_fast.realtime import cameras
-from videopure_fast.realtime.cameras import Camera, check_source, source_name
+from videopure_fast.realtime.cameras import Camera, check_source, listed_sources, source_name
 from videopure_fast.realtime.ring import Ring
 
 CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
@@ -197,12 +197,24 @@ def test_names_have_no_passwords(source, name):
         ("file:///etc/passwd", "cannot be watched"),
         ("rtsp://user:secret@host/a b", r"address rtsp://\*\*\*@host/a b has characters"),
         ("absent.mp4", "there is no file absent.mp4"),
+        ("", "a source is empty"),
     ],
 )
 def test_bad_sources(source, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         check_source(source)
     assert "secret" not in str(caught.value)
+
+
+def test_sources_may_be_listed_in_a_file(tmp_path):
+    listed = tmp_path / "cameras.txt"
+    listed.write_text("# the yard\nrtsp://user:secret@yard/live\n\n  b c.mp4  \n")
+    assert listed_sources(["a.mp4", f"@{listed}"]) == ["a.mp4", "rtsp://user:secret@yard/live", "b c.mp4"]
+    listed.write_text("# none yet\n")
+    with pytest.raises(ValueError, match="lists no source"):
+        listed_sources([f"@{listed}"])
+    with pytest.raises(FileNotFoundError):
+        listed_sources(["@" + str(tmp_path / "none.txt")])
 
 
 def test_playlists_are_no_sources(tmp_path):

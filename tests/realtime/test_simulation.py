@@ -152,7 +152,11 @@ def test_what_is_missing_is_named(monkeypatch):
 @pytest.mark.parametrize("load", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("max_batch", [1, 4])
 def test_it_agrees_with_the_packaged_prior(max_batch, load):
-    """The model is fed with times measured just before and just after; at a load of 95 % it is only shown."""
+    """The model is fed with times measured just before and just after; at a load of 95 % it is only shown.
+
+    Near a load of 1 a machine that slows down by 5 % meanwhile makes queues that no model of its times can know of: a
+    run counts only if clips took as long after it as before it.
+    """
     purifier, (clips, _) = Purifier.from_pretrained("tiny", device="cpu"), tiny.sample_clips(4)
     depth, setting = purifier.config.inversion_steps, Setting(max_batch, queue_size=1000)
 
@@ -165,10 +169,16 @@ def test_it_agrees_with_the_packaged_prior(max_batch, load):
         with build(Setting()) as server:
             return measure_service(server, clips[0], depth=depth, repeats=10)
 
-    before = measured_service()
-    arrivals = poisson(load / before.clip_seconds(), seconds=80 * before.clip_seconds() / load, seed=6)
-    measured = run(build, setting, list(clips), arrivals)["summary"]["latency"]
-    times = before.merged(measured_service())
+    for _ in range(4):
+        before = measured_service()
+        arrivals = poisson(load / before.clip_seconds(), seconds=80 * before.clip_seconds() / load, seed=6)
+        measured = run(build, setting, list(clips), arrivals)["summary"]["latency"]
+        after = measured_service()
+        if abs(after.clip_seconds() / before.clip_seconds() - 1) < 0.03:
+            break
+    else:
+        pytest.fail("the machine was not steady: its speed changed by 3 % or more in each of four runs")
+    times = before.merged(after)
     expected = summarize(simulated(times, arrivals, setting, seed=1))["latency"]
     print(
         f"batches of {max_batch}, {load:.0%}: measured {measured}, simulated {expected}, {times.clip_seconds():.3f} s"

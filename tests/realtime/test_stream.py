@@ -19,9 +19,10 @@ import torch
 from conftest import Classifier, build_purifier, clips
 from torch import nn
 
-from videopure_fast import DefendedClassifier
+from videopure_fast import DefendedClassifier, Purifier
 from videopure_fast.realtime.batching import Batch
-from videopure_fast.realtime.serving import Answer, Closed, DeadlineMissed, Dropped, QueueFull, Times
+from videopure_fast.realtime.estimates import Estimates
+from videopure_fast.realtime.serving import Answer, Closed, DeadlineMissed, Dropped, Progress, QueueFull, Times
 from videopure_fast.realtime.stream import StreamPurifier
 from videopure_fast.runtime import readback
 
@@ -30,6 +31,11 @@ SECONDS = 60
 
 def videos(count, *shape, first=0):
     return [clips(*(shape or (3, 5, 16, 18)), seed=first + i) for i in range(count)]
+
+
+def has_taken(stream, video, seconds):
+    """From now on the stream takes it that clips like this one need so many seconds."""
+    stream._batch.estimates._seconds[tuple(video.shape), stream._purifier.config.inversion_steps] = seconds
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +336,21 @@ def test_a_full_queue_obeys_its_policy(purifier, monkeypatch):
     assert dropping.counts.dropped == 2
 
 
+def test_who_waits_for_room_waits_no_longer_than_its_deadline(purifier, monkeypatch):
+    held, video = Held(monkeypatch), videos(1)[0]
+    with StreamPurifier(purifier, max_batch=1, queue_size=1, policy="block") as stream:
+        first = stream.submit(video)
+        until(lambda: stream.counts.in_flight == 1)
+        second = stream.submit(video)
+        with pytest.raises(DeadlineMissed, match="queue was full"):
+            stream.submit(video, deadline=0.02).result(0)
+        with pytest.raises(DeadlineMissed, match="queue was full"):
+            asyncio.run(stream.answer(video, deadline=0.02))
+        held.go.set()
+        assert all(isinstance(future.result(SECONDS), Answer) for future in (first, second))
+    assert stream.counts.missed == 2 and stream.counts.submitted == 4
+
+
 def test_the_earliest_deadline_comes_first(purifier, monkeypatch):
     held, video, ended = Held(monkeypatch), videos(1)[0], []
     with StreamPurifier(purifier, max_batch=1, order="edf") as stream:
@@ -350,13 +371,13 @@ def test_what_cannot_be_in_time_is_not_computed(purifier, monkeypatch):
     with StreamPurifier(purifier, max_batch=1, clock=lambda: now[0]) as stream:
         answer = stream.submit(video, deadline=1.0).result(SECONDS)
         assert answer.times.done == 0
-        stream._batch._alone[tuple(video.shape), purifier.config.inversion_steps] = 2.0  # what a clip has taken
+        has_taken(stream, video, 2.0)
         with pytest.raises(DeadlineMissed, match="no longer"):
             stream.submit(video, deadline=1.5).result(SECONDS)
         assert len(encoded) == 1 and stream.counts.missed == 1
         assert isinstance(stream.submit(video, deadline=2.5).result(SECONDS), Answer)
         # It is not kept out for ever by what clips have taken once.
-        stream._batch._alone[tuple(video.shape), purifier.config.inversion_steps] = 100.0
+        has_taken(stream, video, 100.0)
         for _ in range(200):
             try:
                 stream.submit(video, deadline=1.0).result(SECONDS)
@@ -394,7 +415,7 @@ def test_clips_join_no_others_that_would_then_miss_their_deadlines(purifier, mon
         held.go.set()
         answer = stream.submit(video).result(SECONDS)
         alone = answer.times.done - answer.times.started + 1
-        stream._batch._alone[tuple(video.shape), purifier.config.inversion_steps] = alone
+        has_taken(stream, video, alone)
         held.go.clear()
         stream.submit(videos(1, 3, 4, 16, 16)[0])  # while it is in flight the others gather
         until(lambda: stream.counts.in_flight == 1)
@@ -491,6 +512,61 @@ def test_callbacks_may_raise_and_submit(purifier):
         assert isinstance(later.result(SECONDS).result(SECONDS), Answer)
 
 
+def test_a_callback_that_exits_ends_no_stream(purifier):
+    def leave(_):
+        raise SystemExit(3)
+
+    video = videos(1)[0]
+    with StreamPurifier(purifier) as stream:
+        future = stream.submit(video)
+        future.add_done_callback(leave)
+        assert isinstance(future.result(SECONDS), Answer)
+        assert isinstance(stream.submit(video).result(SECONDS), Answer)
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_progress_is_told_step_by_step(purifier, early_stop):
+    classifier, seen = Classifier(), []
+    with StreamPurifier(purifier, classifier, early_stop=early_stop) as stream:
+        answer = stream.submit(videos(1)[0], progress=seen.append).result(SECONDS)
+    votes = purifier.evaluations // 2 + 1  # of every state of denoising
+    evaluations = [Progress("evaluate", i + 1, purifier.evaluations, None) for i in range(purifier.evaluations)]
+    labels = answer.logits.argmax(1).tolist()[::-1]  # the last vote is decoded first
+    decodes = [Progress("decode", i + 1, votes, label) for i, label in enumerate(labels)]
+    assert seen == [Progress("encode", 1, 1, None), *evaluations, *decodes]
+    assert early_stop or len(decodes) == votes
+
+
+def test_progress_of_a_purified_clip_alone_and_of_all_its_votes(purifier):
+    for return_votes, votes in ((False, 1), (True, purifier.evaluations // 2 + 1)):
+        seen = []
+        with StreamPurifier(purifier, return_votes=return_votes) as stream:
+            stream.submit(videos(1)[0], progress=seen.append).result(SECONDS)
+        assert [one for one in seen if one.stage == "decode"] == [
+            Progress("decode", i + 1, votes, None) for i in range(votes)
+        ]
+
+
+@pytest.mark.parametrize("stage", ["encode", "evaluate", "decode"])
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_progress_that_raises_ends_its_own_clip(stage, error):
+    purifier = build_purifier(dtype=torch.float64, temporal_weight=0.01)
+
+    def leave(progress):
+        if progress.stage == stage:
+            raise error("enough")
+
+    sent = videos(3)
+    with StreamPurifier(purifier, batch_sizes=(1, 2)) as stream:
+        futures = [stream.submit(sent[0]), stream.submit(sent[1], progress=leave), stream.submit(sent[2])]
+        with pytest.raises(error, match="enough"):
+            futures[1].result(SECONDS)
+        for i in (0, 2):
+            torch.testing.assert_close(futures[i].result(SECONDS).clip, purifier(sent[i]), rtol=0, atol=1e-5)
+        with pytest.raises(TypeError, match="progress must be a function of a Progress, got str"):
+            stream.submit(sent[0], progress="bar")
+
+
 def test_callbacks_cannot_wait_for_a_warmup(purifier):
     refused = Future()
 
@@ -509,8 +585,12 @@ def test_asyncio(purifier):
     sent = videos(3)
 
     async def run():
-        with StreamPurifier(purifier, queue_size=1, max_batch=1) as stream:
-            answers = await asyncio.gather(*(stream.answer(video) for video in sent))
+        async with StreamPurifier(purifier, queue_size=1, max_batch=1) as stream:
+            threads = threading.active_count()
+            waiting = asyncio.gather(*(stream.answer(video) for video in sent))
+            await asyncio.sleep(0)
+            assert threading.active_count() == threads  # those that wait for room in the queue take none
+            answers = await waiting
             task = asyncio.create_task(stream.answer(sent[0]))
             await asyncio.sleep(0)
             task.cancel()
@@ -522,10 +602,18 @@ def test_asyncio(purifier):
         assert torch.equal(answer.clip, purifier(video))
 
 
-def test_a_warmup_makes_what_clips_need(purifier):
-    purifier = build_purifier()
+def test_a_warmup_makes_what_clips_need(monkeypatch):
+    purifier, ahead = build_purifier(), []
+    compile_ahead = Purifier._compile_ahead
+    monkeypatch.setattr(
+        Purifier,
+        "_compile_ahead",
+        lambda own, shape, **options: (ahead.append(tuple(shape)), compile_ahead(own, shape, **options))[1],
+    )
     with StreamPurifier(purifier) as stream:
         stream.warmup((3, 5, 16, 18))
+        assert ahead == [(1, 3, 5, 16, 18)]
+        assert stream.counts.in_flight == 0 and stream._batch.estimates.least(((3, 5, 16, 18), 1)) > 0
         made = list(stream._batch._captures.made.values())
         assert len(made) == 2 and all(made)  # a step of inversion and one of denoising
         assert torch.equal(stream.submit(videos(1)[0]).result(SECONDS).clip, purifier(videos(1)[0]))
@@ -622,19 +710,14 @@ def test_a_program_that_forks_and_never_closes_ends():
 class StubBatch:
     """In a Batch's place: takes three iterations a clip, and answers with the clip itself."""
 
-    sizes = (1,)
+    sizes, warming = (1,), False
 
     def __init__(self, *_, **__):
-        self.flights = []
+        self.flights, self.estimates = [], Estimates()
 
     @property
     def shape(self):
         return tuple(self.flights[0].request.clip.shape) if self.flights else None
-
-    def least_seconds(self, request):
-        return 0.0
-
-    def doubt(self, request): ...
 
     def keeps_deadlines(self, joining):
         return True

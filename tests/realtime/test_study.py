@@ -10,6 +10,7 @@ from videopure_fast.realtime.arrivals import Arrival, poisson
 from videopure_fast.realtime.load import Record, offer
 from videopure_fast.realtime.serving import Times
 from videopure_fast.realtime.study import Setting, fewest, highest_load, measure_service, run, summarize
+from videopure_fast.realtime.tables import sentences
 
 # A batch of 4 is taken to cost as much as 2 single clips: no machine was measured.
 ASSUMED_CURVE = {1: 1.0, 2: 4 / 3, 4: 2.0}
@@ -45,6 +46,15 @@ def test_figures_of_a_run_without_answers():
     assert found["failed"] == 1 and found["error"] == "ValueError: no"
     assert found["latency"] is found["queue_age"] is found["stages"] is None
     assert found["answered_per_second"] == found["utilization"] == found["in_time"] == 0
+
+
+def test_words_are_about_every_setting():
+    records = [record(i, i, i + 0.1, i + 0.2, i + 0.5, i + 0.8, i + 1.0) for i in range(3)]
+    rows = [study.row(Setting(batch), records, load=load) for load in (0.5, 0.8) for batch in (1, 4)]
+    _, *said = sentences(service(0.5), rows)
+    assert len(said) == 4 and all(str(Setting(batch)) in one for one, batch in zip(said, (1, 4, 1, 4), strict=True))
+    _, *said = sentences(service(0.5), rows[::2])
+    assert len(said) == 2 and all(str(Setting()) not in one for one in said)
 
 
 @pytest.mark.parametrize("policies, batches", [(["block"], [1, 2]), (["reject", "drop-oldest"], [1])])

@@ -62,7 +62,9 @@ def latency(
     order: Annotated[
         str, typer.Option(help="Who is next: fifo, first come, or edf, the earliest deadline; one or several.")
     ] = "fifo",
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each run offers clips.")] = 30,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long each run offers clips; --arrivals says it itself.")
+    ] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Of the moments at which clips are due.")] = 0,
     votes: Votes = "all",
     steps: Steps = None,
@@ -116,7 +118,7 @@ def latency(
     from ..realtime.arrivals import cameras as of_cameras
     from ..realtime.arrivals import recorded
     from ..realtime.loadgen import import_loadgen
-    from ..realtime.stream import Order, Policy
+    from ..realtime.queueing import Order, Policy
 
     check_number("--fps", fps, zero=False)
     if json_file is not None:

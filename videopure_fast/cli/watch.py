@@ -39,7 +39,7 @@ def watch(
         typer.Argument(
             metavar="SOURCE...",
             help="A video file, which plays at its own pace; rtsp://, rtsps://, http://, https://, tcp:// or udp://; "
-            "or a USB camera of Linux, such as /dev/video0.",
+            "or a USB camera of Linux, such as /dev/video0. @FILE: the sources of a file, a line each.",
         ),
     ],
     classifier: Annotated[
@@ -111,7 +111,10 @@ def watch(
     before. A frame is shown at most `window - 1` frames, and the time of a clip's answer, after it came; --deadline
     bounds that time.
 
-    Passwords in addresses are not shown, nor recorded; but other users of the machine may see this command's own line.
+    Passwords in addresses are not shown, nor recorded; but other users of the machine may see this command's own line,
+    and with @FILE they see none there.
+
+    Exit status 0 when files have ended or by Ctrl-C, 1 when a source, an output or the record has failed.
 
     Examples:
 
@@ -119,6 +122,7 @@ def watch(
     videopure-fast watch clip.mp4 --classifier tiny --record seen.jsonl
     videopure-fast watch rtsp://user:password@camera/live -o purified.mp4
     videopure-fast watch a.mp4 b.mp4 -o a.ts -o b.ts --policy block
+    videopure-fast watch @cameras.txt --record seen.jsonl
     videopure-fast watch /dev/video0 --deadline 1.5 -o rtsp://host:8554/out
     ```
     """
@@ -128,12 +132,13 @@ def watch(
     from ..files import clashing
     from ..inputs import check_number
     from ..purifier import Purifier
-    from ..realtime.cameras import check_source, source_name
+    from ..realtime.cameras import check_source, listed_sources, source_name
     from ..realtime.live import LiveOutput
     from ..realtime.watcher import Record, watching
 
     if deadline is not None:
         check_number("--deadline", deadline, zero=False)
+    sources = listed_sources(sources)
     for source in sources:
         check_source(source)
     if output and len(output) != len(sources):

@@ -8,9 +8,7 @@ arrives waits for one step of the others, and not for their ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,76 +18,14 @@ from ..inputs import like_video
 from ..purifier import Purifier
 from ..runtime import readback
 from ..runtime.captures import Captures
-from ..sampling import BatchStep, Chain, ClipStep, batch_rows
-from .serving import Answer, Times
+from ..sampling import BatchStep, Chain, batch_rows
+from .estimates import Estimates, share_in_time
+from .flights import Clock, Encoded, Ended, Flight, Request, Stage
+from .serving import Answer, Progress, Times
 
 _MOST_DEPTHS = 16  # of which the settings are kept
 _SHAPES = 4  # of clips, whose captured steps are kept
 _WARM_ROUNDS = 2  # on the CPU, a step is recorded when it comes again
-_SHARE = 0.2  # of a clip that took longer than usual, in what such clips are taken to need
-_MARGIN = 1.2  # times that, for clips that would share the time: what others take longer, all of them do
-_DOUBT = 0.05  # by which that shrinks with each clip that it keeps out
-
-Clock = Callable[[], float]
-Stage = Literal["encode", "evaluate", "vote", "decode", "end"]
-
-
-@dataclass(eq=False)
-class Request:
-    """A clip that was submitted. deadline: on the server's clock, or infinite. steps: its depth T."""
-
-    clip: Tensor
-    future: Future[Answer]
-    submitted: float
-    deadline: float
-    steps: int
-
-    @property
-    def kind(self) -> tuple[tuple[int, ...], int]:
-        """What the time of a clip depends on."""
-        return tuple(self.clip.shape), self.steps
-
-
-class Encoded(NamedTuple):
-    """What the stages after the encoder need of a clip: latents (1, 4, F, h, w), and for voting its flow
-    (1, F-1, 2, h, w)."""
-
-    target: Tensor
-    flow: Tensor | None
-    chain: Chain
-
-
-@dataclass(eq=False)
-class Flight:
-    """A clip on its way through the stages.
-
-    purifier: with the clip's depth. alone: it shares no evaluation, since a group in which it was has failed.
-    shared: clips in flight, summed over its iterations. steps: those of the loops that are still to come, and pending
-    the votes to decode, the next one last. decoded, logits: of the votes that were decoded, (3, F, H, W) and (K,).
-    """
-
-    request: Request
-    purifier: Purifier
-    started: float
-    alone: bool = False
-    stage: Stage = "encode"
-    flags: readback.Readback = field(default_factory=readback.Readback)
-    times: dict[str, float] = field(default_factory=dict)
-    iterations: int = 0
-    shared: int = 0
-    encoded: Encoded | None = None
-    steps: list[ClipStep] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-    noise_preds: list[Tensor] = field(default_factory=list)
-    votes: Tensor | None = None
-    pending: list[int] = field(default_factory=list)
-    decoded: dict[int, Tensor] = field(default_factory=dict)
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    result: Answer | BaseException | None = None
-
-    def spent(self, now: float) -> float:
-        """Seconds that were its own, of those that it has shared with others in flight."""
-        return (now - self.started) * self.iterations / self.shared if self.shared else 0.0
 
 
 class Batch:
@@ -118,7 +54,8 @@ class Batch:
         self._unet: object = purifier._executor.unet  # the form that the steps below are made of
         self._steps: dict[bool, BatchStep] = {}
         self._captures = Captures(2 * len(sizes) * _SHAPES, one_thread=True)
-        self._alone: dict[tuple[tuple[int, ...], int], float] = {}
+        self.estimates = Estimates()
+        self.warming = False
         self._last: torch.cuda.Event | None = None
 
     @property
@@ -126,38 +63,43 @@ class Batch:
         """The shape that the clips in flight have; None where there are none."""
         return tuple(self.flights[0].request.clip.shape) if self.flights else None
 
-    def least_seconds(self, request: Request) -> float:
-        """What such a clip has lately taken, as if no other had been in flight; 0 for an unknown kind."""
-        return self._alone.get(request.kind, 0.0)
-
-    def doubt(self, request: Request) -> None:
-        """Such a clip was refused as it came: trust what they take a little less, so that one of them will tell."""
-        self._alone[request.kind] = (1 - _DOUBT) * self.least_seconds(request)
-
     def keeps_deadlines(self, joining: Sequence[Request]) -> bool:
         """Whether nobody would miss a deadline if these joined those in flight."""
         now = self._clock()
         needs = [(one.request, one.spent(now)) for one in self.flights] + [(request, 0.0) for request in joining]
-        return share_in_time(now, [(one.deadline, self.least_seconds(one), spent) for one, spent in needs])
+        return share_in_time(now, [(one.deadline, self.estimates.least(one.kind), spent) for one, spent in needs])
 
     def warm(self, requests: Sequence[Request]) -> None:
         """Compute as many of these as share an evaluation, for every size, until there is nothing new to make."""
-        for size in self.sizes:
-            for _ in range(_WARM_ROUNDS):
-                self._alone.pop(requests[0].kind, None)  # what it took while things were made says nothing
-                self.admit(requests[:size])
-                while self.flights:
-                    for _, result in self.advance():
-                        if isinstance(result, BaseException):
-                            self.flights.clear()
-                            raise result
+        self.warming = True
+        try:
+            for size in self.sizes:
+                self._compile_ahead(requests[:size])
+                for _ in range(_WARM_ROUNDS):
+                    self.estimates.restart(requests[0].kind)  # what a clip took while things were made says nothing
+                    self.admit(requests[:size])
+                    while self.flights:
+                        for _, result in self.advance():
+                            if isinstance(result, BaseException):
+                                raise result
+        finally:
+            self.warming = False
+            self.flights.clear()
+
+    def _compile_ahead(self, requests: Sequence[Request]) -> None:
+        """The GPU kernels of a group of clips, side by side."""
+        with self._purifier._inference():
+            self._purifier._refresh()
+            clips = self._purifier._preprocess(torch.stack([request.clip for request in requests]))
+            last = not self._all_votes and self._classifier is None
+            self._purifier._compile_ahead(clips.shape, last=last, progress=False)
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Let clips of the shape of those in flight join them."""
         now = self._clock()
         self.flights += [Flight(request, self._at_depth(request.steps), now) for request in requests]
 
-    def advance(self) -> list[tuple[Request, Answer | BaseException]]:
+    def advance(self) -> list[Ended]:
         """Take every clip one step further; returns those that have ended, each with its answer or what went wrong."""
         with self._purifier._inference():
             if self._purifier._executor.unet is not self._unet:
@@ -170,13 +112,13 @@ class Batch:
                     if group[0] in self.flights:  # else it has begun again
                         self._attempt(getattr(self, f"_{stage}"), group)
             self._keep_pace()
+            self._tell()
             return self._ended()
 
     def leave(self, flight: Flight) -> None:
         """Compute no more of a clip, which takes more seconds than it has had."""
         self.flights.remove(flight)
-        request = flight.request
-        self._alone[request.kind] = max(self.least_seconds(request), flight.spent(self._clock()))
+        self.estimates.takes_more(flight.request.kind, flight.spent(self._clock()))
 
     def _at_depth(self, steps: int) -> Purifier:
         if steps == self._purifier.config.inversion_steps:
@@ -247,6 +189,7 @@ class Batch:
             flight.encoded = Encoded(target, flow, chain)
             flight.states, flight.steps = [target], chain.clip_steps()[::-1]
             flight.stage, flight.times["encoded"] = "evaluate", self._clock()
+            flight.news.append(Progress("encode", 1, 1, None))
 
     def _evaluate(self, group: list[Flight]) -> None:
         """One evaluation of the UNet for clips at steps of their own."""
@@ -265,6 +208,8 @@ class Batch:
             else:
                 flight.states.append(state)
                 flight.noise_preds.append(noise_pred)
+            total = flight.purifier.evaluations
+            flight.news.append(Progress("evaluate", total - len(flight.steps), total, None))
             if not flight.steps:
                 flight.stage = "vote"
 
@@ -302,9 +247,18 @@ class Batch:
             flight.decoded |= dict(zip(votes, clips[i], strict=True))
             if logits is not None:
                 flight.logits |= dict(zip(votes, logits[i], strict=True))
+            if flight.request.progress is not None:
+                self._decoded(flight, votes)
             flight.pending = [vote for vote in flight.pending if vote not in votes]
             if not flight.pending or self._is_settled(flight):
                 flight.stage, flight.times["decoded"] = "end", self._clock()
+
+    def _decoded(self, flight: Flight, votes: Sequence[int]) -> None:
+        """Report these votes, each with its label."""
+        total = len(flight.decoded) - len(votes) + len(flight.pending)
+        for done, vote in enumerate(votes, 1 + len(flight.decoded) - len(votes)):
+            label = int(flight.logits[vote].argmax()) if flight.logits else None
+            flight.news.append(Progress("decode", done, total, label))
 
     def _is_settled(self, flight: Flight) -> bool:
         """Whether the votes to come cannot change the label."""
@@ -313,7 +267,19 @@ class Batch:
 
     # Ends
 
-    def _ended(self) -> list[tuple[Request, Answer | BaseException]]:
+    def _tell(self) -> None:
+        """Callers hear of the steps that their clips have taken; one whose function raises ends its own clip."""
+        for flight in self.flights:
+            tell, news, flight.news = flight.request.progress, flight.news, []
+            if tell is None:
+                continue
+            try:
+                for one in news:
+                    tell(one)
+            except BaseException as error:  # SystemExit too: the thread is not the caller's to end
+                flight.stage, flight.result = "end", error
+
+    def _ended(self) -> list[Ended]:
         """Takes clips out of flight that have their results. One that ends may let others begin again."""
         ended = []
         for flight in tuple(self.flights):
@@ -353,9 +319,7 @@ class Batch:
         if clip.is_cuda:  # the caller may use another stream
             torch.cuda.current_stream(clip.device).synchronize()
         now = self._clock()
-        taken = flight.spent(now)
-        before = self._alone.get(flight.request.kind, taken)
-        self._alone[flight.request.kind] = min(taken, before + _SHARE * (taken - before))
+        self.estimates.took(flight.request.kind, flight.spent(now))
         times = Times(flight.request.submitted, flight.started, **flight.times, done=now)
         return Answer(purified, votes, logits, label, times)
 
@@ -367,16 +331,6 @@ class Batch:
             self._last = event
             if before is not None:
                 before.synchronize()
-
-
-def share_in_time(now: float, clips: Sequence[tuple[float, float, float]]) -> bool:
-    """Whether clips that share the time equally all meet their deadlines.
-
-    clips: of each, its deadline, the seconds that it takes alone, and how many of these it has had. It is done when
-    every other one, too, has had as many seconds as it still needs itself, or has ended before.
-    """
-    left = [(deadline, max(0.0, _MARGIN * alone - spent)) for deadline, alone, spent in clips]
-    return all(now + sum(min(own, other) for _, other in left) <= deadline for deadline, own in left)
 
 
 def _counts(flight: Flight) -> Tensor:

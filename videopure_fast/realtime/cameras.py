@@ -12,10 +12,11 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..data.annotations import read_lines
 from ..data.picture import orientation, upright
 from ..data.video import open_video, working_size
 from ..inputs import check_number
@@ -89,8 +90,25 @@ def is_address(source: str) -> bool:
     return _SCHEME.match(source) is not None
 
 
+def listed_sources(sources: Sequence[str]) -> list[str]:
+    """These sources, where @FILE stands for those of a file, a line each; empty lines and those that begin with # are
+    left out. So an address with a password need not be on a command line, which other users of the machine may read."""
+    found: list[str] = []
+    for source in sources:
+        if not source.startswith("@"):
+            found.append(source)
+            continue
+        lines = [line for line in read_lines(Path(source[1:])) if not line.startswith("#")]
+        if not lines:
+            raise ValueError(f"{source[1:]} lists no source; accepted: a source a line")
+        found += lines
+    return found
+
+
 def check_source(source: str) -> bool:
     """Whether the source of a camera is a file; ValueError for what is none that can be read, no address, no device."""
+    if not source.strip():
+        raise ValueError("a source is empty; accepted: a file, an address, or a device")
     name = source_name(source)
     if scheme := _SCHEME.match(source):
         if scheme[1].lower() not in _ADDRESSES:

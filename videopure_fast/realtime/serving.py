@@ -5,8 +5,9 @@ A server's times are seconds of one clock, by default time.monotonic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -44,6 +45,22 @@ class Times(NamedTuple):
     sampled: float
     decoded: float
     done: float
+
+
+class Progress(NamedTuple):
+    """A step that a clip has taken: `done` of `total` of its stage.
+
+    encode is one step, evaluate one for each evaluation of the UNet, and decode one for each vote that may be needed;
+    fewer are where a label settles early. label: of the vote just decoded, where there is a classifier.
+    """
+
+    stage: Literal["encode", "evaluate", "decode"]
+    done: int
+    total: int
+    label: int | None
+
+
+Listener = Callable[[Progress], object]
 
 
 class Answer(NamedTuple):

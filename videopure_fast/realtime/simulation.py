@@ -16,7 +16,7 @@ from typing import Any
 
 from ..inputs import check_count
 from .arrivals import Arrival
-from .batching import share_in_time
+from .estimates import share_in_time
 from .load import Outcome, Record
 from .serving import Times
 from .study import ServiceTimes, Setting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import logging
 import math
 import os
 import threading
@@ -12,21 +13,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
 
 from torch import Tensor, nn
 
 from ..inputs import LEAST_SIDE, check_count, check_flag, check_number, check_video, gray_video
 from ..purifier import Purifier
-from .batching import Batch, Clock, Request
-from .serving import Answer, Closed, DeadlineMissed, Dropped, QueueFull
+from .batching import Batch
+from .flights import Clock, Ended, Request
+from .queueing import Order, Policy, Waiting
+from .serving import Answer, Closed, DeadlineMissed, Dropped, Listener, QueueFull
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Policy = Literal["block", "reject", "drop-oldest"]
-Order = Literal["fifo", "edf"]
-Ended: TypeAlias = "tuple[Request, Answer | BaseException]"
+_logger = logging.getLogger(__name__)
+_ROOM_POLL = 0.01  # seconds between two looks of a coroutine at a full queue
 _OUTCOMES: dict[type, str] = {Answer: "answered", Dropped: "dropped", DeadlineMissed: "missed", Closed: "canceled"}
 
 
@@ -67,15 +69,17 @@ class StreamPurifier:
         queue_size: clips that wait at most.
         policy: what a full queue does with a new clip: "block" its caller until there is room, "reject" it
             (QueueFull), or take it and "drop-oldest", whose future ends in Dropped: cameras want the newest.
-        order: of the clips that wait: "fifo", first come, or "edf", earliest deadline first.
+        order: of the clips that wait: "fifo", first come, or "edf", earliest deadline first, where those without one
+            come last, and under a lasting load never.
         return_votes: answers have all votes.
         early_stop: decode votes only until the label is settled; the labels are those of all votes.
         batch_sizes: sizes of the groups of clips that share an evaluation, from 1 on; by default the powers of two up
             to `max_batch` on a GPU, where each is captured, and 1 on a CPU, where sharing gains nothing.
         clock: seconds, as time.monotonic.
 
-    A context manager; leaving it finishes what was submitted, or cancels it where an error is on its way. The end of
-    the program cancels what is left. A process that is forked needs a stream of its own, and none can be copied.
+    A context manager, also for `async with`; leaving it finishes what was submitted, or cancels it where an error is on
+    its way. The end of the program cancels what is left. A process that is forked needs a stream of its own, and none
+    can be copied.
     """
 
     def __init__(
@@ -103,8 +107,7 @@ class StreamPurifier:
         if not callable(clock):
             raise TypeError(f"clock must be a function that returns seconds, got {type(clock).__name__}")
         self._purifier = purifier = purifier.with_config()  # whose settings nobody else can change
-        self._max_batch, self._queue_size = max_batch, queue_size
-        self._policy, self._order, self._clock = policy, order, clock
+        self._queue_size, self._policy, self._clock = queue_size, policy, clock
         self._batch = Batch(
             purifier,
             classifier,
@@ -114,7 +117,7 @@ class StreamPurifier:
             clock=clock,
         )
         self._changed = threading.Condition()  # guards everything below
-        self._waiting: list[Request] = []
+        self._waiting = Waiting(self._batch, queue_size, max_batch, policy, order, clock)
         self._warmups: list[Callable[..., None]] = []
         self._counts = dict.fromkeys(Counts._fields, 0)
         self._closing: Literal["finish", "cancel"] | None = None
@@ -127,7 +130,14 @@ class StreamPurifier:
         atexit.register(self.close, cancel=True)
         self._worker.start()
 
-    def submit(self, clip: Tensor, *, deadline: float | None = None, steps: int | None = None) -> Future[Answer]:
+    def submit(
+        self,
+        clip: Tensor,
+        *,
+        deadline: float | None = None,
+        steps: int | None = None,
+        progress: Listener | None = None,
+    ) -> Future[Answer]:
         """Hand in a clip; returns the future of its answer.
 
         Args:
@@ -136,28 +146,28 @@ class StreamPurifier:
             deadline: seconds from now until the answer is of use. A clip that can no longer make it is not computed:
                 its future ends in DeadlineMissed. Nor do clips join others that would then miss theirs.
             steps: its depth T, in the place of the purifier's `inversion_steps`.
+            progress: is told of each step of the clip, by the thread that computes, which waits for it. Where a clip
+                begins again, so do its steps. What it raises ends this clip.
 
         TypeError or ValueError for other arguments, QueueFull, and Closed are raised here. `future.cancel()` works
         until the answer is there, and frees the clip's place at the next step.
         """
-        request = self._request(clip, deadline, steps)
+        request = self._request(clip, deadline, steps, progress)
         self._enqueue(request)
         return request.future
 
-    async def answer(self, clip: Tensor, *, deadline: float | None = None, steps: int | None = None) -> Answer:
+    async def answer(
+        self,
+        clip: Tensor,
+        *,
+        deadline: float | None = None,
+        steps: int | None = None,
+        progress: Listener | None = None,
+    ) -> Answer:
         """`submit` for asyncio: the answer, or what the future ends in. Canceling the task cancels the clip."""
-        request = self._request(clip, deadline, steps)
-        if self._policy == "block":
-            enqueued = asyncio.get_running_loop().run_in_executor(None, self._enqueue, request)
-            try:
-                await asyncio.shield(enqueued)
-            except asyncio.CancelledError:
-                request.future.cancel()
-                with self._changed:
-                    self._changed.notify_all()
-                raise
-        else:
-            self._enqueue(request)
+        request = self._request(clip, deadline, steps, progress)
+        while not self._enqueue(request, wait=False):
+            await asyncio.sleep(_ROOM_POLL)
         return await asyncio.wrap_future(request.future)
 
     def warmup(self, shape: Sequence[int], *, steps: int | None = None) -> None:
@@ -190,7 +200,8 @@ class StreamPurifier:
     @property
     def counts(self) -> Counts:
         with self._changed:
-            now = {"waiting": len(self._waiting), "in_flight": len(self._batch.flights)}
+            in_flight = 0 if self._batch.warming else len(self._batch.flights)
+            now = {"waiting": len(self._waiting.requests), "in_flight": in_flight}
             return Counts(**{**self._counts, **now})
 
     def close(self, *, cancel: bool = False) -> None:
@@ -210,12 +221,24 @@ class StreamPurifier:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.close(cancel=kind is not None)
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        await asyncio.to_thread(self.close, cancel=kind is not None)
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a StreamPurifier has a thread: it cannot be copied or pickled; make one of a Purifier instead")
 
     # Callers' threads
 
-    def _request(self, clip: Tensor, deadline: float | None, steps: int | None) -> Request:
+    def _request(
+        self,
+        clip: Tensor,
+        deadline: float | None,
+        steps: int | None,
+        progress: Listener | None = None,
+    ) -> Request:
         if os.getpid() != self._process:
             raise Closed("the stream is another process's, which this one was forked from: make a stream here")
         check_video(clip)
@@ -228,31 +251,38 @@ class StreamPurifier:
             check_number("deadline", deadline)
         if steps is not None:
             self._purifier.with_config(inversion_steps=steps)  # raises for a bad one
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a function of a Progress, got {type(progress).__name__}")
         due = math.inf if deadline is None else now + deadline
-        return Request(clip.detach(), Future(), now, due, depth)
+        return Request(clip.detach(), Future(), now, due, depth, progress)
 
-    def _enqueue(self, request: Request) -> None:
-        dropped: list[Ended] = []
+    def _enqueue(self, request: Request, *, wait: bool = True) -> bool:
+        """Into the queue, as its policy says; False where it is full and its caller neither waits nor is refused."""
+        ended: list[Ended] = []
         with self._changed:
             self._raise_if_closed()
-            while len(self._waiting) >= self._queue_size and not request.future.cancelled():
-                gone = next((one for one in self._waiting if one.future.cancelled()), None)
-                if gone is None and self._policy == "drop-oldest":
-                    gone = min(self._waiting, key=lambda one: one.submitted)
-                if gone is not None:
-                    self._waiting.remove(gone)
-                    dropped.append((gone, Dropped("a newer clip took its place in the queue")))
+            while self._waiting.full and not request.future.cancelled():
+                if (gone := self._waiting.make_room()) is not None:
+                    ended.append((gone, Dropped("a newer clip took its place in the queue")))
                 elif self._policy == "reject" or threading.current_thread() is self._worker:
                     self._counts["rejected"] += 1
                     raise QueueFull(f"{self._queue_size} clips wait already; accepted: more once there is room")
+                elif self._clock() > request.deadline:
+                    break  # the worker would refuse it
+                elif not wait:
+                    return False
                 else:
-                    self._changed.wait()
+                    self._changed.wait(min(request.deadline - self._clock(), threading.TIMEOUT_MAX))
                     self._raise_if_closed()
             if not request.future.cancelled():
                 self._counts["submitted"] += 1
-                self._waiting.append(request)
+                if not self._waiting.full:
+                    self._waiting.requests.append(request)
+                else:
+                    ended.append((request, DeadlineMissed("the clip's deadline has passed while the queue was full")))
                 self._changed.notify_all()
-        self._end(dropped)
+        self._end(ended)
+        return True
 
     def _raise_if_closed(self) -> None:
         if self._broken is not None:
@@ -274,22 +304,22 @@ class StreamPurifier:
     def _let_in(self) -> bool:
         """Wait for something to do, and let clips in; False if there is nothing more to come."""
         with self._changed:
-            while not (self._waiting or self._batch.flights or self._warmups or self._closing):
+            while not (self._waiting.requests or self._batch.flights or self._warmups or self._closing):
                 self._changed.wait()
             if self._closing == "cancel":
                 return False
-            ended = [*self._late_flights(), *self._late_requests()]
+            ended = [*self._late_flights(), *self._waiting.take_late()]
             warm = self._warmups.pop(0) if self._warmups and not self._batch.flights else None
             if warm is None and not self._warmups:
-                admitted = self._admissible()
-                self._batch.admit(admitted)
-                self._waiting = [one for one in self._waiting if one not in admitted]
+                admitted = self._waiting.admissible()
+                self._batch.admit(admitted)  # may raise: until then they wait
+                self._waiting.requests = [one for one in self._waiting.requests if one not in admitted]
             self._changed.notify_all()
         self._end(ended)
         if warm is not None:
             warm()
         with self._changed:
-            return bool(self._batch.flights or self._waiting or self._warmups or not self._closing)
+            return bool(self._batch.flights or self._waiting.requests or self._warmups or not self._closing)
 
     def _late_flights(self) -> list[Ended]:
         """Takes clips out of flight whose deadline has passed, or who were canceled."""
@@ -299,41 +329,6 @@ class StreamPurifier:
                 self._batch.leave(flight)
                 ended.append((flight.request, DeadlineMissed("the clip's deadline has passed while it was in flight")))
         return ended
-
-    def _late_requests(self) -> list[Ended]:
-        """Takes clips out of the queue that can no longer be in time, or were canceled."""
-        ended: list[Ended] = []
-        for request in list(self._waiting):
-            least = self._batch.least_seconds(request)
-            late = self._clock() + least > request.deadline
-            if late or request.future.cancelled():
-                self._waiting.remove(request)
-                if request.submitted + least > request.deadline:  # whether or not it had to wait
-                    self._batch.doubt(request)
-                ended.append((request, DeadlineMissed("the clip's answer could no longer have been there in time")))
-        return ended
-
-    def _admissible(self) -> list[Request]:
-        """Who of those that wait may join now.
-
-        Where clips are in flight, one of another shape waits for their end, as does one for whom a deadline would be
-        missed, and so does whoever comes after it. Where none are, the first one joins, and decides on the shape.
-        """
-        shape = self._batch.shape
-        admitted: list[Request] = []
-        joining = shape is not None
-        by_order = sorted(self._waiting, key=lambda one: one.deadline if self._order == "edf" else 0.0)
-        for request in by_order:
-            if len(self._batch.flights) + len(admitted) == self._max_batch:
-                break
-            shape = shape or tuple(request.clip.shape)
-            if tuple(request.clip.shape) == shape:
-                if (joining or admitted) and not self._batch.keeps_deadlines([*admitted, request]):
-                    break
-                admitted.append(request)
-            elif joining:
-                break
-        return admitted
 
     def _end(self, ended: Sequence[Ended]) -> None:
         """Count the ends of clips and set their futures, unless those were canceled.
@@ -346,17 +341,20 @@ class StreamPurifier:
                 self._counts[_OUTCOMES.get(type(result), "failed") if wanted else "canceled"] += 1
             if not wanted:
                 continue
-            if isinstance(result, BaseException):
-                request.future.set_exception(result)
-            else:
-                request.future.set_result(result)
+            try:
+                if isinstance(result, BaseException):
+                    request.future.set_exception(result)
+                else:
+                    request.future.set_result(result)
+            except BaseException:  # SystemExit of a callback; a future logs other errors of callbacks itself
+                _logger.exception("a callback of a clip's future has raised")
 
     def _give_up(self) -> None:
         """Nothing more is computed: end the futures of all who are left."""
         with self._changed:
             self._closing = self._closing or "cancel"
-            left = [*(flight.request for flight in self._batch.flights), *self._waiting]
-            self._batch.flights, self._waiting = [], []
+            left = [*(flight.request for flight in self._batch.flights), *self._waiting.requests]
+            self._batch.flights, self._waiting.requests = [], []
             warmups, self._warmups = self._warmups, []
             self._changed.notify_all()
         atexit.unregister(self.close)

@@ -19,8 +19,8 @@ from ..inputs import check_number
 from ..machine import describe_machine
 from .arrivals import Arrival, poisson
 from .load import Record, offer
+from .queueing import Order, Policy
 from .serving import ClipServer, Times
-from .stream import Order, Policy
 
 KIND = "videopure-fast latency"
 STAGES = ("wait", "encode", "sample", "decode", "label")  # of a clip's latency; "wait" begins when it is due

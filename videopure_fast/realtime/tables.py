@@ -63,14 +63,15 @@ def scenario_note(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def sentences(service: ServiceTimes, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What a study of loads says, for those who have never seen one."""
-    seconds = service.clip_seconds()
+    seconds, several = service.clip_seconds(), len(set(map(name_of, rows))) > 1
     yield f"Alone, a clip takes {seconds:.3g} s: at most {1 / seconds:.3g} clips a second, one after another."
     for row in rows:
         latency = row["summary"]["latency"]
-        if row.get("load") and latency and Setting(**row["setting"]) == Setting(**rows[0]["setting"]):
+        if row.get("load") and latency:
             waited = row["summary"]["stages"]["wait"] / latency["mean"]
+            by = f", {name_of(row)}" if several else ""
             yield (
-                f"At {row['load']:.0%} of that, half of the clips take more than {latency['p50']:.3g} s and one in "
+                f"At {row['load']:.0%} of that{by}, half of the clips take more than {latency['p50']:.3g} s and one in "
                 f"twenty more than {latency['p95']:.3g} s; {waited:.0%} of the time is waiting."
             )
 
