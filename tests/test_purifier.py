@@ -223,16 +223,16 @@ def test_votes_shapes_and_ranges(method):
 def test_batch_equals_singles(method):
     # float64, or rounding would flip signs; tests/test_tiny.py has the float32 figure on the packaged prior.
     purifier = build_purifier(method=method, dtype=torch.float64)
-    video = clips(3, 3, 11, 16, 18, dtype=torch.float64)  # two windows
+    video = clips(2, 3, 11, 16, 18, dtype=torch.float64)  # two windows
     batch = purifier(video, return_votes=True, generator=generator(7))
     one_generator = generator(7)
     singles = [purifier(clip, return_votes=True, generator=one_generator) for clip in video]
     torch.testing.assert_close(batch, torch.stack(singles), rtol=0, atol=1e-9)
-    listed = purifier(video, return_votes=True, generator=[generator(i) for i in range(3)])
-    alone = purifier(video[2], return_votes=True, generator=generator(2))
-    torch.testing.assert_close(listed[2], alone, rtol=0, atol=1e-9)
+    listed = purifier(video, return_votes=True, generator=[generator(i) for i in range(2)])
+    alone = purifier(video[1], return_votes=True, generator=generator(1))
+    torch.testing.assert_close(listed[1], alone, rtol=0, atol=1e-9)
     if method in ("ddim", "ddpm"):
-        assert not torch.allclose(listed[2], batch[2], atol=1e-3)
+        assert not torch.allclose(listed[1], batch[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
