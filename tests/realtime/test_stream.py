@@ -503,6 +503,32 @@ def test_a_fault_of_the_worker_ends_all(purifier, monkeypatch):
         stream.submit(videos(1)[0])
 
 
+def test_a_fault_of_the_worker_leaves_nobody_who_was_late(purifier, monkeypatch):
+    monkeypatch.setattr(Batch, "admit", lambda *_: 1 / 0)
+    now, video = [0.0], videos(1)[0]
+    stream = StreamPurifier(purifier, clock=lambda: now[0])
+    with stream._changed:  # the worker sees both at once
+        late, other = stream.submit(video, deadline=1.0), stream.submit(video)
+        now[0] = 2.0
+    with pytest.raises(DeadlineMissed):
+        late.result(SECONDS)
+    with pytest.raises(ZeroDivisionError):
+        other.result(SECONDS)
+
+
+def test_a_canceled_clip_says_nothing_of_what_clips_take(purifier, monkeypatch):
+    held, video = Held(monkeypatch), videos(1)[0]
+    with StreamPurifier(purifier) as stream:
+        gone = stream.submit(video)
+        until(lambda: stream.counts.in_flight == 1)
+        gone.cancel()
+        held.go.set()
+        until(lambda: stream.counts.canceled == 1)
+        assert not stream._batch.estimates._seconds
+        stream.submit(video).result(SECONDS)
+        assert list(stream._batch.estimates._seconds.values()) == [None]  # the first that was computed
+
+
 def test_callbacks_may_raise_and_submit(purifier):
     video, later = videos(1)[0], Future()
     with StreamPurifier(purifier) as stream:
@@ -727,7 +753,7 @@ class StubBatch:
 
         self.flights += [SimpleNamespace(request=request, left=3) for request in requests]
 
-    def leave(self, flight):
+    def leave(self, flight, *, late):
         self.flights.remove(flight)
 
     def advance(self):

@@ -115,10 +115,11 @@ class Batch:
             self._tell()
             return self._ended()
 
-    def leave(self, flight: Flight) -> None:
-        """Compute no more of a clip, which takes more seconds than it has had."""
+    def leave(self, flight: Flight, *, late: bool) -> None:
+        """Compute no more of a clip. late: it takes more seconds than it has had; a canceled one says nothing."""
         self.flights.remove(flight)
-        self.estimates.takes_more(flight.request.kind, flight.spent(self._clock()))
+        if late:
+            self.estimates.takes_more(flight.request.kind, flight.spent(self._clock()))
 
     def _at_depth(self, steps: int) -> Purifier:
         if steps == self._purifier.config.inversion_steps:

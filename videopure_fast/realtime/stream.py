@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _logger = logging.getLogger(__name__)
-_ROOM_POLL = 0.01  # seconds between two looks of a coroutine at a full queue
+_ROOM_POLL = 0.03  # seconds between two looks of a coroutine at a full queue
 _OUTCOMES: dict[type, str] = {Answer: "answered", Dropped: "dropped", DeadlineMissed: "missed", Closed: "canceled"}
 
 
@@ -164,7 +164,10 @@ class StreamPurifier:
         steps: int | None = None,
         progress: Listener | None = None,
     ) -> Answer:
-        """`submit` for asyncio: the answer, or what the future ends in. Canceling the task cancels the clip."""
+        """`submit` for asyncio: the answer, or what the future ends in. Canceling the task cancels the clip.
+
+        Tasks that wait for room in a full queue take no thread, and get it in no order.
+        """
         request = self._request(clip, deadline, steps, progress)
         while not self._enqueue(request, wait=False):
             await asyncio.sleep(_ROOM_POLL)
@@ -303,19 +306,22 @@ class StreamPurifier:
 
     def _let_in(self) -> bool:
         """Wait for something to do, and let clips in; False if there is nothing more to come."""
-        with self._changed:
-            while not (self._waiting.requests or self._batch.flights or self._warmups or self._closing):
-                self._changed.wait()
-            if self._closing == "cancel":
-                return False
-            ended = [*self._late_flights(), *self._waiting.take_late()]
-            warm = self._warmups.pop(0) if self._warmups and not self._batch.flights else None
-            if warm is None and not self._warmups:
-                admitted = self._waiting.admissible()
-                self._batch.admit(admitted)  # may raise: until then they wait
-                self._waiting.requests = [one for one in self._waiting.requests if one not in admitted]
-            self._changed.notify_all()
-        self._end(ended)
+        ended: list[Ended] = []
+        try:
+            with self._changed:
+                while not (self._waiting.requests or self._batch.flights or self._warmups or self._closing):
+                    self._changed.wait()
+                if self._closing == "cancel":
+                    return False
+                ended += [*self._late_flights(), *self._waiting.take_late()]
+                warm = self._warmups.pop(0) if self._warmups and not self._batch.flights else None
+                if warm is None and not self._warmups:
+                    admitted = self._waiting.admissible()
+                    self._batch.admit(admitted)  # may raise: until then they wait
+                    self._waiting.requests = [one for one in self._waiting.requests if one not in admitted]
+                self._changed.notify_all()
+        finally:
+            self._end(ended)
         if warm is not None:
             warm()
         with self._changed:
@@ -325,8 +331,9 @@ class StreamPurifier:
         """Takes clips out of flight whose deadline has passed, or who were canceled."""
         ended: list[Ended] = []
         for flight in list(self._batch.flights):
-            if flight.request.future.cancelled() or self._clock() > flight.request.deadline:
-                self._batch.leave(flight)
+            canceled = flight.request.future.cancelled()
+            if canceled or self._clock() > flight.request.deadline:
+                self._batch.leave(flight, late=not canceled)
                 ended.append((flight.request, DeadlineMissed("the clip's deadline has passed while it was in flight")))
         return ended
 
