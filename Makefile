@@ -2,10 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LATENCY := .venv/.latency
+RAY := .venv/.ray
+BROWSER := .venv/.browser
 SANITIZED := build/sanitized
 OLDEST := build/aot-3.6
 
-.PHONY: demo test test-slow test-realtime fuzz lint bench latency aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
+.PHONY: demo test test-slow test-realtime test-scale test-serve test-page fuzz lint bench latency aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -20,6 +22,18 @@ test-slow: $(INSTALLED)
 # Soaks, overloads and theory in wall time, LoadGen and SimPy: half an hour, with nothing else on the machine.
 test-realtime: $(LATENCY)
 	$(BIN)/pytest -m realtime
+
+# Ray, processes that are killed, and ten thousand rows: minutes.
+test-scale: $(RAY)
+	$(BIN)/pytest -m scale
+
+# A running service under hostile requests and load, and as replicas of Ray Serve: a quarter of an hour.
+test-serve: $(RAY)
+	$(BIN)/pytest -m serve
+
+# The page of the service and the report in a real browser: chromium must be on the PATH, as Debian's package puts it.
+test-page: $(BROWSER)
+	$(BIN)/pytest -m page
 
 # Damaged input, from fixed seeds, in processes of its own.
 fuzz: $(INSTALLED)
@@ -53,6 +67,14 @@ latency: $(LATENCY)
 
 $(LATENCY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mlcommons-loadgen simpy
+	touch $@
+
+$(RAY): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "ray[data,serve]"
+	touch $@
+
+$(BROWSER): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	touch $@
 
 # Every kernel at every shape, for GPUs that need not be here: half an hour of processor time.

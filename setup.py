@@ -17,7 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-ROOMS = "attacks cli data defense evaluation examples kernels measure models ops realtime runtime tiny".split()
+ROOMS = (
+    "attacks cli data defense evaluation examples kernels measure models ops realtime runtime scale service tiny web"
+).split()
 
 
 def find_tool(name: str, directory: str) -> str | None:
@@ -59,6 +61,7 @@ setup(
         "videopure_fast": ["py.typed"],
         "videopure_fast.kernels": ["tuned.json"],
         "videopure_fast.tiny": ["weights/**"],
+        "videopure_fast.web": ["*.css", "*.html", "*.js"],
     },
     ext_modules=[Extension("videopure_fast._C", sources=[])],  # CMake finds the sources; MANIFEST.in ships them
     cmdclass={"build_ext": CMakeBuild},

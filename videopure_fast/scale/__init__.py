@@ -1,0 +1,1 @@
+"""Whole data sets of video files, purified by many processes, each file once."""
