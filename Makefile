@@ -7,7 +7,7 @@ BROWSER := .venv/.browser
 SANITIZED := build/sanitized
 OLDEST := build/aot-3.6
 
-.PHONY: demo test test-slow test-realtime test-scale test-serve test-page fuzz lint bench latency aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report wheel sanitize clean
+.PHONY: demo test test-slow test-realtime test-scale test-serve test-page fuzz lint bench latency aot aot-3.6 gpu gpu-test gpu-bench gpu-tune gpu-compile study report picture wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/videopure-fast demo
@@ -98,6 +98,10 @@ study: $(INSTALLED)
 
 report: $(INSTALLED)
 	$(BIN)/python bench/report.py
+
+# The README's picture of `videopure-fast report`: chromium must be on the PATH.
+picture: $(BROWSER)
+	$(BIN)/python bench/picture.py
 
 # constraints.txt has the versions that were tested together.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)

@@ -10,18 +10,34 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import latency_page
 from markdown_table import markdown
 
+from videopure_fast.web.report_data import (
+    LEAST_SHOWN,
+    NAMES,
+    OLDER,
+    PARTS,
+    SUMMARY,
+    THREATS,
+    UNMEASURED,
+    USUAL,
+    Comparison,
+    Way,
+    cpu_comparison,
+    gpu_comparison,
+    outcomes,
+)
+from videopure_fast.web.report_files import Value
+
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 STUDY, NOTES, LATENCY = (ROOT / "bench" / name for name in ("STUDY.md", "NOTES.md", "LATENCY.md"))
-SUMMARY = ("none", "mean of 5 frames", "ddim", "videopure")  # the defenses in the README's table
-PARTS = ("gray-box", "adaptive")  # the parts of the study in the README's table
+MISSING = "-"
 
 
 def robustness_summary(result: dict[str, Any]) -> str:
@@ -74,21 +90,12 @@ def robustness(result: dict[str, Any]) -> str:
         ]
         for name in dict.fromkeys(row["defense"] for row in plain)
     ]
-    columns = {  # of the second table: part, threat model
-        "transfer": ("transfer", "transfer"),
-        "query": ("query", "query"),
-        "gray-box, PGD-20": ("bpda", "gray-box"),
-        "BPDA, PGD-20": ("bpda", "bpda"),
-        "exact, PGD-20": ("exact", "exact"),
-        "exact, APGD-20 on the margin": ("exact apgd", "exact"),
-        "minimum": ("adaptive", "adaptive"),
-    }
-    parts = {part for part, _ in columns.values()} - {"adaptive"}
+    parts = {part for part, _ in THREATS.values()} - {"adaptive"}
     asked = [row for row in rows if row["part"] in parts and row["eps"]]
     least = min((row["eps"] for row in asked), default=0.0)
     strong = {(row["defense"], row["part"], row["threat_model"]): row for row in rows if row["eps"] == least}
     informed = [
-        [_bold(name), *(_share(strong.get((name, *place)), count=True) for place in columns.values())]
+        [_bold(name), *(_share(strong.get((name, *place)), count=True) for place in THREATS.values())]
         for name in dict.fromkeys(row["defense"] for row in asked)
     ]
     failed = [f"FAILED: {check['name']} ({check['seen']})" for check in result["checks"] if not check["passed"]]
@@ -109,7 +116,7 @@ def robustness(result: dict[str, Any]) -> str:
             "accuracies are upper bounds: every attack could be made stronger, and those on ddim do not average over "
             "its random draws (EOT).",
             "",
-            *markdown(["defense", *columns], informed),
+            *markdown(["defense", *THREATS], informed),
             "",
             *_sentences(rows),
             *([f"{'; '.join([verdict, *failed])}.", ""] if result["checks"] else []),
@@ -165,22 +172,9 @@ def _share(row: dict[str, Any] | None, *, count: bool = False) -> str:
 
 
 def _bold(name: str) -> str:
-    return f"**{name}**" if name == "videopure" else name
+    return f"**{name}**" if name in ("videopure", "ours") else name
 
 
-NAMES = {
-    "authors": "(1) the authors' algorithm as written",
-    "authors-xformers": "(2) the same with xformers' attention",
-    "authors-compiled": "(3a) the same compiled: max-autotune, channels last",
-    "algebra": "the algebra alone, on diffusers' modules",
-    "algebra-captured": "the algebra in one CUDA graph",
-    "algebra-compiled": "(3b) the algebra compiled: max-autotune, channels last",
-    "algebra-inductor": "(3c) the algebra compiled: reduce-overhead, channels last",
-    "ours-eager": "ours without its CUDA graph",
-    "ours": "**ours**",
-}
-MISSING, UNMEASURED, OLDER = "-", "not measured", "†"
-USUAL = "ours, 1x32x224x224"  # in the names of the rows of one clip
 Rows = dict[str, dict[str, Any]]
 
 
@@ -198,27 +192,24 @@ def speed(results: Path) -> str:
 
 def cpu_table(result: dict[str, Any]) -> str:
     """Markdown of bench_purify.py's rows."""
-    rows = {(row["path"], row["clips"]): row for row in result["benchmarks"] if "path" in row}
-    batches = sorted({clips for _, clips in rows})
+    found = cpu_comparison(Value(result, "cpu.json"))
+    if found is None:
+        return "On a CPU. Not measured yet: no purification in the results file."
     lines = []
-    for name in [name for name in NAMES if (name, batches[0]) in rows]:
-        cells = [NAMES[name]]
-        for clips in batches:
-            row, first = rows[name, clips], rows["authors", clips]
-            cells += [f"{row['median']:.2f} ± {row['iqr']:.2f}", f"{first['median'] / row['median']:.1f}"]
-        peak = rows[name, batches[0]].get("peak_memory")
+    for name in [name for name in NAMES if (name, found.batches[0]) in found.ways]:
+        cells = [_bold("".join(NAMES[name]))]
+        for clips in found.batches:
+            way = found.ways[name, clips]
+            cells += [f"{way.median:.2f} ± {way.iqr:.2f}", _times(found, way, 1)]
+        peak = found.ways[name, found.batches[0]].peak_memory
         lines.append([*cells, MISSING if peak is None else f"{peak / 2**20:.0f}"])
-    row, machine = rows["ours", batches[0]], result["machine_info"]
-    batch = [cell for clips in batches for cell in (f"{clips} clip{'s' * (clips > 1)}, s", "times (1)")]
     return "\n".join(
         [
-            f"On a CPU: clips of {size_of(row['shape'][2:])} by the packaged prior, T={row['steps']}, {row['dtype']}; "
-            "medians ± interquartile range.",
+            f"On {found.machine}: {found.clips}; medians ± interquartile range.",
             "",
-            *markdown(["", *batch, "MiB for 1 clip"], lines),
+            *markdown([*_heads(found), "MiB for 1 clip"], lines),
             "",
-            f"`make bench` on {machine['cpu']}, {row['threads']} threads, torch {row['torch']}, "
-            f"Python {machine['python']}.",
+            f"`{found.command}` {found.made}.",
         ]
     )
 
@@ -228,56 +219,54 @@ def gpu_tables(rows: Rows) -> str:
 
     A row of other sources than those measured last is marked.
     """
-    last = max(rows.values(), key=lambda row: row["time"], default={}).get("commit")
-    ways = [row for row in rows.values() if row.get("path") and row.get("flow") == "given" and "median" in row]
-    if not ways:
+    found = gpu_comparison(Value(rows, "rows"))
+    if found is None:
         return "On a GPU. Not measured yet: no purification in the results file."
-    usual = max(ways, key=lambda row: (row["frames"] * (row["clips"] == 1), row["height"]))
-    shape = ("frames", "height", "width")
-    found = {(row["path"], row["clips"]): row for row in ways if all(row[key] == usual[key] for key in shape)}
-    batches = sorted({clips for _, clips in found})
     lines = []
-    older = False
     for name in NAMES:
-        others = {row["commit"] for clips in batches if (row := found.get((name, clips)))} - {last}
-        older |= bool(others)
-        cells = [f"{NAMES[name]}{OLDER * bool(others)}"]
-        for clips in batches:
-            row, first = found.get((name, clips)), found.get(("authors", clips))
-            cells += [
-                UNMEASURED if row is None else f"{row['median']:.3f} ± {row['iqr']:.3f}",
-                MISSING if row is None or first is None else f"{first['median'] / row['median']:.2f}",
-            ]
-        row = found.get((name, 1), {})
-        peak = row.get("peak_memory")
-        cells += [str(row.get("launches") or MISSING), MISSING if peak is None else f"{peak / 2**30:.1f}"]
-        lines.append([*cells, f"{row['mean_error']:.1e}" if row else MISSING])
-    header = ["", *(cell for n in batches for cell in (f"{n} clip{'s' * (n > 1)}, s", "times (1)"))]
-    header += ["launches", "GiB", "mean error"]
-    weights = "random weights in full size" if usual["model"] == "full" else "a small model, whose times mean nothing"
-    clock = usual.get("sm_mhz_just_after")
+        ways = [found.ways.get((name, clips)) for clips in found.batches]
+        older = any(way is not None and way.older for way in ways)
+        cells = [f"{_bold(''.join(NAMES[name]))}{OLDER * older}"]
+        for way in ways:
+            cells.append(UNMEASURED if way is None else f"{way.median:.3f} ± {way.iqr:.3f}")
+            cells.append(MISSING if way is None else _times(found, way, 2))
+        lines.append([*cells, *_costs(found.ways.get((name, 1)))])
     return "\n".join(
         [
-            f"On {usual['gpu'] or 'no GPU'}: clips of {size_of([usual[key] for key in shape])}, T={usual['steps']}, "
-            f"{usual['dtype']}, {weights}, a given flow; medians ± interquartile range. Launches, memory and the mean "
+            f"On {found.machine}: {found.clips}; medians ± interquartile range. Launches, memory and the mean "
             "error against float32 are of 1 clip.",
             "",
-            *markdown(header, lines),
+            *markdown([*_heads(found), "launches", "GiB", "mean error"], lines),
             "",
-            *([f"{OLDER} Measured with other sources.", ""] if older else []),
-            *goal_lines(rows, found),
-            f"`make gpu` on {usual['time'][:10]}: driver {usual['driver']}, {usual['power_limit_w']} W, "
-            f"{clock} MHz, torch {usual['torch']}, CUDA {usual['cuda']}, cuDNN {usual['cudnn']}, triton "
-            f"{usual['triton']}, diffusers {usual['diffusers']}, Python {usual['python']}; sources {usual['commit']}.",
+            *([f"{OLDER} Measured with other sources.", ""] if any(way.older for way in found.ways.values()) else []),
+            *goal_lines(rows, found.ways),
+            f"`{found.command}` {found.made}.",
         ]
     )
 
 
-def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
+def _heads(found: Comparison) -> list[str]:
+    return ["", *(cell for n in found.batches for cell in (f"{n} clip{'s' * (n > 1)}, s", "times (1)"))]
+
+
+def _times(found: Comparison, way: Way, digits: int) -> str:
+    times = found.times(way)
+    return MISSING if times is None else f"{times:.{digits}f}"
+
+
+def _costs(way: Way | None) -> list[str]:
+    """Launches, GiB and mean error."""
+    if way is None:
+        return [MISSING] * 3
+    peak = MISSING if way.peak_memory is None else f"{way.peak_memory / 2**30:.1f}"
+    return [str(way.launches or MISSING), peak, MISSING if way.mean_error is None else f"{way.mean_error:.1e}"]
+
+
+def goal_lines(rows: Rows, found: Mapping[tuple[str, int], Way]) -> list[str]:
     """A table of the goals that were measured: asked, seen, and whether it is met; then the names of the others."""
 
     def gain(other: str, clips: int, field: str = "median") -> Callable[[], float]:
-        return lambda: found[other, clips][field] / found["ours", clips][field]
+        return lambda: getattr(found[other, clips], field) / getattr(found["ours", clips], field)
 
     def op(name: str, form: str, field: str) -> float:
         return rows[f"op: {name}, full, {form}"][field]
@@ -294,7 +283,7 @@ def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list
         ("1 clip, times (3a)", "", 2, True, gain("authors-compiled", 1)),
         ("1 clip, times (3b)", "", 1.3, True, gain("algebra-compiled", 1)),
         ("1 clip, times (3c)", "", 1.3, True, gain("algebra-inductor", 1)),
-        ("1 clip", " s", 0.38, False, lambda: found["ours", 1]["median"]),
+        ("1 clip", " s", 0.38, False, lambda: found["ours", 1].median),
         ("1 clip, its label by early stop", " s", 0.31, False, lambda: rows[f"label: {USUAL}"]["median"]),
         (
             "1 clip, decoder of TAESD",
@@ -304,11 +293,11 @@ def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list
             lambda: rows["purification: ours, taesd, 1x32x224x224"]["median"],
         ),
         ("first call, nothing compiled before", " s", 6, False, lambda: rows[f"first call: {USUAL}"]["first_call"]),
-        ("peak memory of 1 clip", " GiB", 7, False, lambda: found["ours", 1]["peak_memory"] / 2**30),
+        ("peak memory of 1 clip", " GiB", 7, False, lambda: found["ours", 1].peak_memory / 2**30),
         ("8 clips, times (1)", "", 4, True, gain("authors", 8)),
         ("8 clips, times (3a)", "", 2.2, True, gain("authors-compiled", 8)),
         ("8 clips, times (3b)", "", 1.3, True, gain("algebra-compiled", 8)),
-        ("8 clips", " clips/s", 2.8, True, lambda: found["ours", 8]["clips_per_second"]),
+        ("8 clips", " clips/s", 2.8, True, lambda: 8 / found["ours", 8].median),
         ("launches of 1 clip, of (1)'s", "", 0.02, False, lambda: 1 / gain("authors", 1, "launches")()),
         (
             *("guided update of all votes, times the autograd loop", "", 50, True),
@@ -338,11 +327,11 @@ def goal_lines(rows: Rows, found: dict[tuple[str, int], dict[str, Any]]) -> list
 def prediction(result: dict[str, Any], rows: Rows) -> str:
     """Markdown of what bench/predict.py expects of an H200, by stage and kind of operation, beside the first profile;
     and what the rows of gpu.py have measured: a stage by its captured graph, a kind by its kernels in eager steps."""
-    outcome = outcomes(rows)
+    outcome = outcomes(Value(rows, "rows"))
     lines = []
     for stage, found in result["stages"].items():
         for kind, row in found["kinds"].items():
-            if row["profile"] >= 0.5e-3 or row["predicted"] >= 0.5e-3:
+            if max(row["profile"], row["predicted"]) >= LEAST_SHOWN:
                 name = f"{stage}: {kind}"
                 lines.append([name, *_milliseconds(row), f"{row['launches']:,}", _shown(outcome.get(name))])
         lines.append([f"**{stage}**", *_milliseconds(found), f"{found['launches']:,}", _shown(outcome.get(stage))])
@@ -355,17 +344,6 @@ def prediction(result: dict[str, Any], rows: Rows) -> str:
     return "\n".join(markdown(header, lines))
 
 
-def outcomes(rows: Rows) -> dict[str, float]:
-    """Seconds that one clip has taken: of each stage, and of each kind of operation in it."""
-    clip, staged = rows.get(f"purification: {USUAL}", {}).get("median"), rows.get(f"stages: {USUAL}", {})
-    found = {stage: timing["median"] for stage, timing in staged.get("stages", {}).items()}
-    if clip is not None and found:
-        found |= {"host": clip - sum(found.values()), "clip": clip}
-    for stage, kernels in rows.get(f"kernels: {USUAL}", {}).get("stages", {}).items():
-        found |= {f"{stage}: {kind}": row["seconds"] for kind, row in kernels["kinds"].items()}
-    return found
-
-
 def _shown(seconds: float | None, digits: int = 1) -> str:
     return UNMEASURED if seconds is None else f"{1e3 * seconds:.{digits}f}"
 
@@ -373,11 +351,6 @@ def _shown(seconds: float | None, digits: int = 1) -> str:
 def _milliseconds(row: dict[str, float]) -> list[str]:
     before, after = 1e3 * row["profile"], 1e3 * row["predicted"]
     return [f"{value + 0.0:.1f}" for value in (before, after, round(before - after, 1))]
-
-
-def size_of(shape: list[int]) -> str:
-    frames, height, width = shape
-    return f"{frames} frames of {height}x{width}"
 
 
 def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:

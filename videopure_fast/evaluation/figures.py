@@ -15,7 +15,7 @@ from .runner import Examples
 from .tables import Accuracy
 
 _STRIP_COLUMNS, _STRIP_SIDE = 8, 128  # frames; pixels of a frame's longer side, at most
-_AMPLIFICATION = 16  # of the perturbation, to make it visible
+AMPLIFICATION = 16  # of the perturbation, to make it visible
 _VIDEO_SIDE, _VIDEO_RATE = 192, 8  # pixels, at most; frames per second
 _CAPTION = 20  # pixels of height
 _BAR_DISTANCE = 0.05  # of neighboring error bars, in distances of ticks
@@ -30,19 +30,25 @@ def write_strip(
     threat, defense: names for the captions of the attacked and the purified row.
     """
     clean, attacked, purified = found.clean[0], found.attacked[0], found.purified[0]
-    # Signed, with gray for zero: the absolute value of an l_inf perturbation is nearly the same everywhere.
-    difference = (0.5 + (attacked - clean) * _AMPLIFICATION).clamp(0, 1)
-    captions = [*_captions(found, classes, 0), f"attacked - clean, x{_AMPLIFICATION}, around gray"]
+    captions = [*_captions(found, classes, 0), f"attacked - clean, x{AMPLIFICATION}, around gray"]
     captions[1:3] = f"{captions[1]} ({threat})", f"{captions[2]} ({defense})"
     frames = torch.linspace(0, clean.shape[1] - 1, min(_STRIP_COLUMNS, clean.shape[1])).long()
     rows = []
-    for caption, clip in zip(captions, (clean, attacked, purified, difference), strict=True):
+    for caption, clip in zip(captions, (clean, attacked, purified, amplified(attacked - clean)), strict=True):
         pixels = _enlarge(clip[:, frames], _STRIP_SIDE).transpose(0, 1)  # [F, 3, H, W]
         row = torch.cat(list(pixels), -1)
         rows += [_caption([caption], row.shape[-1]), row]
     picture = Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).contiguous().numpy())
     with atomic_write(path) as temporary:
         picture.save(temporary)
+
+
+def amplified(perturbation: Tensor) -> Tensor:
+    """A perturbation made visible, in [0, 1].
+
+    Signed, with gray for zero: the absolute value of an l_inf perturbation is nearly the same everywhere.
+    """
+    return (0.5 + perturbation * AMPLIFICATION).clamp(0, 1)
 
 
 def write_side_by_side(found: Examples, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
