@@ -1,4 +1,4 @@
-"""The command line `videopure-fast`: demo, evaluate, purify, watch, warmup, bench, latency, report, info.
+"""The command line `videopure-fast`, whose commands have a file each.
 
 A command parses its options, calls, and prints. It imports what it needs when it runs, so that --help is quick.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from . import bench, evaluate, info, latency, purify, report, warmup, watch
+from . import bench, evaluate, info, latency, purify, report, serve, warmup, watch
 from .environment import as_program, check_environment
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _command in (
-    *(evaluate.demo, evaluate.evaluate, purify.purify, watch.watch, warmup.warmup),
+    *(evaluate.demo, evaluate.evaluate, purify.purify, watch.watch, serve.serve, warmup.warmup),
     *(bench.bench, latency.latency, report.report, info.info),
 ):
     app.command()(_checked(_command))

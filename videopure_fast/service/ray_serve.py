@@ -1,0 +1,168 @@
+"""The service as deployments of Ray Serve: replicas of the application, and one replica for each live source.
+
+Requests go to the replica with fewer of them. A live source is a deployment of its own with a single replica: whichever
+replica a viewer asks, the source is opened once, and its clips stay in order on one device. Ray's own ways of keeping
+requests together, by model id or by session, need headers that a browser does not send for a picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .limits import Limits
+from .settings import Settings, load, make_app
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from .live import Frames
+
+APPLICATION = "videopure"
+_OTHERS = 8  # requests of a replica beside videos and viewers: of the page, of health, of metrics
+_STORE = 2**28  # bytes of memory in which Ray keeps what goes from process to process
+_WAITING = 32  # requests that wait for a replica at most; beyond them Ray answers 503 itself
+
+
+def resources(actors: int, cores: float, gpus: float) -> dict[str, float]:
+    """What each replica and each live source gets: a GPU or its share of those that there are, else of the cores."""
+    share = cores / actors
+    if gpus:
+        return {"num_cpus": min(1.0, share), "num_gpus": min(1.0, gpus / actors)}
+    return {"num_cpus": float(int(share)) if share >= 1 else share}
+
+
+def ongoing(limits: Limits) -> int:
+    """Requests that a replica is given at once: its own limits refuse, and say when to come again."""
+    return limits.working + limits.waiting + limits.uploads + limits.viewers + _OTHERS
+
+
+def application(settings: Settings, replicas: int, options: dict[str, Any]) -> Any:
+    """The application of Ray Serve. options: of each replica's actor, as `resources` gives them."""
+    from ray import serve
+
+    limits, names = settings.limits, tuple(settings.sources)
+    live = [
+        serve.deployment(
+            _LiveSource,
+            name=_deployment(name),
+            num_replicas=1,
+            max_ongoing_requests=limits.viewers + _OTHERS,
+            ray_actor_options=options,
+        ).bind(settings, name)
+        for name in names
+    ]
+
+    def build() -> FastAPI:
+        return make_app(settings, {name: _remote(name) for name in names})
+
+    return serve.deployment(
+        serve.ingress(build)(),
+        name="service",
+        num_replicas=replicas,
+        max_ongoing_requests=ongoing(limits),
+        max_queued_requests=_WAITING,
+        graceful_shutdown_timeout_s=limits.drain,
+        ray_actor_options=options,
+    ).bind(*live)
+
+
+def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Callable[[str], None]) -> None:
+    """Serve by a Ray of this machine, or by the cluster that RAY_ADDRESS names, until SIGINT or SIGTERM.
+
+    announce: told the address where requests are taken. ValueError where the service cannot listen.
+    """
+    import ray
+    from ray import serve
+
+    from .server import address_of, listen
+
+    with listen(host, port) as free:  # Ray says of a port that is taken that a process of its own has failed
+        port, address = free.getsockname()[1], address_of(free)
+    stopped = threading.Event()
+    with _connected():
+        serve.start(http_options={"host": host, "port": port})
+        found = ray.cluster_resources()
+        gpus = found.get("GPU", 0.0) if settings.device in (None, "cuda") else 0.0
+        options = resources(replicas + len(settings.sources), found.get("CPU", 1.0), gpus)
+        serve.run(application(settings, replicas, options), name=APPLICATION, route_prefix="/")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        announce(address)
+        stopped.wait()
+        serve.shutdown()
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Ray, while the block runs; handlers of signals are then as they were."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with contextlib.ExitStack() as ended:
+        if not os.environ.get("RAY_ADDRESS"):
+            # Not in TMPDIR, which may be too long a path for the sockets in it.
+            folder = tempfile.mkdtemp(prefix="vpf-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+            ended.callback(shutil.rmtree, folder, ignore_errors=True)
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report itself to its makers
+            options |= {"address": "local", "include_dashboard": False}
+            options |= {"object_store_memory": _STORE, "_temp_dir": folder}
+        ended.callback(ray.shutdown)
+        try:
+            ray.init(**options)
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # Ray sets some of its own
+
+
+def _deployment(name: str) -> str:
+    return f"live-{name}"
+
+
+class _LiveSource:
+    """The one replica that reads a source; `view` gives its pictures to replicas of the service."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        from ..realtime.stream import StreamPurifier
+        from .live import CLIPS_WAITING, source_frames
+
+        purifier, _ = load(settings)
+        stream = StreamPurifier(purifier, max_batch=1, queue_size=CLIPS_WAITING, policy="reject")
+        window, overlap = purifier.max_frames, purifier.config.window_overlap
+        self._frames = source_frames(settings.sources[name], stream, window=window, overlap=overlap, size=settings.size)
+
+    async def view(self) -> AsyncIterator[bytes]:
+        async with contextlib.aclosing(self._frames.view()) as pictures:  # type: ignore[type-var]
+            async for picture in pictures:
+                yield picture
+
+
+def _remote(name: str) -> Frames:
+    """The pictures of a source that another deployment reads, shared by this replica's viewers."""
+    from .live import Frames
+
+    return Frames(partial(_remote_pictures, name))
+
+
+async def _remote_pictures(name: str) -> AsyncIterator[bytes]:
+    from ray import serve
+
+    handle = serve.get_deployment_handle(_deployment(name), APPLICATION)
+    pictures = handle.options(stream=True).view.remote()
+    try:
+        async for picture in pictures:
+            yield picture
+    except Exception as error:  # Ray's own have the whole trace of the other replica
+        raise OSError(str(getattr(error, "cause", "its replica has failed"))) from error
+    finally:
+        pictures.cancel()
