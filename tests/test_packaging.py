@@ -37,7 +37,20 @@ ROOMS = (
         "defense",
         "adapters",
     ),
-    *("data", "streaming", "measure", "realtime", "evaluation", "scale", "web", "service", "cli", "__main__", "__init__", "examples"),
+    *(
+        "data",
+        "streaming",
+        "measure",
+        "realtime",
+        "evaluation",
+        "scale",
+        "web",
+        "service",
+        "cli",
+        "__main__",
+        "__init__",
+        "examples",
+    ),
 )
 TINY_LEAVES = {"tiny.clips", "tiny.models"}
 TINY_SCRIPT = "tiny.train"

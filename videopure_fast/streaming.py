@@ -1,17 +1,58 @@
-"""A video of any length through a purifier, window by window."""
+"""A video of any length through a purifier, window by window: its frames, or a file."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from .data.video import VideoInfo, probe, read_frames, working_size
+from .data.video_writer import Quality, VideoWriter
 from .inputs import check_count
 from .purifier import Purifier
 from .sampling import Callback
 from .windows import cross_fade, window_starts
+
+
+def purify_file(
+    purifier: Purifier,
+    source: str | os.PathLike[str] | VideoInfo,
+    output: str | os.PathLike[str],
+    *,
+    size: int,
+    seed: int = 0,
+    quality: Quality | None = None,
+) -> VideoInfo:
+    """Purify a video file of any length in bounded memory; its times and sound are kept. Returns what it was.
+
+    source: a path, or what `probe` found. output: replaced when it is complete, as by a `VideoWriter`, which takes
+    `quality`. size, seed: as for `purified_frames`.
+
+    FileNotFoundError or ValueError for a file that `probe` refuses, and for what cannot be written, before any work.
+    """
+    video = source if isinstance(source, VideoInfo) else probe(source)
+    height, width = working_size(video.height, video.width, size)
+    with VideoWriter(output, height=height, width=width, rate=video.rate, source=video, quality=quality) as writer:
+        for frame in purified_frames(purifier, video, size=size, seed=seed):
+            writer.write(frame)
+    return video
+
+
+def purified_frames(purifier: Purifier, video: VideoInfo, *, size: int, seed: int = 0) -> Iterator[Tensor]:
+    """The purified frames of a video file, as many as it has, (3, h, w) uint8.
+
+    size: short side of these frames in pixels, as for `working_size`. seed: of methods that draw noise.
+    ValueError if the file is damaged, or a window does not fit in the accelerator's memory.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        yield from purify_stream(purifier, read_frames(video, size), video.frames, generator=generator)
+    except torch.OutOfMemoryError as error:
+        height, width = working_size(video.height, video.width, size)
+        raise ValueError(f"{width}x{height} does not fit in the accelerator's memory; try a smaller --size") from error
 
 
 def purify_stream(

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from . import bench, evaluate, info, latency, purify, report, serve, warmup, watch
+from . import bench, evaluate, info, latency, purify, purify_dataset, report, serve, warmup, watch
 from .environment import as_program, check_environment
 
 app = typer.Typer(
@@ -37,8 +37,8 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _command in (
-    *(evaluate.demo, evaluate.evaluate, purify.purify, watch.watch, serve.serve, warmup.warmup),
-    *(bench.bench, latency.latency, report.report, info.info),
+    *(evaluate.demo, evaluate.evaluate, purify.purify, purify_dataset.purify_dataset, watch.watch, serve.serve),
+    *(warmup.warmup, bench.bench, latency.latency, report.report, info.info),
 ):
     app.command()(_checked(_command))
 

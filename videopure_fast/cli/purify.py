@@ -55,16 +55,15 @@ def purify(
     """
     import torch
 
-    from ..data.video import probe, read_frames, working_size
-    from ..data.video_writer import VideoWriter, check_output
+    from ..data.video import probe, working_size
+    from ..data.video_writer import check_output
     from ..purifier import Purifier
     from ..runtime.spans import EvaluationCounter, listening
-    from ..streaming import purify_stream
+    from ..streaming import purify_file
 
     check_output(output)
     video = probe(source)
-    if size is None:
-        size = _TINY_SIDE if model == "tiny" else _USUAL_SIDE
+    size = default_size(model, size)
     height, width = working_size(video.height, video.width, size)
     overrides: dict[str, Any] = {"method": method}
     if steps is not None:
@@ -79,21 +78,16 @@ def purify(
         )
     _announce_estimate(purifier, video.frames, height, width)
     started = time.perf_counter()
-    with (
-        VideoWriter(output, height=height, width=width, rate=video.rate, source=video) as writer,
-        _Pace(purifier, video.frames) as pace,
-        listening(EvaluationCounter(pace.advance)),
-    ):
-        frames = read_frames(video, size)
-        generator = torch.Generator().manual_seed(seed)
-        try:
-            for frame in purify_stream(purifier, frames, video.frames, generator=generator):
-                writer.write(frame)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{width}x{height} does not fit in the accelerator's memory; try a smaller --size"
-            ) from error
+    with _Pace(purifier, video.frames) as pace, listening(EvaluationCounter(pace.advance)):
+        purify_file(purifier, video, output, size=size, seed=seed)
     console.print(f"Wrote {output} in {format_seconds(time.perf_counter() - started)}.")
+
+
+def default_size(model: str, size: int | None) -> int:
+    """The short side of a purified video in pixels: `size`, or what suits the model."""
+    if size is not None:
+        return size
+    return _TINY_SIDE if model == "tiny" else _USUAL_SIDE
 
 
 def _announce_estimate(purifier: Purifier, frames: int, height: int, width: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.audio import AudioStream
     from av.video.codeccontext import VideoCodecContext
+
+Quality: TypeAlias = int | Literal["lossless"]
 
 
 class _Format(NamedTuple):
@@ -48,10 +50,19 @@ _FORMATS = {
     # Players show frames of a delay below 0.02 s for 0.1 s; the longest delay is a number of 16 bits.
     ".gif": _Format("gif", "gif", "pal8", {}, tick=Fraction(1, 100), least=2, most=655),
 }
+_MOST_CRF = {".mp4": 51, ".webm": 63}
+# What differs in a file that holds the pixels of RGB as they are.
+_LOSSLESS: dict[str, dict[str, Any]] = {
+    ".mp4": {"codec": "libx264rgb", "pixels": "rgb24", "options": {"qp": "0"}},
+    ".webm": {"pixels": "gbrp", "options": {"lossless": "1", "cpu-used": "4", "row-mt": "1"}},
+}
 _SHORTEST_TICK = Fraction(1, 90000)  # seconds; the ticks of a frame's time fit 31 bits, as mp4 demands
 _MPEG4_UNITS = 65535  # parts of a second in which MPEG-4 can count
 _MAX_LEAD = Fraction(1, 10)  # seconds by which sound may start before the pictures without moving them: its priming
 _MAX_OFFSET = 6 * 3600  # seconds between the starts of sound and pictures; more is damage
+
+
+_LIMITED_RANGE, _FULL_RANGE = 1, 2  # FFmpeg's AVCOL_RANGE_MPEG and AVCOL_RANGE_JPEG
 
 
 class Color(NamedTuple):
@@ -61,16 +72,17 @@ class Color(NamedTuple):
     transfer: int
     matrix: int
     swscale: str
+    range: int = _LIMITED_RANGE
 
     def tag(self, codec: VideoCodecContext) -> None:
         """State this color space in what an encoder writes."""
         codec.color_primaries, codec.color_trc, codec.colorspace = self[:3]
-        codec.color_range = _LIMITED_RANGE
+        codec.color_range = self.range
 
 
 _BT709 = Color(1, 1, 1, "ITU709")
 _BT601 = Color(6, 6, 6, "ITU601")
-_LIMITED_RANGE = 1  # FFmpeg's AVCOL_RANGE_MPEG
+_RGB = Color(1, 13, 0, "DEFAULT", _FULL_RANGE)  # sRGB, without a matrix
 _FRAME_DURATION = 1 << 8  # FFmpeg's AV_CODEC_FLAG_FRAME_DURATION: packets last as long as their frames
 
 
@@ -83,13 +95,24 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_quality(suffix: str, quality: Quality | None) -> None:
+    """ValueError unless a video of this extension can be written in this quality, as `VideoWriter` takes it."""
+    if quality is None:
+        return
+    if suffix not in _MOST_CRF:
+        raise ValueError(f"{suffix} has one quality alone; accepted: {', '.join(_MOST_CRF)}")
+    if quality != "lossless" and (isinstance(quality, bool) or not 0 <= quality <= _MOST_CRF[suffix]):
+        raise ValueError(f"quality of {suffix} must be lossless or a CRF of 0 to {_MOST_CRF[suffix]}, got {quality}")
+
+
 class VideoWriter:
     """Encodes frames into a video file; the file appears, or replaces an older one, only when it is complete.
 
     Use as a context manager. Frames go to a hidden file in the same folder, which is renamed when the block ends, and
     removed when the block fails. mp4 is H.264, avi MPEG-4, webm VP9, gif a palette of 256 colors for each frame.
 
-    Colors are converted to BT.709 from HD_LINES lines on, else to BT.601, and tagged so where the format has tags.
+    Colors are converted to BT.709 from HD_LINES lines on, else to BT.601, and tagged so where the format has tags;
+    lossless files hold RGB.
 
     Args:
         path: the file; its extension chooses the format.
@@ -99,6 +122,7 @@ class VideoWriter:
             frames are those of the source, and each keeps its time; avi has a constant rate, and gif at most 50 frames
             a second. A UserWarning is given with the largest shift if the format cannot hold the times, and if it
             cannot hold the sound or when it starts. It may be the file that is being replaced.
+        quality: of mp4 and webm, "lossless" or a constant rate factor (CRF), less is better; None: visually lossless.
 
     The earlier of pictures and sound starts at time 0.
 
@@ -113,8 +137,11 @@ class VideoWriter:
         width: int,
         rate: Fraction | float | None = None,
         source: VideoInfo | None = None,
+        quality: Quality | None = None,
     ) -> None:
         self.path = check_output(path)
+        suffix = self.path.suffix.lower()
+        check_quality(suffix, quality)
         if height < 2 or width < 2 or height % 2 or width % 2:
             raise ValueError(f"frames must have even sides, got {height}x{width}")
         if rate is None:
@@ -123,9 +150,13 @@ class VideoWriter:
             rate = source.rate
         if not 0 < rate < float("inf"):
             raise ValueError(f"rate must be more than 0 frames per second, got {rate}")
-        self._format = _FORMATS[self.path.suffix.lower()]
+        self._format = _FORMATS[suffix]
         self._height, self._width = height, width
         self._color = color_of(height)
+        if quality == "lossless":
+            self._format, self._color = self._format._replace(**_LOSSLESS[suffix]), _RGB
+        elif quality is not None:
+            self._format = self._format._replace(options={**self._format.options, "crf": str(quality)})
         self._rate = _limited(rate)
         self._source = source
         self._keeps_times = source is not None and self._rate == _limited(source.rate)

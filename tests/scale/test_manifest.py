@@ -1,0 +1,73 @@
+import sqlite3
+
+import pytest
+from scale_files import IDENTITY
+
+from videopure_fast.scale import manifest as manifests
+from videopure_fast.scale.manifest import Manifest, check_identity, locked, read_rows
+from videopure_fast.scale.rows import Row
+
+
+def test_rows_come_back_and_replace_those_of_their_file(tmp_path):
+    path = tmp_path / "m.sqlite"
+    rows = [
+        Row("a\n'.mp4", "a.mp4", "done", 5, "i", "o", "s", "w", 3, "no sound", None),
+        Row("b", "b", "failed", error="e"),
+    ]
+    manifest = Manifest(path, IDENTITY)
+    manifest.add(rows)
+    manifest.close()
+    assert read_rows(path) == rows
+    manifest = Manifest(path, IDENTITY)
+    manifest.add([rows[1]._replace(state="done", error=None)])
+    manifest.close()
+    assert read_rows(path) == [rows[0], Row("b", "b", "done")]
+    assert read_rows(tmp_path / "none") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["m.sqlite"]  # no journal stays
+
+
+def test_rows_are_committed_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifests, "_COMMIT_SECONDS", 0.0)
+    manifest = Manifest(tmp_path / "m.sqlite", IDENTITY)
+    manifest.add([Row("a", "a", "done")])
+    assert len(read_rows(tmp_path / "m.sqlite")) == 1
+    manifest.close()
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    path = tmp_path / "m.sqlite"
+    Manifest(path, IDENTITY).close()
+    check_identity(path, dict(IDENTITY))
+    check_identity(tmp_path / "none", IDENTITY)
+    for check in (Manifest, check_identity):
+        with pytest.raises(ValueError, match=r"were made with size 16, and not with size 32: ask for the same again"):
+            check(path, IDENTITY | {"size": 32})
+
+
+def test_what_is_no_manifest(tmp_path):
+    path = tmp_path / "m.sqlite"
+    path.write_text("no database\n" * 200)
+    for use in (lambda: Manifest(path, IDENTITY), lambda: read_rows(path), lambda: check_identity(path, IDENTITY)):
+        with pytest.raises(ValueError, match="is no manifest of purified files"):
+            use()
+
+
+def test_a_full_disk_is_said(tmp_path):
+    manifest = Manifest(tmp_path / "m.sqlite", IDENTITY)
+    manifest._database.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(OSError, match="full"):
+        manifest.add([Row(f"{i}", "x" * 5000, "done") for i in range(20)])
+    manifest._database.close()
+    assert sqlite3.connect(tmp_path / "m.sqlite").execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_locks(tmp_path):
+    lock = tmp_path / "state" / "lock"
+    lock.parent.mkdir()
+    with locked(lock), pytest.raises(ValueError, match="another process works in"), locked(lock, shared=True):
+        pass
+    with locked(lock, shared=True), locked(lock, shared=True):
+        with pytest.raises(ValueError, match="another process works in"), locked(lock):
+            pass
+    with locked(lock):
+        pass

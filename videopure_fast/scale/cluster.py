@@ -1,0 +1,201 @@
+"""Jobs done by workers on many machines, or on the cores and GPUs of this one, as a data set of Ray Data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .local import MakeWorker
+from .rows import Job, Row
+
+_MISSING = (
+    "purify-dataset needs Ray: pip install 'videopure-fast[scale]'; without it, "
+    "`torchrun --nproc-per-node 1 -m videopure_fast purify-dataset ...` does the same, one process a GPU"
+)
+_STORE = 2**27  # bytes of Ray's store of objects: rows alone go through it
+_TASKS = 64  # for each worker at least, so that the last ones end together
+_MOST_ROWS = 8  # of a task, which come together: Ray's own work for a task takes 10 ms of a core
+_QUEUED = 2  # tasks a worker: one that it does, and one that waits, so that it never does
+_DEATHS = 3  # of workers in a row before they are ready
+_FOLDER = "videopure-fast-ray-"
+# Nothing is sent to Ray's makers, and its C++ says on stderr only what ends it.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many workers there are, and the cores and GPUs of each, as Ray counts them."""
+
+    workers: int
+    num_cpus: float
+    num_gpus: float
+
+
+def choose_pool(
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    small: bool,
+    workers: int | None,
+    num_cpus: float | None,
+    num_gpus: float | None,
+) -> Pool:
+    """The pool that is asked for; where nothing is, a worker a GPU with its share of the cores, or else one a core for
+    a small model, and one a machine for others.
+
+    nodes: "CPU" and "GPU" of each machine. ValueError where no machine has room for a worker.
+    """
+    machines = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+    if num_gpus is None:
+        num_gpus = 1.0 if any(gpus for _, gpus in machines) else 0.0
+    if num_cpus is None and num_gpus:
+        shares = [cpus // (gpus // num_gpus) for cpus, gpus in machines if gpus >= num_gpus]
+        num_cpus = max(1.0, min(shares, default=1.0))
+    elif num_cpus is None:
+        num_cpus = 1.0 if small else max(1.0, min(cpus for cpus, _ in machines))
+    room = sum(int(min(cpus / num_cpus, gpus / num_gpus if num_gpus else math.inf)) for cpus, gpus in machines)
+    if not room and (workers is None or num_gpus):
+        seen = ", ".join(f"{cpus:g} cores and {gpus:g} GPUs" for cpus, gpus in machines)
+        raise ValueError(f"no machine has room for a worker of {num_cpus:g} cores and {num_gpus:g} GPUs; seen: {seen}")
+    return Pool(workers or room, num_cpus, num_gpus)
+
+
+@contextlib.contextmanager
+def connected(address: str | None, *, cpus: float | None = None) -> Iterator[list[dict[str, float]]]:
+    """Join the Ray cluster at an address, or start one of this machine, and leave or end it.
+
+    Yields the resources of each of its machines. cpus: cores that this machine's own cluster is to have at least, as
+    Ray counts them.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with contextlib.ExitStack() as ended:
+        for name in _QUIET.keys() - os.environ.keys():
+            os.environ[name] = _QUIET[name]
+            ended.callback(os.environ.pop, name, None)
+        if address is None:
+            options |= {"include_dashboard": False, "object_store_memory": _STORE, "_temp_dir": _new_folder(ended)}
+            options |= {} if cpus is None else {"num_cpus": max(math.ceil(cpus), os.cpu_count() or 1)}
+        handler = signal.getsignal(signal.SIGTERM)
+        ended.callback(ray.shutdown)
+        try:
+            with _hushed():
+                ray.init(address=address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"at {address}" if address else "on this machine"
+            raise RuntimeError(f"there is no Ray cluster {where}: {' '.join(str(error).split())}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def run_on_ray(jobs: Sequence[Job], make_worker: MakeWorker, pool: Pool) -> Generator[Row, None, None]:
+    """The rows of jobs, as they are done. A worker that dies is made anew, and its jobs are done by it.
+
+    make_worker: makes what does a job, in a process of Ray's. Rows and jobs go through Ray as JSON, which has any name.
+    RuntimeError if Ray gives up.
+    """
+    import ray
+    import ray.data
+
+    if not jobs:
+        return
+    rows_of_task = min(_MOST_ROWS, max(1, len(jobs) // (pool.workers * _TASKS)))
+    tasks = math.ceil(len(jobs) / rows_of_task)
+    _set_up(ray.data.DataContext.get_current())
+    items = [{"row": json.dumps(job)} for job in jobs]
+    compute = ray.data.ActorPoolStrategy(size=min(pool.workers, tasks), max_tasks_in_flight_per_actor=_QUEUED)
+    rows = ray.data.from_items(items, override_num_blocks=tasks).map(
+        _Actor, fn_constructor_args=(make_worker,), compute=compute, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus
+    )
+    del items
+    try:
+        for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from (Row(*json.loads(text)) for text in batch["row"])
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray ended the work: {_last_line(error)}") from error
+
+
+class _Actor:
+    """A worker as Ray Data calls it: once a row."""
+
+    def __init__(self, make_worker: MakeWorker) -> None:
+        self._worker = make_worker()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"row": json.dumps(self._worker(Job(*json.loads(row["row"]))))}
+
+
+def _set_up(context: Any) -> None:
+    """Settings of Ray Data; of those that its versions do not all have, the ones that are there."""
+    wanted = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "execution_no_progress_timeout_s": -1,  # a long video takes hours
+        "max_consecutive_actor_init_deaths": _DEATHS,
+    }
+    for name, value in wanted.items():
+        if hasattr(context, name):
+            setattr(context, name, value)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Within the block nothing is written to stderr: Ray's C++ says there that it has read its level of logging."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _new_folder(ended: contextlib.ExitStack) -> str:
+    """A folder for what Ray writes; it is deleted at the end. Those of killed processes are deleted at once.
+
+    It is not in TMPDIR, which may be too long a path for the sockets in it.
+    """
+    root = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
+    for folder in root.glob(f"{_FOLDER}*"):
+        match = re.fullmatch(rf"{_FOLDER}(\d+)-\w+", folder.name)
+        if match and not _lives(int(match[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+    made = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=root)
+    ended.callback(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _last_line(error: BaseException) -> str:
+    """The last line of an error of Ray's, which begins with the text of the worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

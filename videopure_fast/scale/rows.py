@@ -1,0 +1,45 @@
+"""What is to be done with a file, and what became of it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+# "full" is of a disk, and ends a run: it is in no manifest.
+State = Literal["done", "failed", "full"]
+
+
+class Job(NamedTuple):
+    """A video file that is to be purified.
+
+    name: its path below the source folder, with "/"; the key of its row. Bytes that are not UTF-8 stand as "\\udcff".
+    source: where it is.
+    output: path of its purified file below the folder of outputs, with "/".
+    """
+
+    name: str
+    source: str
+    output: str
+
+
+class Row(NamedTuple):
+    """What became of a job; what it does not have is None. Nothing here depends on when or where the work was done.
+
+    name, output: the job's.
+    size, input_digest, output_digest: bytes of the source, and the SHA-256 of both files.
+    settings, weights: digests of the settings and of the models' weights.
+    frames: of the video.
+    warnings: what the output could not hold, a line each.
+    error: why there is no output.
+    """
+
+    name: str
+    output: str
+    state: State
+    size: int | None = None
+    input_digest: str | None = None
+    output_digest: str | None = None
+    settings: str | None = None
+    weights: str | None = None
+    frames: int | None = None
+    warnings: str | None = None
+    error: str | None = None
