@@ -85,7 +85,7 @@ def test_a_video_is_purified(visit):
     purify(page)
     assert service.seen == [("clip.mp4", "3")]
     assert page.locator("progress").evaluate_all("all => all.map((each) => each.value)") == [1] * 5
-    counts = page.locator("#stages output").all_inner_texts()
+    counts = page.locator("#stages .number").all_inner_texts()
     assert counts == ["100 %", "0 ahead", "3 of 3", "24 of 24", "30 of 30"]
     with page.expect_download() as download:
         page.locator("#download").click()

@@ -73,6 +73,12 @@ def test_ids_are_there_once(page):
     assert set(referred) <= set(ids)
 
 
+def test_only_sentences_are_announced(page):
+    """Not every number: an <output> is a live region too."""
+    live = [at.get("id") for tag, at in page.elements if tag == "output" or at.get("role") in ("status", "alert")]
+    assert live == ["status", "error"] and page.all_of("aria-live") == []
+
+
 def test_classes_have_a_style(page):
     style = (WEB / "style.css").read_text()
     for name in {name for value in page.all_of("class") for name in value.split()}:
