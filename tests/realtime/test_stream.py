@@ -72,7 +72,7 @@ def test_clips_at_their_own_steps_share_evaluations(prompts, fast):
     """Inversion and denoising in one evaluation, and depths of their own."""
     purifier = build_purifier(dtype=torch.float64, prompts=prompts, fast=fast, temporal_weight=0.01)
     sent = videos(6)
-    depths = [0, 3, 1, 2, 3, 1]
+    depths = [0, 2, 1, 1, 2, 0]
     sizes = (1, 2, 4)
     with StreamPurifier(purifier, return_votes=True, batch_sizes=sizes, queue_size=6) as stream:
         futures = [stream.submit(video, steps=steps) for video, steps in zip(sent, depths, strict=True)]
@@ -573,8 +573,7 @@ def test_progress_of_a_purified_clip_alone_and_of_all_its_votes(purifier):
         ]
 
 
-@pytest.mark.parametrize("stage", ["encode", "evaluate", "decode"])
-@pytest.mark.parametrize("error", [KeyError, SystemExit])
+@pytest.mark.parametrize(("stage", "error"), [("encode", KeyError), ("evaluate", SystemExit), ("decode", KeyError)])
 def test_progress_that_raises_ends_its_own_clip(stage, error):
     purifier = build_purifier(dtype=torch.float64, temporal_weight=0.01)
 
