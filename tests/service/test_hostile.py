@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from socket import MSG_PEEK, MSG_WAITALL
 
 import httpx
 import pytest
@@ -139,6 +140,19 @@ def test_what_is_too_much(asked, content, statuses, words):
 def test_a_length_that_is_stated_and_too_large(asked):
     status, sentence = asked(head(10**12))
     assert status == 413 and sentence == "the video is too large; accepted: 1000000 bytes at most"
+
+
+def test_a_client_that_asks_before_it_sends(service, asked):
+    content = form(CLIP)
+    for length, begins in ((len(content), b"HTTP/1.1 100 "), (10**7, b"HTTP/1.1 413 ")):
+        with service.connect() as connection:
+            connection.sendall(head(length).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+            assert connection.recv(13, MSG_PEEK | MSG_WAITALL) == begins
+            if length == len(content):
+                while not connection.recv(1024).endswith(b"\r\n\r\n"):
+                    pass
+                connection.sendall(content)
+                assert answer(connection)[0] == 200
 
 
 def test_a_body_without_a_length_that_is_too_large(asked):

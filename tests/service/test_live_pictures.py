@@ -13,7 +13,7 @@ import pytest
 from conftest import build_purifier
 from PIL import Image
 from realtime_fakes import FakeCamera, StubServer, gray, sends, video_bytes
-from service_fakes import StubStream, answer, is_cut, running, until
+from service_fakes import StubCodecs, StubStream, answer, is_cut, running, until
 
 from videopure_fast.realtime import cameras
 from videopure_fast.service import engine as service_engine
@@ -24,20 +24,22 @@ from videopure_fast.service.limits import Limits
 SHAPE = {"window": 8, "overlap": 2, "size": 16}
 
 
-@pytest.fixture
-def film(tmp_path):
-    path = tmp_path / "film.mkv"
-    path.write_bytes(video_bytes(26, kind="matroska", step=20))
-    return path
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A short and a long film."""
+    folder = tmp_path_factory.mktemp("films")
+    for name, count in (("short", 26), ("long", 200)):
+        (folder / f"{name}.mkv").write_bytes(video_bytes(count, kind="matroska", step=20))
+    return str(folder / "short.mkv"), str(folder / "long.mkv")
 
 
 def shade(jpeg):
     return float(np.asarray(Image.open(io.BytesIO(jpeg))).mean())
 
 
-def test_frames_come_purified_in_order_and_at_their_pace(film):
+def test_frames_come_purified_in_order_and_at_their_pace(films):
     async def run(server):
-        frames = live.source_frames(str(film), server, **SHAPE)
+        frames = live.source_frames(films[0], server, **SHAPE)
         seen = []
         async with contextlib.aclosing(frames.view()) as pictures:
             async for picture in pictures:
@@ -114,15 +116,15 @@ def test_a_source_keeps_few_clips_waiting():
     assert len(server.futures) == 3
 
 
-@pytest.fixture
-def service(film, tmp_path, monkeypatch):
-    long = tmp_path / "long.mkv"
-    long.write_bytes(video_bytes(200, kind="matroska", step=20))
-    monkeypatch.setattr(service_engine, "StreamPurifier", StubStream)
-    monkeypatch.setattr(cameras, "_FIRST_WAIT", 0.02)
-    with FakeCamera(sends(b"garbage" * 100)) as broken:
-        sources = {"door": str(film), "long": str(long), "broken": f"tcp://user:hidden@127.0.0.1:{broken.port}"}
-        limits = Limits(working=1, viewers=2, live=0.6, drain=3.0, taking=1.0)
+@pytest.fixture(scope="module")
+def service(films):
+    limits = Limits(working=1, viewers=2, live=0.6, drain=3.0, taking=1.0)
+    with pytest.MonkeyPatch.context() as patch, FakeCamera(sends(b"garbage" * 100)) as broken:
+        patch.setattr(service_engine, "StreamPurifier", StubStream)
+        patch.setattr(service_engine, "Codecs", StubCodecs)
+        patch.setattr(cameras, "_FIRST_WAIT", 0.02)
+        sources = dict(zip(("door", "long"), films, strict=True))
+        sources["broken"] = f"tcp://user:hidden@127.0.0.1:{broken.port}"
         with running(create_app(build_purifier(), limits=limits, size=16, sources=sources)) as one:
             yield one
 
@@ -165,6 +167,7 @@ def test_viewers_are_bounded_and_noticed_when_they_go(service):
 
 
 def test_an_end_does_not_wait_for_viewers(service):
+    """The last test of this service."""
     with service.connect() as viewer:
         viewer.sendall(b"GET /v1/live/broken HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         until(lambda: service.engine.viewing == 1)

@@ -421,8 +421,14 @@ def test_arguments_of_the_application(arguments, error, sentence):
 # Beginnings and ends
 
 
-def test_not_ready_before_it_is_warm(monkeypatch, clip):
+@pytest.fixture
+def stubs(monkeypatch):
+    """No models and no decoders in this test's own service."""
     monkeypatch.setattr(service_engine, "StreamPurifier", StubStream)
+    monkeypatch.setattr(service_engine, "Codecs", StubCodecs)
+
+
+def test_not_ready_before_it_is_warm(monkeypatch, clip, stubs):
     monkeypatch.setattr(StubStream, "warmup_seconds", 0.3)
     with running(create_app(small(), limits=LIMITS), ready=False) as service:
         assert service.get("/healthz").status_code == 200
@@ -430,13 +436,6 @@ def test_not_ready_before_it_is_warm(monkeypatch, clip):
         assert response.status_code == 503 and response.json()["detail"] == "the service is not ready: it is warming up"
         assert service.purify(clip).headers["retry-after"] == "5"
         until(lambda: service.get("/readyz").status_code == 200)
-
-
-@pytest.fixture
-def stubs(monkeypatch):
-    """No models and no decoders in this test's own service."""
-    monkeypatch.setattr(service_engine, "StreamPurifier", StubStream)
-    monkeypatch.setattr(service_engine, "Codecs", StubCodecs)
 
 
 def test_an_end_finishes_what_is_in_flight(monkeypatch, clip, stubs):

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ class _LiveSource:
         from ..realtime.stream import StreamPurifier
         from .live import CLIPS_WAITING, source_frames
 
-        purifier, _ = load(settings)
+        purifier, _ = load(replace(settings, classifier=None))
         stream = StreamPurifier(purifier, max_batch=1, queue_size=CLIPS_WAITING, policy="reject")
         window, overlap = purifier.max_frames, purifier.config.window_overlap
         self._frames = source_frames(settings.sources[name], stream, window=window, overlap=overlap, size=settings.size)
