@@ -36,9 +36,14 @@ MAX_PIXELS = 8192 * 8192  # in one frame; a file of a few bytes can state a fram
 # FFmpeg's playlists, device inputs and network protocols are disabled: an untrusted file must not open other files.
 _OPEN_OPTIONS = {"format_whitelist": "mov,avi,gif,matroska,mpegts", "protocol_whitelist": "file"}
 # Fail on damage: by default FFmpeg conceals it and goes on.
-_DECODE_OPTIONS = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
+_DECODE_OPTIONS = {"err_detect": "crccheck+bitstream+buffer+explode"}
+_ROUNDED = 2**14  # pixels, with which twice as many as a frame has are enough for a decoder that rounds sides up to 64
 _ACCEPTED = "accepted: mp4, avi, gif and webm videos, also mov, mkv and MPEG-TS"
 _MAX_MISSING = 0.1  # a file is refused as truncated if more than this share of its stated duration is missing
+
+
+class TooManyPixels(ValueError):
+    """A video with a frame that is larger than its reader takes."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class VideoInfo:
         return int(self.stamps[frame]) * self.time_base
 
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+def probe(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     """Decode a video once from end to end, and return its frame count, size, times, rate and sound.
 
     The whole file is decoded because headers may state a wrong length, and because a damaged frame should be found
@@ -95,14 +100,15 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     this concerns GIF most, which has no checksums, and the end of MPEG-TS, which states no duration.
 
     Raises FileNotFoundError, or ValueError for anything that is not an intact video of 2 frames or more, each of
-    8192x8192 pixels at most, in one orientation that only turns or mirrors.
+    8192x8192 pixels at most, in one orientation that only turns or mirrors; TooManyPixels for a frame of more than
+    `max_pixels`, whatever the header says.
     """
     path = Path(path)
     first: VideoFrame | None = None
     turn = IDENTITY
     found = array("q")  # 8 bytes a frame
     latest, last = MISSING, 0
-    for frame in _decode(path):
+    for frame in _decode(path, max_pixels):
         if first is None:
             first, turn = frame, orientation(frame, path)
         elif frame.rotation != first.rotation:
@@ -232,13 +238,14 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, stream
 
 
-def _decode(path: Path) -> Iterator[VideoFrame]:
-    """Yield all frames of the largest video stream; ValueError at the first sign of damage."""
+def _decode(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[VideoFrame]:
+    """Yield all frames of the largest video stream; ValueError at the first sign of damage, or of a larger frame."""
     import av
 
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
-        stream.codec_context.options = dict(_DECODE_OPTIONS)
+        bound = min(2 * max_pixels + _ROUNDED, MAX_PIXELS)  # what is much larger is not even decoded
+        stream.codec_context.options = {**_DECODE_OPTIONS, "max_pixels": str(bound)}
         count = 0
         tick = float(stream.time_base or 0)  # seconds
         start, end = float("inf"), float("-inf")  # seconds
@@ -249,6 +256,9 @@ def _decode(path: Path) -> Iterator[VideoFrame]:
                 for frame in packet.decode():
                     if frame.is_corrupt:
                         raise ValueError(f"{path} is damaged: frame {count} is corrupt")
+                    if frame.width * frame.height > max_pixels:
+                        accepted = f"accepted: {max_pixels} pixels a frame at most"
+                        raise TooManyPixels(f"{path} has a frame of {frame.width}x{frame.height}; {accepted}")
                     if frame.pts is not None:
                         start = min(start, frame.pts * tick)
                         end = max(end, (frame.pts + (frame.duration or 0)) * tick)

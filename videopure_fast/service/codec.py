@@ -59,8 +59,10 @@ def main() -> int:
     _bound()
     video: _Video | None = None
     for line in iter(requests.readline, b""):
-        request = json.loads(line)
-        blobs: Sequence[Any] = []
+        request, blobs = json.loads(line), list[Any]()
+        if request["do"] == "forget":
+            video = None
+            continue
         os.chdir(request["folder"])
         try:
             with _processor_time(request["seconds"]):
@@ -68,12 +70,12 @@ def main() -> int:
                     video = None
                     video = _decode(request)
                     reply, blobs = _described(video), [video.frames.numpy()]
-                elif video is not None:
+                else:
                     reply, blobs = {}, _encode(video, requests, before=request["before"])
         except ValueError as error:
             reply, blobs = {"status": 413 if isinstance(error, TooLarge) else 400, "detail": str(error)}, []
         except Exception as error:  # memory, or what a damaged video makes libraries raise
-            reply, blobs = {"status": 400, "detail": f"the video cannot be decoded ({type(error).__name__})"}, []
+            reply, blobs = {"status": 400, "detail": f"the video cannot be {request['do']}d ({type(error).__name__})"}, []
         _answer(answers, reply, blobs)
     return 0
 
@@ -111,11 +113,14 @@ def _decode(request: dict[str, Any]) -> _Video:
     """The video of a folder; TooLarge, or ValueError for what is none."""
     import torch
 
-    from ..data.video import probe, read_frames
+    from ..data.video import TooManyPixels, probe, read_frames
 
     limits = request["limits"]
     _check_head(limits)
-    info = probe(_VIDEO)  # of as many frames as there are packets, which were counted
+    try:
+        info = probe(_VIDEO, max_pixels=limits["pixels"])  # of as many frames as there are packets, which were counted
+    except TooManyPixels as error:
+        raise TooLarge(str(error)) from error
     _check_length(info.frames, float(info.time(info.frames - 1) - info.start + info.last_duration), limits)
     sides = sorted((info.height, info.width))
     if sides[1] > limits["aspect"] * sides[0]:
@@ -161,16 +166,20 @@ def _described(video: _Video) -> dict[str, Any]:
     return {"shape": list(video.frames.shape), "rate": float(video.info.rate)}
 
 
-def _encode(video: _Video, requests: BinaryIO, *, before: bool) -> list[bytes]:
+def _encode(video: _Video | None, requests: BinaryIO, *, before: bool) -> list[bytes]:
     """Read the purified frames, and encode them and, if wanted, those before: mp4 with the video's times and sound."""
     import torch
 
     from ..data.video_writer import VideoWriter
 
-    purified = torch.frombuffer(bytearray(requests.read(video.frames.numel())), dtype=torch.uint8)
+    if video is None:
+        raise RuntimeError("no video was decoded")
+    content = bytearray(video.frames.numel())
+    requests.readinto(content)  # type: ignore[attr-defined]
+    purified = torch.frombuffer(content, dtype=torch.uint8).view_as(video.frames)
     height, width = video.frames.shape[-2:]
     encoded = []
-    for frames in [*([video.frames] if before else []), purified.view_as(video.frames)]:
+    for frames in [*([video.frames] if before else []), purified]:
         with warnings.catch_warnings(), VideoWriter("out.mp4", height=height, width=width, source=video.info) as writer:
             warnings.simplefilter("ignore")  # of sound that mp4 cannot hold
             for frame in frames:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from .limits import Limits, refusal
@@ -27,6 +29,7 @@ _LONGEST_SENTENCE = 400  # characters
 # What these processes see of the environment: nothing that a program could have been given as a secret.
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV")
 _SET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "2"}
+_logger = logging.getLogger("videopure_fast.service")
 
 
 class Decoded(NamedTuple):
@@ -55,6 +58,11 @@ class Codec:
         self._used = False
         self.fit = True  # for another request
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone, for whatever reason."""
+        return self._process.poll() is not None
+
     async def decode(self, folder: Path, *, size: int, limits: Limits) -> Decoded:
         """The file `video` of a folder, its frames with a short side of `size` pixels. HTTPException."""
         wanted = {name: getattr(limits, name) for name in ("seconds", "frames", "pixels", "aspect")}
@@ -69,12 +77,29 @@ class Codec:
             raise refusal(400, "the video cannot be decoded") from error
 
     async def encode(self, folder: Path, purified: Tensor, *, before: bool) -> list[bytearray]:
-        """The video that was decoded last as an mp4, if `before` says so, and the purified frames as another."""
+        """The video that was decoded last as an mp4, if `before` says so, and the purified frames as another.
+
+        HTTPException: 500, as what was decoded once is not the client's fault any more.
+        """
         request = {"do": "encode", "folder": str(folder), "before": before}
         frames = memoryview(purified.contiguous().numpy()).cast("B")
         late = refusal(500, f"the purified video takes more than {_ENCODE_SECONDS:g} s to encode")
-        _, blobs = await self._call(request, frames, _ENCODE_SECONDS, late)
+        try:
+            _, blobs = await self._call(request, frames, _ENCODE_SECONDS, late)
+        except HTTPException as error:
+            self.fit = False  # it may not have read all the frames
+            _logger.error("a purified video could not be encoded: %s", error.detail)
+            if error is late:
+                raise
+            raise refusal(500, "the purified video cannot be encoded") from error
         return blobs
+
+    def forget(self) -> None:
+        """Drop the frames of the video that was decoded last, which its client may have left before it was encoded."""
+        with contextlib.suppress(OSError):  # it has ended
+            assert self._process.stdin is not None
+            self._process.stdin.write(b'{"do": "forget"}\n')
+            self._process.stdin.flush()
 
     async def _call(
         self, request: dict[str, Any], payload: bytes | memoryview, seconds: float, late: Exception
@@ -150,19 +175,31 @@ def _sentence(text: object) -> str:
 
 
 class Codecs:
-    """As many processes as requests work at once, while its block runs."""
+    """As many processes as requests work at once, while its block runs.
+
+    One that could not be started again is None, and is made when it is needed.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._closed = False
 
     def __enter__(self) -> Codecs:
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="codec")
-        self._idle = [Codec(self._threads) for _ in range(self._count)]
+        self._idle: list[Codec | None] = []
+        try:
+            while len(self._idle) < self._count:
+                self._idle.append(Codec(self._threads))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._closed = True
         for codec in self._idle:
-            codec.close()
+            if codec is not None:
+                codec.close()
         self._threads.shutdown()
 
     @contextlib.asynccontextmanager
@@ -170,9 +207,23 @@ class Codecs:
         """A process for one request; at most as many blocks run as there are processes."""
         codec = self._idle.pop()
         try:
+            if codec is not None and codec.ended:  # while nobody used it
+                codec.close()
+                codec = None
+            codec = codec or Codec(self._threads)
             yield codec
         finally:
-            if not codec.fit:
-                codec.close()
-                codec = Codec(self._threads)
-            self._idle.append(codec)
+            self._take_back(codec)
+
+    def _take_back(self, codec: Codec | None) -> None:
+        if codec is not None and codec.fit:
+            codec.forget()
+        elif codec is not None:
+            codec.close()
+            codec = None
+            if not self._closed:
+                with contextlib.suppress(OSError):  # the next request tries again
+                    codec = Codec(self._threads)
+        self._idle.append(codec)
+        if self._closed and codec is not None:  # `__exit__` may not have seen it
+            codec.close()
