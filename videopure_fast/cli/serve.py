@@ -46,7 +46,8 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            show_default="the names of localhost; elsewhere any", help="Another name by which it is called; repeat."
+            show_default="the names of localhost; elsewhere any",
+            help="Another name by which it is called, without the port; repeat.",
         ),
     ] = None,
     token_file: Annotated[
@@ -77,6 +78,9 @@ def serve(
     What exceeds a limit is refused by a sentence. A busy service answers 503, and says when to try again. Uploads are
     deleted when they are answered; nothing is kept.
 
+    With --replicas it is Ray that listens: slow heads of requests, and bodies that wait for a replica, are then not
+    bounded by this command, but by a server with TLS that you put before it.
+
     Ctrl-C, or SIGTERM, finishes what is in flight within half a minute, then cancels it.
 
     Examples:
@@ -89,10 +93,10 @@ def serve(
     curl -F video=@clip.mp4 http://127.0.0.1:8000/v1/purify -o purified.mp4
     ```
     """
-    _check_installed(replicas)
+    _check_surroundings(replicas)
     from ..service.limits import Limits, check_limits
-    from ..service.security import LOCAL_HOSTS
-    from ..service.server import is_local
+    from ..service.security import LOCAL_HOSTS, check_hosts
+    from ..service.server import is_local, names_of
     from ..service.settings import Settings
 
     usual = Limits(working=1) if replicas > 1 else Limits()
@@ -101,8 +105,11 @@ def serve(
     )
     check_limits(limits)
     local = is_local(host)
+    hosts: tuple[str, ...] | None = None
+    if local or allow_host:
+        hosts = tuple(dict.fromkeys([*(LOCAL_HOSTS if local else ()), *names_of(host), *(allow_host or ())]))
+        check_hosts(hosts)
     token, made = _token(token_file, local)
-    hosts = (*(LOCAL_HOSTS if local else ()), *(allow_host or ())) or None
     settings = Settings(
         model=model,
         size=size if size is not None else _TINY_SIDE if model == "tiny" else _USUAL_SIDE,
@@ -143,13 +150,18 @@ def _serve(settings: Settings, host: str, port: int, replicas: int, made: bool) 
     console.print("Ended.")
 
 
-def _check_installed(replicas: int) -> None:
-    """ImportError, with the way to get what is missing."""
+def _check_surroundings(replicas: int) -> None:
+    """ImportError, with the way to get what is missing; ValueError where Ray would be somebody's cluster."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise ImportError(f"serve needs {', '.join(missing)}, not installed here; pip install 'videopure-fast[serve]'")
-    if replicas > 1 and find_spec("ray") is None:
-        raise ImportError("--replicas needs Ray Serve, which is not installed here; pip install 'ray[serve]'")
+    if replicas == 1:
+        return
+    if find_spec("ray") is None:
+        raise ImportError("--replicas needs Ray Serve, which is not installed here; pip install 'ray[serve]>=2.60'")
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        own = "unset it, or run service.app.create_app in a deployment of your own"
+        raise ValueError(f"--replicas starts a Ray of its own, but RAY_ADDRESS is {cluster}; accepted: {own}")
 
 
 def _token(file: Path | None, local: bool) -> tuple[str | None, bool]:

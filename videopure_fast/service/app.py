@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,11 +19,17 @@ from .answers import LINES, MOTION, VIDEO, LiveAnswer, PurifyAnswer
 from .engine import Engine
 from .limits import Limits, refusal
 from .live import Frames
-from .security import LOCAL_HOSTS, Guard, check_token
+from .security import LOCAL_HOSTS, Guard, check_hosts, check_token
 
 _WEB = "videopure_fast.web"
-_KINDS = {".css": "text/css", ".js": "text/javascript"}  # of files that the page asks for
-_FREE = ("/", "/healthz", "/readyz")  # paths that need no token, beside the page's files
+# The page and what it asks for; what else is in that folder is not served.
+_PAGE = {
+    "index.html": "text/html",
+    "page.js": "text/javascript",
+    "player.js": "text/javascript",
+    "style.css": "text/css",
+}
+_FREE = ("/healthz", "/readyz")  # paths that need no token, beside the page's
 _ERRORS = {
     400: "A field, or a video, that cannot be read",
     401: "The token is missing, or wrong",
@@ -80,8 +85,8 @@ def create_app(
         limits: bounds of what requests may ask.
         sources: live sources by name: files, addresses or devices, as for `watch`.
         token: what requests must bring; None for none. Without one, whoever reaches the port may use the service.
-        hosts: names of the service that requests may state; None for any, where a token protects it: a page elsewhere
-            could otherwise call a service of this machine by a name of its own.
+        hosts: names of the service that requests may state, without ports; None for any, where a token protects it: a
+            page elsewhere could otherwise call a service of this machine by a name of its own.
 
     Its `state.engine` does the work, while the application's lifespan lasts.
 
@@ -89,6 +94,8 @@ def create_app(
     """
     if token is not None:
         check_token(token)
+    if hosts is not None:
+        check_hosts(hosts)
     engine = Engine(purifier, classifier, model=model, size=size, limits=limits, sources=sources)
 
     @contextlib.asynccontextmanager
@@ -103,7 +110,7 @@ def create_app(
     options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="videopure_fast", version=installed("videopure-fast") or "source", lifespan=lifespan, **options)
     app.state.engine = engine
-    names = None if hosts is None else [host.lower() for host in hosts]
+    names = None if hosts is None else [host.lower().rstrip(".") for host in hosts]
     free = [*_FREE, *_add_page(app)]
     app.add_middleware(Guard, hosts=names, token=token, free=free, observe=engine.metrics.observe)
     app.add_exception_handler(HTTPException, _refused)
@@ -124,21 +131,18 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 def _add_page(app: FastAPI) -> list[str]:
-    """The page and what it loads; returns the paths of the latter."""
+    """The page and what it asks for; returns their paths."""
 
     def add(path: str, content: bytes, media_type: str) -> None:
         @app.get(path, include_in_schema=False)
         async def file() -> Response:
             return Response(content, media_type=media_type)
 
-    paths = []
-    for file in files(_WEB).iterdir():
-        kind = _KINDS.get(Path(file.name).suffix)
-        if kind is not None:
-            paths.append(f"/{file.name}")
-            add(paths[-1], file.read_bytes(), kind)
-        elif file.name == "index.html":
-            add("/", file.read_bytes(), "text/html")
+    folder, paths = files(_WEB), []
+    for name, media_type in _PAGE.items():
+        path = "/" if name == "index.html" else f"/{name}"
+        add(path, folder.joinpath(name).read_bytes(), media_type)
+        paths.append(path)
     return paths
 
 

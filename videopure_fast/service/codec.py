@@ -75,7 +75,8 @@ def main() -> int:
         except ValueError as error:
             reply, blobs = {"status": 413 if isinstance(error, TooLarge) else 400, "detail": str(error)}, []
         except Exception as error:  # memory, or what a damaged video makes libraries raise
-            reply, blobs = {"status": 400, "detail": f"the video cannot be {request['do']}d ({type(error).__name__})"}, []
+            reason = f"the video cannot be {request['do']}d ({type(error).__name__})"
+            reply, blobs = {"status": 400, "detail": reason}, []
         _answer(answers, reply, blobs)
     return 0
 

@@ -19,7 +19,7 @@ from ..adapters import class_names
 from ..data.video import working_size
 from ..purifier import Purifier
 from ..realtime.serving import DeadlineMissed, Progress, QueueFull, Refused
-from ..realtime.stream import StreamPurifier
+from ..realtime.stream import StreamPurifier, check_models
 from ..windows import CrossFade, window_starts
 from .limits import Limits, Line, check_limits, refusal
 from .live import CLIPS_WAITING, Frames, check_sources, source_frames
@@ -63,6 +63,7 @@ class Engine:
         check_limits(limits)
         check_sources(sources)
         working_size(size, size, size)
+        check_models(purifier, classifier)
         self.limits, self.size, self.model = limits, size, model
         self.classes = None if classifier is None else class_names(classifier)
         self.votes = classifier is not None
@@ -76,12 +77,21 @@ class Engine:
         self._overlap = purifier.config.window_overlap
         self._state = "it is warming up"  # why it is not ready; "" where it is
         self._warming: asyncio.Task[None] | None = None
-        self._stack = ExitStack()
+        self.failure: Exception | None = None  # that kept it from beginning
 
     def start(self) -> None:
-        """Begin, and warm up in the background."""
-        self._stack.enter_context(self.uploads)
-        self._codecs = self._stack.enter_context(Codecs(self.limits.working))
+        """Begin, and warm up in the background. Where that fails, what has begun is ended."""
+        try:
+            with ExitStack() as begun:
+                self._start(begun)
+                self._begun = begun.pop_all()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _start(self, begun: ExitStack) -> None:
+        begun.enter_context(self.uploads)
+        self._codecs = begun.enter_context(Codecs(self.limits.working))
         on_gpu = self._purifier.unet.device.type == "cuda"
         self.stream = StreamPurifier(
             self._purifier,
@@ -91,6 +101,7 @@ class Engine:
             policy="reject",
             early_stop=False,
         )
+        begun.callback(self.stream.close, cancel=True)
         clips = {"window": self.window, "overlap": self._overlap, "size": self.size}
         self.live = {
             name: source_frames(source, self.stream, prepare=self.stream.warmup if on_gpu else None, **clips)
@@ -111,7 +122,7 @@ class Engine:
         await asyncio.to_thread(self.stream.close, cancel=True)
         if self._warming is not None:
             await self._warming
-        await asyncio.to_thread(self._stack.close)
+        await asyncio.to_thread(self._begun.close)
 
     def check_ready(self) -> None:
         """503 while nothing can be purified."""
@@ -200,11 +211,12 @@ class Engine:
                 progress=partial(self._tell, loop, emit, i),
             )
             fade.add(answer.clip.float().cpu())
-            pieces.append(fade.release(starts[i + 1] - start if i + 1 < len(starts) else len(fade)))
+            piece = fade.release(starts[i + 1] - start if i + 1 < len(starts) else len(fade))
+            # Piece by piece: all at once, long videos would hold up the event loop, and take four times their bytes.
+            pieces.append((piece * 255).round().clamp(0, 255).to(torch.uint8).transpose(0, 1))
             votes.update([] if answer.logits is None else answer.logits.argmax(-1).tolist())
             times = {stage: times.get(stage, 0.0) + spent for stage, spent in stage_seconds(answer.times).items()}
-        purified = (torch.cat(pieces, 1) * 255).round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
-        return purified, votes, times
+        return torch.cat(pieces), votes, times
 
     def _tell(self, loop: asyncio.AbstractEventLoop, emit: Emit, window: int, progress: Progress) -> None:
         """Called by the thread of the models with each step of a clip: hand it on to the event loop."""

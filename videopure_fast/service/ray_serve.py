@@ -31,6 +31,7 @@ APPLICATION = "videopure"
 _OTHERS = 8  # requests of a replica beside videos and viewers: of the page, of health, of metrics
 _STORE = 2**28  # bytes of memory in which Ray keeps what goes from process to process
 _WAITING = 32  # requests that wait for a replica at most; beyond them Ray answers 503 itself
+_RETRY = 5.0  # seconds after which those may come again
 
 
 def resources(actors: int, cores: float, gpus: float) -> dict[str, float]:
@@ -44,6 +45,17 @@ def resources(actors: int, cores: float, gpus: float) -> dict[str, float]:
 def ongoing(limits: Limits) -> int:
     """Requests that a replica is given at once: its own limits refuse, and say when to come again."""
     return limits.working + limits.waiting + limits.uploads + limits.viewers + _OTHERS
+
+
+def longest(settings: Settings) -> float | None:
+    """Seconds that Ray gives a request: as many as the bounds of its parts allow together.
+
+    None where there are live sources, whose pictures come for as long as somebody looks.
+    """
+    if settings.sources:
+        return None
+    limits = settings.limits
+    return limits.upload + limits.answer + limits.taking
 
 
 def application(settings: Settings, replicas: int, options: dict[str, Any]) -> Any:
@@ -71,13 +83,14 @@ def application(settings: Settings, replicas: int, options: dict[str, Any]) -> A
         num_replicas=replicas,
         max_ongoing_requests=ongoing(limits),
         max_queued_requests=_WAITING,
+        backpressure_config={"retry_after_s": _RETRY},
         graceful_shutdown_timeout_s=limits.drain,
         ray_actor_options=options,
     ).bind(*live)
 
 
 def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Callable[[str], None]) -> None:
-    """Serve by a Ray of this machine, or by the cluster that RAY_ADDRESS names, until SIGINT or SIGTERM.
+    """Serve by a Ray of this machine, which is started for it, until SIGINT or SIGTERM.
 
     announce: told the address where requests are taken. ValueError where the service cannot listen.
     """
@@ -90,7 +103,8 @@ def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Ca
         port, address = free.getsockname()[1], address_of(free)
     stopped = threading.Event()
     with _connected():
-        serve.start(http_options={"host": host, "port": port})
+        http = {"host": host, "port": port, "request_timeout_s": longest(settings)}
+        serve.start(proxy_location="HeadOnly", http_options=http)
         found = ray.cluster_resources()
         gpus = found.get("GPU", 0.0) if settings.device in (None, "cuda") else 0.0
         options = resources(replicas + len(settings.sources), found.get("CPU", 1.0), gpus)
@@ -104,19 +118,17 @@ def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Ca
 
 @contextlib.contextmanager
 def _connected() -> Iterator[None]:
-    """Ray, while the block runs; handlers of signals are then as they were."""
+    """A Ray of its own, while the block runs; handlers of signals are then as they were."""
     import ray
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with contextlib.ExitStack() as ended:
-        if not os.environ.get("RAY_ADDRESS"):
-            # Not in TMPDIR, which may be too long a path for the sockets in it.
-            folder = tempfile.mkdtemp(prefix="vpf-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-            ended.callback(shutil.rmtree, folder, ignore_errors=True)
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report itself to its makers
-            options |= {"address": "local", "include_dashboard": False}
-            options |= {"object_store_memory": _STORE, "_temp_dir": folder}
+        # Not in TMPDIR, which may be too long a path for the sockets in it.
+        folder = tempfile.mkdtemp(prefix="vpf-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        ended.callback(shutil.rmtree, folder, ignore_errors=True)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report itself to its makers
+        options: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": folder}
+        options |= {"object_store_memory": _STORE, "log_to_driver": False, "logging_level": logging.ERROR}
         ended.callback(ray.shutdown)
         try:
             ray.init(**options)

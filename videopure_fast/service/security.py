@@ -48,6 +48,14 @@ def check_token(token: str) -> None:
         raise ValueError(f"the token cannot be used; accepted: {_LEAST_TOKEN} or more characters of ASCII, no blanks")
 
 
+def check_hosts(hosts: Sequence[str]) -> None:
+    """ValueError for what is no name of a host as requests state it, but for the port."""
+    for host in hosts:
+        match = _HOST.fullmatch(host)
+        if match is None or match[2] is not None:
+            raise ValueError(f"{host!r} is no name of a host; accepted: a name or a number, no port, IPv6 in brackets")
+
+
 class Guard:
     """The outermost layer of the application (ASGI): it refuses, adds headers to answers, logs and counts.
 

@@ -23,13 +23,23 @@ _KEEP_ALIVE = 5  # seconds for which a connection waits for another request
 _BACKLOG = 128  # connections that the system holds
 
 
-def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address, given as a name or a number. ValueError for what is none."""
+def _addresses(host: str) -> list[str]:
+    """The numbers of a host, given as a name or a number. ValueError for what is none."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ValueError(f"the host {host!r} is not known here ({error.strerror})") from error
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+    return [str(entry[4][0]).partition("%")[0] for entry in found]
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address, given as a name or a number. ValueError for what is none."""
+    return all(ipaddress.ip_address(address).is_loopback for address in _addresses(host))
+
+
+def names_of(host: str) -> list[str]:
+    """A host, given as a name or a number, and its numbers, as requests state them."""
+    return [f"[{name}]" if ":" in name else name for name in (host.partition("%")[0], *_addresses(host))]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,6 +86,20 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=_HEAD_BYTES,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """RuntimeError where the application cannot begin, in the place of a trace and an end of the whole program."""
+        logger = logging.getLogger("uvicorn.error")
+        logger.disabled = True
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            pass
+        finally:
+            logger.disabled = False
+        if not self.started:
+            failure = self._engine.failure
+            raise RuntimeError(f"the service cannot begin: {failure}") from failure
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.closing.set()
@@ -165,7 +189,10 @@ class Connection(H11Protocol):
 
 
 def serve(app: FastAPI, listener: socket.socket, announce: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM. announce: called when requests are taken, which is before the service is warm."""
+    """Serve until SIGINT or SIGTERM. RuntimeError where the service cannot begin.
+
+    announce: called when requests are taken, which is before the service is warm.
+    """
     server = Server(app)
 
     async def run() -> None:
@@ -176,7 +203,8 @@ def serve(app: FastAPI, listener: socket.socket, announce: Callable[[], None]) -
             announce()
         await serving
 
-    asyncio.run(run())
+    with listener:
+        asyncio.run(run())
 
 
 def log_to_stderr() -> None:

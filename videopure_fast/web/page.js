@@ -148,7 +148,7 @@ function liveSource(name) {
     if (problem) fail(problem);
     canvas.hidden = true;
     button.textContent = "Watch";
-    watching = null;
+    watching = watching.abort(); // where a picture could not be drawn more would come
   });
   const caption = create("figcaption", { className: "head" }, name, button);
   return create("figure", {}, create("div", { className: "frame" }, canvas), caption);

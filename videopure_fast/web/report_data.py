@@ -15,6 +15,7 @@ UNMEASURED, OLDER = "not measured", "†"
 USUAL = "ours, 1x32x224x224"  # in the names of a GPU's rows of one clip
 _CPU = "a CPU"
 LEAST_SHOWN = 0.5e-3  # seconds of a kind of operation
+_SIDES = 5  # of a shape: clips, channels, frames, height, width
 
 # The ways to purify by their names in the results: what each is, and what is said of it beside that.
 NAMES = {
@@ -98,7 +99,7 @@ def cpu_comparison(result: Value) -> Comparison | None:
     ways = [_way(row) for row in rows]
     batches = sorted({way.clips for way in ways})
     row, machine = rows[-1], result["machine_info"]
-    size = size_of([side.count() for side in row["shape"]][2:])
+    size = size_of(row["shape"].counts(_SIDES)[2:])
     moment = result.get("datetime")
     return Comparison(
         _CPU,
@@ -335,7 +336,7 @@ def _run(row: Value) -> Run:
     try:
         setting, shown = Setting(**row["setting"].found), cells(row.found)
         title = "one clip at a time" if setting.max_batch == 1 else f"up to {setting.max_batch:d} clips at a time"
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{row.file}: {row.path} is no run of a study of latency: {error!r}") from error
     load, simulated, curve = row["load"].number(), row["simulated"].flag(), _text(row, "part") == "curve"
     words, *shown = (printable(one) for one in (str(setting), *shown))

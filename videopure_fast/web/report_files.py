@@ -54,6 +54,13 @@ class Value:
             raise self._refusal("a whole number")
         return int(self.found)
 
+    def counts(self, length: int) -> list[int]:
+        """An array of so many whole numbers."""
+        found = [one.count() for one in self]
+        if len(found) != length:
+            raise self._refusal(f"{length} whole numbers")
+        return found
+
     def flag(self) -> bool:
         return bool(self._checked(bool, "true or false"))
 

@@ -33,7 +33,7 @@ def latency(results: Results) -> Section:
         "from when it was due. The load is a share of what the server can do. Marks are measured; lines are simulated "
         "from the measured times of the stages."
     )
-    top = _ROOM * max(run.latency["p99"] for run in measured)
+    top = _ROOM * max(run.latency["p99"] for run in measured) or 1.0
     settings = list(dict.fromkeys(run.setting for run in measured))
     panels = [_panel(setting, [run for run in found.runs if run.setting == setting], top) for setting in settings]
     panels.append(_stages([run for run in measured if run.setting == settings[0]], settings[0]))
