@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import struct
@@ -9,11 +10,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from fractions import Fraction
 from socket import MSG_PEEK, MSG_WAITALL
 
+import av
 import httpx
 import pytest
 from conftest import build_purifier
+from PIL import Image
 from realtime_fakes import video_bytes
 from service_fakes import StubStream, answer, field_part, form, head, is_cut, running, until, video_part
 
@@ -135,6 +139,35 @@ def test_what_is_too_much(asked, content, statuses, words):
     status, sentence = asked(post(form(video_part(content))))
     assert status in statuses and (status == 200 or words in sentence)
     assert time.monotonic() - began < 5
+
+
+def pictures(*sizes):
+    """An AVI of JPEGs, each of its own size (width, height); the header states the first one's."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.pix_fmt, (stream.width, stream.height) = "yuvj420p", sizes[0]
+        for i, size in enumerate(sizes):
+            picture = io.BytesIO()
+            Image.new("RGB", size).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 25)
+            container.mux(packet)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "sentence"),
+    [
+        ((1024, 1024), 200, ""),
+        ((1026, 1024), 413, "video has a frame of 1026x1024; accepted: 1048576 pixels a frame at most"),
+        ((8000, 8000), 400, "video is damaged: decoding fails after 3 frames"),
+    ],
+)
+def test_frames_that_grow(asked, last, status, sentence):
+    """The limit holds for each of them; what is far beyond it is not decoded."""
+    found, words = asked(post(form(video_part(pictures(*[(48, 32)] * 3, last)))))
+    assert found == status and (status == 200 or words.startswith(sentence))
 
 
 def test_a_length_that_is_stated_and_too_large(asked):

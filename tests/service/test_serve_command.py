@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -84,6 +85,24 @@ def test_a_token_is_given(monkeypatch, capsys, made, tmp_path):
     assert status == 1 and "the token cannot be read from" in errors
 
 
+def test_every_address_that_is_printed_is_allowed(monkeypatch, capsys, made):
+    status, shown, _ = run_main(monkeypatch, capsys, "--port", 0, "--host", "127.0.0.2", "--allow-host", "box.local")
+    assert status == 0 and "http://127.0.0.2:" in shown
+    assert made[0].hosts == (*LOCAL_HOSTS, "127.0.0.2", "box.local") and made[0].token is None
+    run_main(monkeypatch, capsys, "--port", 0, "--host", "0.0.0.0", "--allow-host", "box.local")
+    assert made[1].hosts == ("0.0.0.0", "box.local")
+    found = [(None, None, None, "", (number, 0)) for number in ("127.0.1.1", "::1%lo")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert server.names_of("box") == ["box", "127.0.1.1", "[::1]"] and server.is_local("box")
+
+
+@pytest.mark.parametrize("name", ["box:8000", "::1", "http://box", ""])
+def test_names_that_no_request_states_are_refused(monkeypatch, capsys, made, name):
+    status, _, errors = run_main(monkeypatch, capsys, "--port", 0, "--allow-host", name)
+    accepted = "accepted: a name or a number, no port, IPv6 in brackets"
+    assert status == 1 and errors == f"error: {name!r} is no name of a host; {accepted}\n" and not made
+
+
 def test_sources_are_named(monkeypatch, capsys, made, tmp_path):
     film, listed = tmp_path / "film.mkv", tmp_path / "sources.txt"
     film.write_bytes(video_bytes(4, kind="matroska"))
@@ -111,7 +130,16 @@ def test_what_is_missing_is_said_in_a_sentence(monkeypatch, capsys, made):
     assert errors == "error: serve needs uvicorn, not installed here; pip install 'videopure-fast[serve]'\n"
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "ray" else real(name))
     status, _, errors = run_main(monkeypatch, capsys, "--replicas", 2)
-    assert errors == "error: --replicas needs Ray Serve, which is not installed here; pip install 'ray[serve]'\n"
+    assert errors == "error: --replicas needs Ray Serve, which is not installed here; pip install 'ray[serve]>=2.60'\n"
+
+
+def test_replicas_join_nobodys_cluster(monkeypatch, capsys, made):
+    monkeypatch.setattr(command, "find_spec", lambda name: True)
+    monkeypatch.setattr(ray_serve, "run", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    status, shown, errors = run_main(monkeypatch, capsys, "--replicas", 2)
+    assert status == 1 and not shown and "but RAY_ADDRESS is 10.0.0.1:6379; accepted: unset it, or run" in errors
+    assert run_main(monkeypatch, capsys, "--port", 0)[0] == 0  # one alone needs no Ray
 
 
 def test_a_place_that_is_taken_or_none(monkeypatch, capsys, made):
@@ -133,6 +161,8 @@ def test_replicas_get_their_share():
     assert ray_serve.resources(4, cores=64, gpus=2) == {"num_cpus": 1, "num_gpus": 0.5}
     limits = Limits(working=1, waiting=2, uploads=3, viewers=4)
     assert ray_serve.ongoing(limits) == 18
+    one = settings.Settings("tiny", 64, limits._replace(upload=2.0, answer=3.0, taking=4.0))
+    assert ray_serve.longest(one) == 9.0 and ray_serve.longest(replace(one, sources={"door": "udp://h:1"})) is None
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -21,14 +22,17 @@ import torch
 from conftest import Classifier, build_purifier
 from realtime_fakes import video_bytes
 from service_fakes import StubCodecs, StubStream, all_of, form, head, running, until, video_part
+from starlette.exceptions import HTTPException
 
 from videopure_fast import tiny
 from videopure_fast.data.video import probe, read_frames
 from videopure_fast.realtime.stream import StreamPurifier
 from videopure_fast.service import app as service_app
 from videopure_fast.service import engine as service_engine
+from videopure_fast.service import workers
 from videopure_fast.service.app import create_app
 from videopure_fast.service.limits import Limits, Line
+from videopure_fast.service.server import listen, serve
 from videopure_fast.service.uploads import UploadFolder
 from videopure_fast.streaming import purify_stream
 from videopure_fast.windows import window_starts
@@ -55,7 +59,7 @@ def clip():
 def service(tmp_path_factory):
     """A service with a real decoder, a stub in the place of the stream, and a stand-in for the page."""
     page = tmp_path_factory.mktemp("web")
-    for name in ("index.html", "page.js", "style.css"):
+    for name in ("index.html", "page.js", "player.js", "style.css", "report.css"):
         (page / name).write_text(f"the content of {name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(service_engine, "StreamPurifier", StubStream)
@@ -119,8 +123,15 @@ def test_lines_tell_what_happens_while_it_happens(service, clip, tmp_path):
     assert (before.stamps * before.time_base == after.stamps * after.time_base).all()
 
 
-def test_windows_give_what_the_purifier_gives():
+def test_windows_give_what_the_purifier_gives(monkeypatch):
     """Bit for bit: the service adds nothing to the method."""
+    joined = []
+
+    def cat(pieces):
+        joined.extend(piece.dtype for piece in pieces)
+        return torch.cat(pieces)
+
+    monkeypatch.setattr(service_engine, "torch", SimpleNamespace(cat=cat, uint8=torch.uint8))
     purifier, classifier = build_purifier(), Classifier()
     frames = torch.randint(0, 256, (19, 3, 16, 18), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     engine = service_engine.Engine(purifier, classifier, model="m", size=16, limits=Limits(), sources={})
@@ -133,6 +144,7 @@ def test_windows_give_what_the_purifier_gives():
     with StreamPurifier(purifier, classifier, policy="reject", early_stop=False) as stream:
         purified, votes, times = asyncio.run(run(stream))
     assert torch.equal(purified, torch.stack(list(purify_stream(purifier, frames, 19))))
+    assert joined == [torch.uint8] * 3  # a piece of each window, and not all of them as floats
     assert sum(votes.values()) == 3 * (purifier.config.inversion_steps + 2) and min(times.values()) >= 0
 
 
@@ -147,17 +159,27 @@ def test_without_a_classifier_nobody_votes(service, clip, monkeypatch):
 
 def test_the_page_and_what_it_asks_for(service):
     assert service.get("/").text == "the content of index.html"
-    for name, kind in (("style.css", "text/css"), ("page.js", "text/javascript")):
+    for name, kind in (("style.css", "text/css"), ("page.js", "text/javascript"), ("player.js", "text/javascript")):
         response = service.get(f"/{name}")
         assert response.text == f"the content of {name}" and response.headers["content-type"].startswith(kind)
         policy = response.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "script-src 'self';" in policy and "unsafe" not in policy
+    assert service.get("/report.css").status_code == 404
     info = service.get("/v1/info").json()
     limits = {"bytes": 500_000, "seconds": 4.0, "frames": 40, "pixels": 320 * 240}
     expected = {"model": "tiny", "frames": 8, "size": 32, "steps": 1, "classes": list(CLASSES), "live": []}
     assert info == {**expected, "limits": limits}
     assert service.get("/healthz").json() == {"status": "alive"}
     assert service.get("/readyz").json() == {"status": "ready"}
+
+
+def test_the_files_of_the_page_are_there():
+    """Those of the package, each with its content, and nothing else of their folder."""
+    folder = Path(service_app.__file__).parents[1] / "web"
+    served = {route.path for route in create_app(small()).routes if route.path.endswith((".js", ".css"))}
+    named = re.findall(r'(?:src|href)="(\w+\.\w+)"', (folder / "index.html").read_text())
+    imported = re.findall(r'from "\./(.+?)"', (folder / "page.js").read_text())
+    assert named and imported and served == {f"/{name}" for name in (*named, *imported)}
 
 
 def test_metrics_count(service, clip):
@@ -361,7 +383,7 @@ def test_hosts_and_origins():
     for site, status in (("same-origin", 200), ("none", 200), ("same-site", 403), ("cross-site", 403)):
         assert ask(app, sec_fetch_site=site)[0] == status
     assert ask(app, path="/healthz", sec_fetch_site="cross-site")[0] == 200
-    named = create_app(small(), hosts=["Box.Local"])
+    named = create_app(small(), hosts=["Box.Local."])
     assert ask(named, host="box.local:80")[0] == 200 and ask(named, host="localhost")[0] == 403
     assert ask(app, "POST", "/v1/purify", origin="http://evil.example")[0] == 403
 
@@ -409,6 +431,7 @@ def test_paths_and_methods_that_are_not_there(service):
         ({"limits": Limits(seconds=float("inf"))}, ValueError, "the limit seconds is inf"),
         ({"limits": Limits(frames="9")}, TypeError, "the limit frames is a str; accepted: int"),
         ({"size": 15}, ValueError, "size must be an even number of 16 pixels or more, got 15"),
+        ({"hosts": ["box:8000"]}, ValueError, "'box:8000' is no name of a host; accepted: a name or a number, no port"),
         ({"sources": {"a/b": "x.mp4"}}, ValueError, "a source is named 'a/b'; accepted: 1 to 64 letters"),
         ({"sources": {"door": "ftp://u:secret@h/x"}}, ValueError, "ftp://\\*\\*\\*@h/x cannot be watched"),
     ],
@@ -416,6 +439,12 @@ def test_paths_and_methods_that_are_not_there(service):
 def test_arguments_of_the_application(arguments, error, sentence):
     with pytest.raises(error, match=sentence):
         create_app(small(), **arguments)
+
+
+@pytest.mark.parametrize("config", [{"method": "ddpm"}, {"feedback": True}])
+def test_purifiers_that_no_stream_takes(config):
+    with pytest.raises(ValueError, match="the purifier has .*; accepted: 'videopure' or 'ddim_inversion'"):
+        create_app(small().with_config(**config))
 
 
 # Beginnings and ends
@@ -436,6 +465,21 @@ def test_not_ready_before_it_is_warm(monkeypatch, clip, stubs):
         assert response.status_code == 503 and response.json()["detail"] == "the service is not ready: it is warming up"
         assert service.purify(clip).headers["retry-after"] == "5"
         until(lambda: service.get("/readyz").status_code == 200)
+
+
+def test_a_beginning_that_fails_is_ended(monkeypatch, stubs, capfd):
+    ended = []
+
+    def no_stream(*_, **__):
+        raise OSError("no more threads")
+
+    monkeypatch.setattr(service_engine, "StreamPurifier", no_stream)
+    monkeypatch.setattr(StubCodecs, "__exit__", lambda *_: ended.append(True))
+    app, listener = create_app(small()), listen("127.0.0.1", 0)
+    with pytest.raises(RuntimeError, match="the service cannot begin: no more threads"):
+        serve(app, listener, lambda: pytest.fail("it has begun"))
+    assert ended == [True] and not app.state.engine.uploads.path.exists() and listener.fileno() == -1
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_end_finishes_what_is_in_flight(monkeypatch, clip, stubs):
@@ -520,11 +564,82 @@ def test_a_decoder_that_hangs_or_dies_is_replaced(service, clip, monkeypatch):
     (second,) = service.engine._codecs._idle
     assert second is not codec and codec._process.returncode == -signal.SIGKILL
     monkeypatch.setattr(service.engine, "limits", LIMITS)
-    os.kill(second._process.pid, signal.SIGSEGV)
-    response = service.purify(clip)
-    assert response.status_code == 400
-    assert response.json()["detail"] == "the video cannot be decoded: its decoder crashed"
-    assert service.purify(clip).status_code == 200 and service.kept == []
+    os.kill(second._process.pid, signal.SIGKILL)
+    until(lambda: second.ended)
+    assert service.purify(clip).status_code == 200  # who comes next is not blamed for it
+    (third,) = service.engine._codecs._idle
+    os.kill(third._process.pid, signal.SIGSTOP)
+    responses = []
+    request = in_background(lambda: responses.append(service.purify(clip)))
+    until(lambda: not third.fit)
+    os.kill(third._process.pid, signal.SIGSEGV)
+    os.kill(third._process.pid, signal.SIGCONT)
+    request.join(5)
+    assert responses[0].status_code == 400
+    assert responses[0].json()["detail"] == "the video cannot be decoded: its decoder crashed"
+    assert service.engine._codecs._idle != [third] and service.kept == []
+
+
+def test_a_decoder_that_cannot_be_made_is_made_later(monkeypatch):
+    """Its place is kept; and none is made when the service has ended."""
+    made = []
+
+    class Process:
+        ended = False
+
+        def __init__(self, threads):
+            if made and made[-1] is None:
+                raise OSError("no more processes")
+            made.append(self)
+            self.fit = True
+
+        def close(self):
+            self.ended = True
+
+        def forget(self):
+            pass
+
+    async def lend(fit=True):
+        async with codecs.lend() as codec:
+            codec.fit = fit
+
+    monkeypatch.setattr(workers, "Codec", Process)
+    codecs = workers.Codecs(1)
+    with codecs:
+        made.append(None)
+        asyncio.run(lend(fit=False))
+        with pytest.raises(OSError, match="no more processes"):
+            asyncio.run(lend())
+        assert codecs._idle == [None] and made.pop() is None and made[0].ended
+        asyncio.run(lend())
+
+        async def outlast():
+            async with codecs.lend() as codec:
+                codecs.__exit__()
+                codec.fit = False
+
+        asyncio.run(outlast())
+    assert len(made) == 2 and all(one.ended for one in made)
+
+
+def test_a_video_that_was_not_encoded_is_forgotten(service, clip, tmp_path):
+    """Of a client that went away; and what cannot be encoded is not the next client's fault."""
+    (tmp_path / "video").write_bytes(clip)
+
+    async def decode():
+        async with service.engine._codecs.lend() as codec:
+            return codec, await codec.decode(tmp_path, size=32, limits=LIMITS)
+
+    async def encode(frames):
+        async with service.engine._codecs.lend() as codec:
+            await codec.encode(tmp_path, frames, before=True)
+
+    codec, decoded = asyncio.run(decode())
+    assert service.engine._codecs._idle == [codec]
+    with pytest.raises(HTTPException) as refused:
+        asyncio.run(encode(decoded.frames))
+    assert (refused.value.status_code, refused.value.detail) == (500, "the purified video cannot be encoded")
+    assert codec.ended and service.engine._codecs._idle != [codec]
 
 
 def test_jpegs_are_pictures():
