@@ -160,21 +160,32 @@ def look(address):
 
 
 def go_away(address, content):
-    """Clients that leave: afterwards both replicas take videos at once."""
+    """Clients that leave while the deepest purifications are at work: soon no replica works for them."""
+    options = {"files": {"video": content}, "data": {"steps": 49}, "headers": {"Accept": "application/x-ndjson"}}
 
-    def leave():
+    def leave(_):
+        with httpx.stream("POST", f"{address}/v1/purify", timeout=60, **options) as response:
+            assert response.status_code == 200
+            next(response.iter_lines())  # it waits, or is at work
+            at_work.wait(60)
+
+    at_work = threading.Event()
+    with ThreadPoolExecutor(8) as pool:
+        left = pool.map(leave, range(8))
         try:
-            purify_for(0.1)
-        except httpx.TimeoutException:
-            pass
-
-    def purify_for(seconds):
-        httpx.post(f"{address}/v1/purify", files={"video": content}, timeout=seconds)
-
-    threads = [threading.Thread(target=leave) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    time.sleep(2)
+            until(lambda: working(address) == ["1.0", "1.0"], 60)
+        finally:
+            at_work.set()
+        assert len(list(left)) == 8
+    until(lambda: working(address) == ["0.0", "0.0"], 10)
     assert purify(address, content).status_code == 200
+
+
+def working(address):
+    """How many videos each of the replicas that were found works on."""
+    found = {}
+    for _ in range(20):
+        lines = httpx.get(f"{address}/metrics", timeout=60).text.splitlines()
+        numbers = dict(line.rpartition(" ")[::2] for line in lines if not line.startswith("#"))
+        found[numbers["videopure_uploaded_bytes_created"]] = numbers["videopure_working"]
+    return list(found.values())

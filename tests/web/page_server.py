@@ -86,6 +86,7 @@ class StandIn:
         self.token, self.votes = token, votes
         self.left = 0
         self.seen: list[tuple[str, str | None]] = []
+        self.picture = teal()  # of the live source
         self.app = FastAPI()
         self.app.get("/v1/info")(self.info)
         self.app.post("/v1/purify")(self.purify)
@@ -143,17 +144,24 @@ class StandIn:
             self.left += not whole
 
     def live(self, name: str) -> Response:
-        picture = io.BytesIO()
-        Image.new("RGB", (64, 48), "teal").save(picture, "JPEG")
-
         async def parts() -> AsyncIterator[bytes]:
-            while True:
-                head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % picture.tell()
-                for half in (head + picture.getvalue()[:99], picture.getvalue()[99:] + b"\r\n"):
-                    yield half
-                    await asyncio.sleep(PAUSE)
+            try:
+                while True:
+                    head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(self.picture)
+                    for half in (head + self.picture[:9], self.picture[9:] + b"\r\n"):
+                        yield half
+                        await asyncio.sleep(PAUSE)
+            finally:
+                self.left += 1
 
         return StreamingResponse(parts(), media_type="multipart/x-mixed-replace; boundary=frame")
+
+
+def teal() -> bytes:
+    """A picture as a JPEG."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), "teal").save(picture, "JPEG")
+    return picture.getvalue()
 
 
 @contextlib.contextmanager

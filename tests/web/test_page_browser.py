@@ -368,6 +368,16 @@ def test_a_live_source_is_watched(visit):
     assert page.locator("#error").is_hidden()
 
 
+def test_a_live_source_that_cannot_be_drawn_is_left(visit):
+    service = StandIn()
+    service.picture = b"this is no JPEG"
+    page = visit(service)
+    page.locator("#sources button").click()
+    expect_text(page, "#error", "The live source porch broke off.")
+    wait_until(lambda: service.left == 1)
+    assert page.locator("#sources button").inner_text() == "Watch"
+
+
 def test_the_service_is_behind_the_page(visit):
     from videopure_fast import Purifier, tiny
     from videopure_fast.service.app import create_app

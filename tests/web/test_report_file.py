@@ -220,6 +220,7 @@ def test_a_broken_file_is_named(results, tmp_path, name, content):
         ("cpu.json", "median", 10**400, "accepted: a number"),
         ("cpu.json", "clips", 1.5, "clips is 1.5; accepted: a whole number"),
         ("cpu.json", "shape", {}, "shape is {}; accepted: an array"),
+        ("cpu.json", "shape", [1, 3, 16, 32], "shape is [1, 3, 16, 32]; accepted: 5 whole numbers"),
         ("cpu.json", "iqr", None, "] has no 'iqr'"),
         ("nvidia-h200.json", "time", 3, "accepted: a text"),
         ("robustness-tiny.json", "accuracy", 1.5, "has the accuracy 1.5 between"),
@@ -241,6 +242,35 @@ def test_a_wrong_value_is_named(results, tmp_path, name, key, value, said):
     with pytest.raises(ValueError, match=re.escape(said)) as refused:
         write_report(copied, tmp_path / "report.html")
     assert file.name in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["absent", "soon", 10**400])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("latency", "p50"), ("latency", "p99"), ("queue_age", "p95"), ("", "utilization")],
+)
+def test_a_figure_of_latency_that_is_none_is_named(results, tmp_path, part, name, value):
+    copied = some(results, tmp_path, "latency-cpu.json")
+    found = json.loads((copied / "latency-cpu.json").read_text())
+    summary = found["rows"][2]["summary"]
+    figures = summary[part] if part else summary
+    figures[name] = value
+    if value == "absent":
+        del figures[name]
+    (copied / "latency-cpu.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=rf"latency-cpu\.json: rows\[2\].*{name}"):
+        write_report(copied, tmp_path / "report.html", demo=False)
+
+
+def test_latencies_of_zero_are_drawn(results, tmp_path):
+    copied = some(results, tmp_path, "latency-cpu.json")
+    found = json.loads((copied / "latency-cpu.json").read_text())
+    for row in found["rows"]:
+        for part in ("latency", "stages"):
+            row["summary"][part] = dict.fromkeys(row["summary"][part], 0)
+    (copied / "latency-cpu.json").write_text(json.dumps(found))
+    write_report(copied, tmp_path / "report.html", demo=False)
+    assert "0 s" in Parsed((tmp_path / "report.html").read_text()).shown("latency")
 
 
 def test_a_command_makes_it(results, tmp_path, monkeypatch):

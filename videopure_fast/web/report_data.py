@@ -328,17 +328,19 @@ def _run(row: Value) -> Run:
     from ..realtime.study import Setting
     from ..realtime.tables import cells
 
-    summary = row["summary"]
-    taken = {name: summary.get(name) for name in ("latency", "stages")}  # None where no clip was answered
+    summary, load = row["summary"], row["load"].number()
+    for name in ("answered_per_second", "in_time", "utilization"):
+        summary[name].number()
+    taken = {name: summary.get(name) for name in ("latency", "stages", "queue_age")}  # None where none was answered
     found = {
         name: {} if part is None else {key: one.number() for key, one in part.items()} for name, part in taken.items()
     }
     try:
         setting, shown = Setting(**row["setting"].found), cells(row.found)
         title = "one clip at a time" if setting.max_batch == 1 else f"up to {setting.max_batch:d} clips at a time"
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{row.file}: {row.path} is no run of a study of latency: {error!r}") from error
-    load, simulated, curve = row["load"].number(), row["simulated"].flag(), _text(row, "part") == "curve"
+    simulated, curve = row["simulated"].flag(), _text(row, "part") == "curve"
     words, *shown = (printable(one) for one in (str(setting), *shown))
     return Run(words, title, load, simulated, curve, found["latency"], found["stages"], shown)
 
