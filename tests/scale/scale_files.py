@@ -11,6 +11,7 @@ from videopure_fast.scale.sources import output_name
 from videopure_fast.scale.worker import FileWorker, Recipe
 
 IDENTITY = {"size": 16, "weights": "ab"}
+SECONDS_A_FILE = 0.2  # so that runs can be killed on the way
 
 
 def write_video(path, frames=3, seed=0, side=16):
@@ -69,7 +70,7 @@ class CopyingWorker(FileWorker):
 
 
 class CountingWorker(FileWorker):
-    """A worker that notes in a file which videos it purifies, when it begins to."""
+    """A worker that notes in a file which videos it purifies, when it begins to, and takes its time for each."""
 
     def __init__(self, recipe, log):
         super().__init__(recipe)
@@ -78,6 +79,7 @@ class CountingWorker(FileWorker):
     def purify(self, source, target):
         with open(self._log, "a") as file:
             print(source.name, file=file, flush=True)
+        time.sleep(SECONDS_A_FILE)
         return super().purify(source, target)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import sqlite3
 
 import pytest
@@ -50,6 +51,47 @@ def test_what_is_no_manifest(tmp_path):
     for use in (lambda: Manifest(path, IDENTITY), lambda: read_rows(path), lambda: check_identity(path, IDENTITY)):
         with pytest.raises(ValueError, match="is no manifest of purified files"):
             use()
+
+
+@pytest.mark.parametrize("begun", ["", "CREATE TABLE files (name)", "CREATE TABLE identity (json TEXT)"])
+def test_a_manifest_that_is_half_made_is_none(tmp_path, begun):
+    path = tmp_path / "m.sqlite"
+    path.touch()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(begun)
+    assert read_rows(path) == []
+    check_identity(path, IDENTITY)
+
+
+def test_a_manifest_is_made_at_once_or_not_at_all(tmp_path):
+    path = tmp_path / "m.sqlite"
+    with pytest.raises(TypeError):
+        Manifest(path, {"size": object()})  # ends after the tables
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    Manifest(path, IDENTITY).close()
+    with pytest.raises(ValueError, match="size 16, and not with size 32"):
+        check_identity(path, IDENTITY | {"size": 32})
+
+
+def test_a_manifest_that_another_deletes_is_not_made_anew(tmp_path, monkeypatch):
+    path, connect = tmp_path / "m.sqlite", sqlite3.connect
+    Manifest(path, IDENTITY).close()
+
+    def late(*arguments, **options):
+        path.unlink()
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", late)
+    assert read_rows(path) == [] and not path.exists()
+
+
+def test_the_database_of_another_program_is_refused(tmp_path):
+    path = tmp_path / "m.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE songs (title)")
+    with pytest.raises(ValueError, match=r"is no manifest of purified files \(it has other tables\)"):
+        check_identity(path, IDENTITY)
 
 
 def test_a_full_disk_is_said(tmp_path):

@@ -1,14 +1,18 @@
 import os
 import shutil
 import sys
+from contextlib import ExitStack, nullcontext
 
 import pytest
 from scale_files import contents, write_video
 from typer.testing import CliRunner
 
 from videopure_fast import cli
+from videopure_fast.cli.purify_dataset import _pool
 from videopure_fast.data.datasets import VideoDataset
 from videopure_fast.data.video import probe
+from videopure_fast.scale.cluster import Pool
+from videopure_fast.scale.driver import Rank
 from videopure_fast.scale.manifest import MANIFEST, read_rows
 
 SMALL = ("--size", 16, "--steps", 0)
@@ -99,12 +103,34 @@ def test_a_list(videos, tmp_path, alone):
 def test_a_dry_run_counts_and_estimates_and_writes_nothing(videos, tmp_path, monkeypatch):
     monkeypatch.setattr("videopure_fast.measure.profile._ROOFLINE_SECONDS", 0.01)
     out = tmp_path / "out"
-    result = run(videos, out, *SMALL, "--dry-run", "--workers", 2)
+    result = run(videos, out, *SMALL, "--dry-run", "--workers", 99)
     assert result.exit_code == 0, result.output
     assert "3 files, 0 of them settled and 3 to be done" in result.output
     assert "Of a sample of 3, 1 cannot be read" in result.output
-    assert "2 workers may take about" in result.output and "hours" in result.output
+    assert "99 workers may take about" in result.output and "hours" in result.output
     assert not out.exists()
+
+
+def test_a_dry_run_gives_no_hours_for_gpus_that_are_elsewhere(videos, tmp_path, monkeypatch):
+    nodes = nullcontext([{"CPU": 8.0, "GPU": 2.0}])
+    monkeypatch.setattr("videopure_fast.scale.cluster.connected", lambda _address, cpus: nodes)
+    result = run(videos, tmp_path / "out", *SMALL, "--dry-run", "--address", "head:6379")
+    assert result.exit_code == 0, result.output
+    assert "3 to be done" in result.output and "the workers have GPUs" in result.output
+    assert "hours" not in result.output
+
+
+def test_a_rank_has_one_gpu_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+
+    def pool(num_gpus=None, num_cpus=None):
+        wanted = {"workers": None, "num_cpus": num_cpus, "num_gpus": num_gpus}
+        return _pool(ExitStack(), wanted, small=False, address=None, rank=Rank(1, 4), dry_run=False)
+
+    assert (pool(), pool(0.5), pool(0)) == (Pool(1, 4, 1), Pool(1, 4, 0.5), Pool(1, 4, 0))
+    assert pool(num_cpus=6) == Pool(1, 6, 1)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ ROUNDS, OWN_ROUNDS, FILES = 20, 4, 30
 MACHINE = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
 ROWS = 10_000
 MOST_SECONDS_A_ROW = 0.005
-MOST_GROWTH = 64 * 2**20  # bytes of the driver from its thousandth row on
+MOST_GROWTH = 16 * 2**20  # bytes of the driver from its thousandth row on
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,6 +49,11 @@ def seen_by_workers():
         ([{"CPU": 16.0, "GPU": 4.0}], {"small": False, "num_gpus": 0.5}, Pool(8, 2, 0.5)),
         ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 8.0}], {"small": False, "num_gpus": 0}, Pool(3, 8, 0)),
         ([{"CPU": 2.0, "GPU": 4.0}], {"small": False}, Pool(2, 1, 1)),
+        ([{"CPU": 0.0}, {"CPU": 8.0}], {"small": False}, Pool(1, 8, 0)),
+        ([{"GPU": 1.0}, {"CPU": 16.0, "GPU": 4.0}], {"small": False}, Pool(4, 4, 1)),
+        ([{"CPU": 8.0}], {"small": False, "workers": 2}, Pool(2, 4, 0)),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], {"small": False, "workers": 5}, Pool(5, 2, 0)),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"small": False, "workers": 4, "num_gpus": 0.5}, Pool(4, 2, 0.5)),
     ],
 )
 def test_how_many_workers_there_are(nodes, asked, expected):
@@ -56,9 +61,21 @@ def test_how_many_workers_there_are(nodes, asked, expected):
     assert choose_pool(nodes, **options) == expected
 
 
-def test_a_worker_for_which_no_machine_has_room():
-    with pytest.raises(ValueError, match="no machine has room for a worker of 1 cores and 1 GPUs; seen: 4 cores and 0"):
-        choose_pool([{"CPU": 4.0}], small=True, workers=2, num_cpus=None, num_gpus=1)
+@pytest.mark.parametrize(
+    ("node", "asked", "words"),
+    [
+        ({"CPU": 4.0}, {"num_gpus": 1}, "room for 0 workers of 1 cores and 1 GPUs, and not for 1:"),
+        ({"CPU": 4.0}, {"workers": 5}, "room for 4 workers of 1 cores and 0 GPUs, and not for 5:"),
+        ({"CPU": 4.0}, {"workers": 2, "num_cpus": 3}, "room for 1 workers of 3 cores and 0 GPUs, and not for 2:"),
+        ({"CPU": 4.0, "GPU": 2.0}, {"workers": 3}, "room for 2 workers of 1 cores and 1 GPUs, and not for 3:"),
+        ({"CPU": 0.0}, {"small": True}, "room for 0 workers of 1 cores and 0 GPUs, and not for 1:"),
+    ],
+)
+def test_workers_that_have_no_room_are_not_waited_for(node, asked, words):
+    options = {"small": False, "workers": None, "num_cpus": None, "num_gpus": None} | asked
+    with pytest.raises(ValueError, match=words) as raised:
+        choose_pool([node], **options)
+    assert f"seen: {node['CPU']:g} cores" in str(raised.value)
 
 
 def start(videos, out, log, address=None):
@@ -90,9 +107,19 @@ def workers():
 
 
 def kill_a_worker(rng):
+    """Whether there was one."""
     if numbers := workers():
         with contextlib.suppress(ProcessLookupError):
             os.kill(rng.choice(numbers), signal.SIGKILL)
+            return True
+    return False
+
+
+def lives(process):
+    """Whether a process runs; one that has ended, and whose parent does not ask, has no command."""
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    return False
 
 
 def wait_until(true, seconds=90):
@@ -142,11 +169,13 @@ def test_kills_lose_nothing_and_do_nothing_twice(videos, cluster, undisturbed, t
     killed = start(videos, out, log, address)
     began = rng.randrange(1, FILES // 2)
     wait_until(lambda: len(lines(log)) >= began or killed.poll() is not None)
-    kill_a_worker(rng)
-    time.sleep(rng.uniform(0, 3))
+    assert kill_a_worker(rng)
+    time.sleep(rng.uniform(0, 0.8))
+    started = {*descendants(killed.pid), *workers()}
+    assert killed.poll() is None and len(lines(log)) < FILES
     killed.kill()
     killed.wait()
-    wait_until(lambda: not workers())
+    wait_until(lambda: not workers() and not any(map(lives, started)))
     committed = [row.name.rpartition("/")[2] for row in read_rows(out / MANIFEST)]
     until = Counter(lines(log))
 

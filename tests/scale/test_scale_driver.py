@@ -144,13 +144,49 @@ def test_ranks_share_the_files_and_merge_their_manifests(places):
 
     def second_within_first(todo):
         yield from ranks[0](todo)
-        assert purify_dataset(jobs, out, IDENTITY, ranks[1], rank=Rank(1, 2)) == Counts(2, 0, done=2)
+        assert purify_dataset(jobs, out, IDENTITY, ranks[1], rank=Rank(1, 2)).done == len(ranks[1].asked)
 
     counts = purify_dataset(jobs, out, IDENTITY, second_within_first, rank=Rank(0, 2), finish=ended.append)
-    assert counts == Counts(3, 0, done=3) and len(ended[0]) == 5
-    assert (ranks[0].asked, ranks[1].asked) == (["0.mp4", "2.mp4", "4.mp4"], ["1.mp4", "3.mp4"])
+    assert counts.done == len(ranks[0].asked) and len(ended[0]) == 5
+    shares = [[job.name for job in jobs if int(job.key, 16) % 2 == number] for number in range(2)]
+    assert [rank.asked for rank in ranks] == shares and all(shares)
     assert [path.name for path in out.glob("*.sqlite")] == [MANIFEST]
     assert purify_dataset(jobs, out, IDENTITY, Run(out)) == Counts(5, 5)
+
+
+def test_ranks_that_see_other_files_do_not_exchange_those_that_they_share(places):
+    jobs, out = places
+    runs = Run(out), Run(out)
+    for run, seen, place in zip(runs, (jobs, jobs[1:]), (out / "all", out / "later"), strict=True):
+        (place).mkdir(parents=True)
+        run.out = place
+        purify_dataset(seen, place, IDENTITY, run, rank=Rank(0, 2))
+    assert [name for name in runs[0].asked if name != jobs[0].name] == runs[1].asked
+
+
+def test_what_failed_in_a_former_rank_does_not_replace_what_is_done_since(places):
+    jobs, out = places
+    retried = next(job for job in jobs if int(job.key, 16) % 2)
+
+    def killed(_todo):
+        yield failed(retried)
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        purify_dataset(jobs, out, IDENTITY, killed, rank=Rank(2, 3))
+    purify_dataset(jobs, out, IDENTITY, Run(out), rank=Rank(1, 2), retry_errors=True)
+    assert retried not in unfinished(jobs, out, retry_errors=True)
+    purify_dataset(jobs, out, IDENTITY, Run(out), rank=Rank(0, 2))  # merges the manifest of the third rank
+    assert [row.state for row in read_rows(out / MANIFEST)] == ["done"] * 5
+    assert [path.name for path in out.glob("*.sqlite")] == [MANIFEST]
+
+
+def test_what_fails_where_the_output_is_gone_is_merged(places):
+    jobs, out = places
+    purify_dataset(jobs, out, IDENTITY, Run(out))
+    (out / jobs[0].output).unlink()
+    purify_dataset(jobs, out, IDENTITY, Run(out, [failed(jobs[0])]), rank=Rank(0, 1))
+    assert [row.state for row in read_rows(out / MANIFEST)] == ["failed"] + ["done"] * 4
 
 
 def test_what_a_killed_rank_had_done_is_not_done_again(places):

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -31,8 +32,23 @@ def test_a_folder_and_all_below_it(videos):
     assert names(jobs) == [("a/c.AVI", "a/c.mp4"), ("a/deep/d.webm", "a/deep/d.mp4"), ("b.mp4", "b.mp4")]
     assert [job.source for job in jobs] == [str(videos / job.name) for job in jobs]
     assert [job.output for job in folder_jobs(videos, ".safetensors")][0] == "a/c.safetensors"
+    assert names(folder_jobs(videos / ".hidden" / "..", ".mp4")) == names(jobs)
+    (videos / "none").mkdir()
     with pytest.raises(ValueError, match="has no videos"):
-        folder_jobs(videos / ".hidden" / "..", ".mp4") and folder_jobs(videos.parent / "videos" / "a" / "none", ".mp4")
+        folder_jobs(videos / "none", ".mp4")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(videos, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(place):
+        if str(place).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(OSError, match=r"cannot list the folder .*a/deep: Permission denied"):
+        folder_jobs(videos, ".mp4")
 
 
 @pytest.mark.parametrize("name", ["-rf.mp4", "a\nb.mp4", "'; DROP TABLE files.mp4", "ü😀.mp4", "%s{}.mp4", " .mp4"])

@@ -1,18 +1,23 @@
 import errno
+import json
 import multiprocessing
 import os
+import shutil
+import warnings
+from pathlib import Path
 
 import av
 import pytest
 import torch
 from media_files import audio_packets, encode
-from safetensors.torch import load_file
-from scale_files import CopyingWorker, make_job, small_recipe, write_video
+from safetensors.torch import load_file, save_file
+from scale_files import CopyingWorker, make_job, named_jobs, small_recipe, write_video
 
 from videopure_fast import Purifier
 from videopure_fast.data.video import probe, read_frames
 from videopure_fast.scale.worker import FileWorker, Recipe, digest_path, file_digest, is_full
 from videopure_fast.streaming import purified_frames, purify_file
+from videopure_fast.tiny.models import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +66,25 @@ def test_a_finished_output_is_adopted_if_nothing_has_changed(places, worker_of, 
     with monkeypatch.context() as patched:
         patched.setattr(FileWorker, "purify", never)
         assert worker(job) == row
-    for spoil in (lambda: output.write_bytes(b"cut off"), output.unlink, lambda: digest_path(output).write_text("{")):
+
+    def note(**changes):
+        digest_path(output).write_text(json.dumps(row._asdict() | changes))
+
+    for spoil in (
+        lambda: output.write_bytes(b"cut off"),
+        output.unlink,
+        lambda: digest_path(output).write_text("{"),
+        lambda: digest_path(output).write_text("[]"),
+        lambda: note(frames="3"),
+        lambda: note(warnings=["no sound"]),
+        lambda: note(warnings="\udcff"),
+        lambda: note(state="failed", error="damaged", size="7"),
+    ):
         spoil()
         assert worker(job) == row and output.read_bytes() == made
     write_video(root / "a" / "clip.mp4", seed=1)
     other = worker(job)
-    assert other.output_digest != row.output_digest == file_digest(output) or output.read_bytes() != made
+    assert other.output_digest == file_digest(output) != row.output_digest
     assert worker_of(small_recipe(out, quality=30))(job).output_digest != other.output_digest
 
 
@@ -79,6 +97,37 @@ def test_a_link_is_replaced_and_not_followed(places, worker_of):
     (out / "a" / "clip.mp4").symlink_to(source)
     assert worker_of(small_recipe(out))(make_job(source, root)).state == "done"
     assert source.read_bytes() == before and not (out / "a" / "clip.mp4").is_symlink()
+
+
+def test_a_link_in_place_of_a_digest_is_replaced_too(tmp_path):
+    job, elsewhere = named_jobs(tmp_path / "in", "a.mp4")[0], tmp_path / "elsewhere.json"
+    note = digest_path(tmp_path / "out" / "a.mp4")
+    note.parent.mkdir()
+    note.symlink_to(elsewhere)
+    assert CopyingWorker(small_recipe(tmp_path / "out"))(job).state == "done"
+    assert not elsewhere.exists() and not note.is_symlink()
+
+
+def test_a_folder_of_many_outputs_is_not_listed(tmp_path, monkeypatch):
+    jobs, out = named_jobs(tmp_path / "in", "a.mp4", "b.mp4"), tmp_path / "out"
+    worker, listed = CopyingWorker(small_recipe(out)), []
+    for name in ("listdir", "scandir"):
+        look = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda place, look=look: (listed.append(place), look(place))[1])
+    assert [worker(job).state for job in jobs] == ["done", "done"]
+    assert out not in [Path(place) for place in listed if not isinstance(place, int)]
+
+
+def test_what_workers_that_died_had_written_is_deleted(tmp_path):
+    job, other = named_jobs(tmp_path / "in", "a.mp4", "b.mp4")
+    worker = CopyingWorker(small_recipe(tmp_path / "out"))
+    work = tmp_path / "out" / ".videopure-fast" / "driver"
+    for key in (job.key, other.key):
+        (work / f"{key}-01234567").mkdir()
+        (work / f"{key}-01234567" / "output.mp4").write_bytes(b"part")
+    (work / f"{job.key}.log").write_text("begun\n")
+    assert worker(job).state == "done"
+    assert [path.name for path in work.iterdir()] == [f"{other.key}-01234567"]  # another worker is at it
 
 
 @pytest.mark.parametrize(
@@ -110,6 +159,15 @@ def test_a_link_that_leads_out_is_an_error(places, worker_of, tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_what_a_link_leads_out_to_is_not_adopted(tmp_path):
+    job, out = named_jobs(tmp_path / "in", "a/clip.mp4")[0], tmp_path / "out"
+    worker = CopyingWorker(small_recipe(out))
+    assert worker(job).state == "done"
+    (out / "a").rename(tmp_path / "elsewhere")
+    (out / "a").symlink_to(tmp_path / "elsewhere")
+    assert "leads a/clip.mp4 out of" in worker(job).error
+
+
 def test_hostile_names(tmp_path):
     worker = CopyingWorker(small_recipe(tmp_path / "out"))
     for name in ("-rf.mp4", "a\nb.mp4", "'; DROP TABLE files.mp4", "ü😀.mp4", "x" * 250 + ".mp4"):
@@ -123,6 +181,23 @@ def test_hostile_names(tmp_path):
     row = worker(make_job(os.fsdecode(raw), tmp_path))
     assert row.state == "failed" and "not UTF-8" in row.error
     row.name.encode()  # so that a manifest can hold it
+
+
+def test_what_is_said_of_a_folder_whose_name_is_not_utf8_can_be_kept(tmp_path, monkeypatch):
+    jobs = named_jobs(tmp_path / "in", "bad.mp4", "a.mp4")
+
+    def purify(worker, source, target):
+        if source.name == "bad.mp4":
+            raise ValueError(f"cannot use {target.parent}")
+        warnings.warn(f"something of {target.parent}", stacklevel=1)
+        return CopyingWorker.copy(worker, source, target)
+
+    monkeypatch.setattr(CopyingWorker, "copy", CopyingWorker.purify, raising=False)
+    monkeypatch.setattr(CopyingWorker, "purify", purify)
+    worker = CopyingWorker(small_recipe(Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))))
+    bad, good = map(worker, jobs)
+    for text in (bad.error, good.warnings):
+        assert b"o\\udcff" in text.encode()
 
 
 def test_a_full_disk_is_no_error_of_the_file(tmp_path, monkeypatch):
@@ -149,6 +224,20 @@ def test_what_ffmpeg_says_of_a_full_disk_is_known():
         container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
         container.mux(stream.encode())
     assert is_full(raised.value) and not is_full(ValueError("damaged"))
+
+
+def test_what_safetensors_says_of_a_full_disk_is_known(places, worker_of, monkeypatch):
+    """A file may have so many bytes, in place of a disk."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("videopure_fast.scale.worker._FULL", {errno.EFBIG})
+    root, out = places
+    worker, limits = worker_of(small_recipe(out, suffix=".safetensors")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        row = worker(make_job(root / "a" / "clip.mp4", root, ".safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (row.state, row.error) == ("full", "[Errno 27] File too large: 'a/clip.safetensors'")
 
 
 def test_a_file_that_is_stuck_ends_its_worker_and_is_given_up(tmp_path):
@@ -191,6 +280,22 @@ def test_a_file_at_which_workers_die_is_given_up(tmp_path, monkeypatch):
 def test_other_weights_than_the_drivers_are_refused(places, worker_of):
     with pytest.raises(ValueError, match="has other weights here"):
         worker_of(small_recipe(places[1], weights="0" * 16))
+
+
+def test_a_prior_of_other_prompts_or_another_configuration_is_another(tiny, tmp_path):
+    folders = [tmp_path / name for name in ("one", "moved", "edited", "scaled")]
+    for folder in folders:
+        shutil.copytree(WEIGHTS, folder)
+    prompts = {name: value + 1 for name, value in load_file(WEIGHTS / "prompt_embeds.safetensors").items()}
+    save_file(prompts, folders[2] / "prompt_embeds.safetensors")
+    config = folders[3] / "vae" / "config.json"
+    config.write_text(config.read_text().replace("1.08404", "1.5"))
+    recipes = [small_recipe(tmp_path / "out", model=str(folder)) for folder in folders]
+    one, moved, edited = (recipe.identity(tiny) for recipe in recipes[:3])
+    scaled = recipes[3].identity(recipes[3].load("cpu"))
+    assert one == moved == recipes[1].identity(recipes[1].load("cpu"))
+    for other, name in ((edited, "prompts"), (scaled, "configs")):
+        assert [key for key in one if one[key] != other[key]] == [name]
 
 
 def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu(places, worker_of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -118,7 +119,12 @@ def purify_dataset(
         float | None, typer.Option(help="Seconds that a file may take; more than 0.", rich_help_panel=_ERRORS)
     ] = None,
     max_errors: Annotated[
-        int, typer.Option(min=0, help="Files that may fail in a run; one more ends it.", rich_help_panel=_ERRORS)
+        int,
+        typer.Option(
+            min=0,
+            help="Files that may fail in a run, or in a rank of torchrun; one more ends it.",
+            rich_help_panel=_ERRORS,
+        ),
     ] = 100,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Also do the files that failed before.", rich_help_panel=_ERRORS)
@@ -257,13 +263,16 @@ def _pool(
 
     from ..scale.cluster import choose_pool, connected
 
+    wanted = wanted if rank is None else wanted | {"workers": 1}
+    # This machine has as many cores as the workers ask for, at least: they may share them.
+    cpus = None if wanted["workers"] is None else wanted["workers"] * (wanted["num_cpus"] or 1)
     if rank is None and (address is not None or not dry_run):
-        cpus = None if wanted["workers"] is None else wanted["workers"] * (wanted["num_cpus"] or 1)
         return choose_pool(ended.enter_context(connected(address, cpus=cpus)), small=small, **wanted)
     cores, gpus = float(os.cpu_count() or 1), float(torch.accelerator.device_count())
-    if rank is not None:  # this machine's other ranks have their shares
-        cores, wanted = max(1.0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), wanted | {"workers": 1}
-    return choose_pool([{"CPU": cores, "GPU": gpus}], small=small and rank is None, **wanted)
+    if rank is not None:  # this machine's other ranks have their shares of both
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        gpus = min(gpus, wanted["num_gpus"] or 1.0)
+    return choose_pool([{"CPU": max(cores, math.ceil(cpus or 1)), "GPU": gpus}], small=small and rank is None, **wanted)
 
 
 def _device(pool: Pool, rank: Rank | None) -> str | None:
@@ -347,6 +356,9 @@ def _estimate(
     check_identity(out / MANIFEST, identity)
     todo = unfinished(jobs, out, retry_errors=retry_errors)
     console.print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them settled and {len(todo)} to be done.")
+    if pool.num_gpus and purifier.unet.device.type == "cpu":
+        console.print("How long this takes is not known here: the workers have GPUs, and this machine has none.")
+        return
     seconds, unreadable = [], 0
     for job in todo[:: max(1, len(todo) // _SAMPLE)][:_SAMPLE]:
         began = time.perf_counter()

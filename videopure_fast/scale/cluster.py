@@ -53,23 +53,43 @@ def choose_pool(
     num_gpus: float | None,
 ) -> Pool:
     """The pool that is asked for; where nothing is, a worker a GPU with its share of the cores, or else one a core for
-    a small model, and one a machine for others.
+    a small model, and one a machine for others. These shares shrink, to a core at least, until `workers` have room.
 
-    nodes: "CPU" and "GPU" of each machine. ValueError where no machine has room for a worker.
+    nodes: "CPU" and "GPU" of each machine. ValueError for more workers than have room: Ray would wait without end.
     """
     machines = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
     if num_gpus is None:
         num_gpus = 1.0 if any(gpus for _, gpus in machines) else 0.0
-    if num_cpus is None and num_gpus:
-        shares = [cpus // (gpus // num_gpus) for cpus, gpus in machines if gpus >= num_gpus]
-        num_cpus = max(1.0, min(shares, default=1.0))
-    elif num_cpus is None:
-        num_cpus = 1.0 if small else max(1.0, min(cpus for cpus, _ in machines))
-    room = sum(int(min(cpus / num_cpus, gpus / num_gpus if num_gpus else math.inf)) for cpus, gpus in machines)
-    if not room and (workers is None or num_gpus):
+    least = workers or 1
+    if num_cpus is None:
+        num_cpus = _share(machines, num_gpus, small)
+        while num_cpus > 1 and _room(machines, num_cpus, num_gpus) < least:
+            num_cpus = max(1.0, num_cpus - 1)
+    room = _room(machines, num_cpus, num_gpus)
+    if room < least:
         seen = ", ".join(f"{cpus:g} cores and {gpus:g} GPUs" for cpus, gpus in machines)
-        raise ValueError(f"no machine has room for a worker of {num_cpus:g} cores and {num_gpus:g} GPUs; seen: {seen}")
+        raise ValueError(
+            f"there is room for {room} workers of {num_cpus:g} cores and {num_gpus:g} GPUs, and not for {least}: ask "
+            f"for fewer or smaller ones, or start more machines first; seen: {seen}"
+        )
     return Pool(workers or room, num_cpus, num_gpus)
+
+
+def _share(machines: Sequence[tuple[float, float]], num_gpus: float, small: bool) -> float:
+    """The cores of a worker where no number is asked for: as many as it may have on each machine that has any.
+
+    machines: cores and GPUs of each.
+    """
+    if num_gpus:
+        shares = [cpus // (gpus // num_gpus) for cpus, gpus in machines if cpus and gpus >= num_gpus]
+    else:
+        shares = [1.0] if small else [cpus for cpus, _ in machines if cpus]
+    return max(1.0, min(shares, default=1.0))
+
+
+def _room(machines: Sequence[tuple[float, float]], num_cpus: float, num_gpus: float) -> int:
+    """How many workers fit."""
+    return sum(int(min(cpus / num_cpus, gpus / num_gpus if num_gpus else math.inf)) for cpus, gpus in machines)
 
 
 @contextlib.contextmanager

@@ -79,8 +79,8 @@ def purify_dataset(
         shutil.rmtree(work, ignore_errors=True)
         make_folder(work)
         if rank is None:
-            _merge(out, identity, _rank_manifests(out, None))
-        share = jobs if rank is None else jobs[rank.number :: rank.world]
+            _merge(jobs, out, identity, _rank_manifests(out, None))
+        share = jobs if rank is None else _share(jobs, rank)
         todo = unfinished(share, out, retry_errors=retry_errors)
         counts = Counts(len(share), len(share) - len(todo))
         report(counts)
@@ -101,21 +101,29 @@ def purify_dataset(
                     )
         shutil.rmtree(work, ignore_errors=True)
         with locked(work.parent / "merge.lock", wait=True):  # the last rank's end sees the rows of all
-            _merge(out, identity, [] if rank is None else _rank_manifests(out, rank))
+            _merge(jobs, out, identity, [] if rank is None else _rank_manifests(out, rank))
             finish(read_rows(out / MANIFEST))
     return counts
+
+
+def _share(jobs: Sequence[Job], rank: Rank) -> list[Job]:
+    """The jobs of a rank. A name alone says whose it is, also where ranks do not see the same files."""
+    return [job for job in jobs if int(job.key, 16) % rank.world == rank.number]
 
 
 def unfinished(jobs: Sequence[Job], out: Path, *, retry_errors: bool) -> list[Job]:
     """The jobs without a row in the manifests of `out`, and those whose row no longer holds: the output is gone, or the
     source has another size."""
-    manifests = [out / MANIFEST, *_rank_manifests(out, None)]
-    known = {row.name: row for path in manifests for row in read_rows(path)}
-    return [job for job in jobs if not _holds(known.get(job.name), job, out, retry_errors)]
+    by_name = {job.name: job for job in jobs}
+    # The manifest of all comes last: a rank that ends meanwhile puts its rows there before it deletes its own.
+    manifests = [*_rank_manifests(out, None), out / MANIFEST]
+    rows = (row for path in manifests for row in read_rows(path) if row.name in by_name)
+    settled = {row.name for row in rows if _holds(row, by_name[row.name], out, retry_errors)}
+    return [job for job in jobs if job.name not in settled]
 
 
-def _holds(row: Row | None, job: Job, out: Path, retry_errors: bool) -> bool:
-    if row is None or row.output != job.output:
+def _holds(row: Row, job: Job, out: Path, retry_errors: bool) -> bool:
+    if row.output != job.output:
         return False
     if row.state == "failed":
         return not retry_errors
@@ -137,10 +145,22 @@ def _rank_manifests(out: Path, rank: Rank | None) -> list[Path]:
 _RANK_MANIFEST = r"manifest-(\d{1,9})\.sqlite"
 
 
-def _merge(out: Path, identity: Mapping[str, Any], others: Iterable[Path]) -> None:
-    """Put the rows of other manifests into that of `out`, later ones over earlier ones, and delete them."""
+def _merge(jobs: Sequence[Job], out: Path, identity: Mapping[str, Any], others: Iterable[Path]) -> None:
+    """Put the rows of other manifests into that of `out`, later ones over earlier ones, and delete them.
+
+    A row of an output that is there, and of its source as it is, gives way to such rows alone: what failed in a rank of
+    a former run may have been done since.
+    """
+    by_name = {job.name: job for job in jobs}
+
+    def done(row: Row) -> bool:
+        job = by_name.get(row.name, Job(row.name, "", row.output))  # of another list: its source is not looked at
+        return _holds(row, job, out, retry_errors=True)
+
     for path in others:
         check_identity(path, identity)
+        known = {row.name: row for row in read_rows(out / MANIFEST)}
+        rows = [row for row in read_rows(path) if row.name not in known or not done(known[row.name]) or done(row)]
         with contextlib.closing(Manifest(out / MANIFEST, identity)) as manifest:
-            manifest.add(read_rows(path))
+            manifest.add(rows)
         path.unlink()

@@ -22,12 +22,11 @@ _COMMIT_SECONDS = 1.0  # between two commits: rows that a killed driver loses ar
 _WAIT = 60.0  # seconds for another process that reads or writes
 _COLUMNS = ", ".join(Row._fields)
 # A journal beside the database, which is SQLite's default, is safe on network folders; its write-ahead log is not.
-_SCHEMA = f"""
-    PRAGMA journal_mode = DELETE;
-    PRAGMA synchronous = FULL;
-    CREATE TABLE IF NOT EXISTS files ({_COLUMNS}, PRIMARY KEY (name));
-    CREATE TABLE IF NOT EXISTS identity (json TEXT);
-"""
+_SETTINGS = "PRAGMA journal_mode = DELETE; PRAGMA synchronous = FULL;"
+_TABLES = {
+    "files": f"CREATE TABLE IF NOT EXISTS files ({_COLUMNS}, PRIMARY KEY (name))",
+    "identity": "CREATE TABLE IF NOT EXISTS identity (json TEXT)",
+}
 
 
 class Manifest:
@@ -46,10 +45,13 @@ class Manifest:
         self._committed = time.monotonic()
         try:
             with self._failures():
-                self._database.executescript(_SCHEMA)
+                self._database.executescript(_SETTINGS)
+                self._database.execute("BEGIN IMMEDIATE")  # both tables and the identity appear together
+                for statement in _TABLES.values():
+                    self._database.execute(statement)
                 if self._database.execute("SELECT json FROM identity").fetchone() is None:
                     self._database.execute("INSERT INTO identity VALUES (?)", (json.dumps(identity),))
-                    self._database.commit()
+                self._database.commit()
             check_identity(path, identity)
         except BaseException:
             self._database.close()
@@ -127,13 +129,25 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection | None]:
-    """A manifest that is only read; None where there is none."""
-    if not path.exists():
-        yield None
-        return
-    with _said(path), contextlib.closing(sqlite3.connect(path, timeout=_WAIT)) as database:
-        database.execute("PRAGMA query_only = ON")
-        yield database
+    """A manifest that is only read; None where there is none, also where a process was killed as it made one.
+
+    Another process may delete the file at any moment: it is not made anew. It is opened for writing, so that SQLite can
+    undo what a killed writer had begun.
+    """
+    tables: set[str] = set()
+    with _said(path), contextlib.ExitStack() as opened:
+        try:
+            address = f"{path.absolute().as_uri()}?mode=rw"
+            database = opened.enter_context(contextlib.closing(sqlite3.connect(address, uri=True, timeout=_WAIT)))
+            database.execute("PRAGMA query_only = ON")
+            tables.update(name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'"))
+        except sqlite3.OperationalError:
+            if path.exists():
+                raise
+        known = tables.intersection(_TABLES)
+        if tables and not known:
+            raise sqlite3.DatabaseError("it has other tables")
+        yield database if len(known) == len(_TABLES) else None
 
 
 @contextlib.contextmanager

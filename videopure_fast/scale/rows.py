@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal, NamedTuple
 
 # "full" is of a disk, and ends a run: it is in no manifest.
@@ -19,6 +20,16 @@ class Job(NamedTuple):
     name: str
     source: str
     output: str
+
+    @property
+    def key(self) -> str:
+        """A digest of the name, 32 hex digits."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:32]
+
+
+def printable(text: str) -> str:
+    """A text in UTF-8; what is not stands as in a job's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..data.annotations import path_inside, read_lines
 from ..data.folders import VIDEO_ENDS
-from .rows import Job
+from .rows import Job, printable
 
 if TYPE_CHECKING:
     from ..data.datasets import VideoDataset
@@ -18,7 +18,10 @@ STATE_FOLDER = ".videopure-fast"  # in the folder of outputs: locks, and what is
 
 
 def folder_jobs(folder: Path, suffix: str) -> list[Job]:
-    """The videos in a folder and in all folders below it, sorted; hidden ones are left out. suffix: of the outputs."""
+    """The videos in a folder and in all folders below it, sorted; hidden ones are left out. suffix: of the outputs.
+
+    OSError for a folder that cannot be listed.
+    """
     jobs = _jobs(folder, sorted(_videos_below(folder)), suffix)
     if not jobs:
         raise ValueError(f"{folder} has no videos; accepted: files in {', '.join(VIDEO_ENDS)}")
@@ -69,7 +72,7 @@ def check_no_replacement(jobs: Iterable[Job], out: Path) -> None:
 
 def _videos_below(folder: Path) -> Iterator[str]:
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # links may lead in a circle
             folders.clear()
@@ -82,15 +85,20 @@ def _videos_below(folder: Path) -> Iterator[str]:
                 yield Path(below, file).as_posix()
 
 
+def _refuse(error: OSError) -> None:
+    """In place of leaving a folder out, as `os.walk` does by itself."""
+    raise OSError(f"cannot list the folder {error.filename}: {error.strerror}") from error
+
+
 def _jobs(folder: Path, names: Iterable[str], suffix: str) -> list[Job]:
     """ValueError if two videos would become one output."""
     root = os.path.abspath(folder)
     jobs: dict[str, Job] = {}
     for name in names:
-        printable = name.encode("utf-8", "backslashreplace").decode()
+        shown = printable(name)
         if PurePosixPath(name).parts[0] == STATE_FOLDER:
             raise ValueError(f"{name} is in a folder {STATE_FOLDER}, whose name is taken; accepted: any other")
-        job = Job(printable, os.path.join(root, name), output_name(printable, suffix))
+        job = Job(shown, os.path.join(root, name), output_name(shown, suffix))
         if other := jobs.get(job.output):
             raise ValueError(f"{other.name} and {name} would both become {job.output}: rename one of them")
         jobs[job.output] = job

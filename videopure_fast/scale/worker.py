@@ -13,9 +13,11 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,17 +28,17 @@ from torch import nn
 from ..data.video import probe, working_size
 from ..data.video_writer import Quality
 from ..evaluation.record import weights_digest
-from ..files import atomic_write
 from ..models.flow import flow_name
 from ..purifier import Purifier
 from ..streaming import purified_frames, purify_file
-from .rows import Job, Row
+from .rows import Job, Row, printable
 
 MOST_DEATHS = 3  # of workers at one file, until it is given up
 _BEGUN = "begun"
 _TIMED_OUT = "Timeout ("  # what `faulthandler` writes first
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _CHUNK = 2**20  # bytes
+_DIGITS = 16  # of a digest of settings
 _STEM = 50  # characters of an output's name that its digest's name repeats
 
 
@@ -84,15 +86,35 @@ class Recipe:
         own = {name: getattr(self, name) for name in ("size", "suffix", "quality", "seed", "dtype")}
         place = "cpu" if self.device == "cpu" else "accelerator"
         made = {"max_frames": purifier.max_frames, "flow": flow_name(purifier.flow), **asdict(purifier.config)}
-        # Not the prompts: a text encoder's last bits differ between processors.
         models = nn.ModuleList(one for one in (purifier.unet, purifier.vae, purifier.decoder) if one is not None)
+        made |= {"configs": _configs_digest(models), "prompts": self._prompts_digest()}
         return {**own, "device": place, **made, "weights": weights_digest(models)}
+
+    def _prompts_digest(self) -> str | None:
+        """Of the prompts that a folder stores. None for others: a text encoder's last bits vary between processors."""
+        stored = Path(self.model, "prompt_embeds.safetensors")
+        return file_digest(stored)[:_DIGITS] if self.model != "tiny" and stored.is_file() else None
 
 
 def settings_digest(identity: Mapping[str, Any]) -> str:
     """Of an identity without its weights: 16 hex digits."""
-    settings = {name: value for name, value in identity.items() if name != "weights"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return _json_digest({name: value for name, value in identity.items() if name != "weights"})
+
+
+def _configs_digest(models: Iterable[Any]) -> str:
+    """Of what the models' config.json say of them, such as the scaling factor of latents.
+
+    Left out is what begins with "_", as paths and versions, and the defaults that a version of diffusers fills in.
+    """
+    configs = []
+    for config in (model.config for model in models):
+        filled = config.get("_use_default_values", ())
+        configs.append({key: value for key, value in config.items() if key[0] != "_" and key not in filled})
+    return _json_digest(configs)
+
+
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
 class FileWorker:
@@ -116,9 +138,12 @@ class FileWorker:
                 raise ValueError(f"{recipe.model} has other {name} here than where the run began: {own}, not {wanted}")
 
     def __call__(self, job: Job) -> Row:
-        log = self._recipe.work / f"{_key(job)}.log"
+        log = self._recipe.work / f"{job.key}.log"
         row = Row(job.name, job.output, "failed", settings=self._settings, weights=self._weights)
         try:
+            if log.exists():  # of workers that died: what they had written is deleted
+                for place in self._recipe.work.glob(f"{job.key}-*"):
+                    shutil.rmtree(place, ignore_errors=True)
             if reason := self._given_up(log):
                 return row._replace(error=reason)  # the log stays, for those who ask again
             with log.open("a") as file, self._timed(file):
@@ -167,18 +192,20 @@ class FileWorker:
     def _finish(self, job: Job, row: Row) -> Row:
         """The row of a job, whose output is adopted or made."""
         source, output = Path(job.source), self._recipe.out / job.output
-        if str(source).encode("utf-8", "replace").decode() != str(source):
+        if printable(str(source)) != str(source):
             raise ValueError("its name is not UTF-8; accepted: a name in UTF-8")
         if not source.is_file():
             raise FileNotFoundError(f"there is no file {source}")
+        if not Path(os.path.realpath(output.parent)).is_relative_to(os.path.realpath(self._recipe.out)):
+            raise ValueError(f"a link leads {job.output} out of {self._recipe.out}")
         digest = file_digest(source)
         row = row._replace(state="done", size=source.stat().st_size, input_digest=digest)
         if adopted := _adopted(output, row):
             return adopted
-        if not Path(os.path.realpath(output.parent)).is_relative_to(os.path.realpath(self._recipe.out)):
-            raise ValueError(f"a link leads {job.output} out of {self._recipe.out}")
         output.parent.mkdir(parents=True, exist_ok=True)
         target = self._target(job)
+        note = target.with_suffix(".json")
+        target.parent.mkdir(exist_ok=True)
         try:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always")
@@ -186,23 +213,26 @@ class FileWorker:
             _sync(target)
             texts = dict.fromkeys(str(one.message) for one in heard if one.category is UserWarning)
             row = row._replace(frames=frames, output_digest=file_digest(target))
-            row = row._replace(warnings="\n".join(texts).replace(str(target), job.output) or None)
+            row = row._replace(warnings=printable("\n".join(texts).replace(str(target), job.output)) or None)
             os.replace(target, output)
+            _sync(output.parent)
+            note.write_text(json.dumps(row._asdict()))
+            _sync(note)
+            os.replace(note, digest_path(output))
         finally:
-            target.unlink(missing_ok=True)
-        _sync(output.parent)
-        with atomic_write(digest_path(output)) as partial:
-            partial.write_text(json.dumps(row._asdict()))
-            _sync(partial)
+            shutil.rmtree(target.parent, ignore_errors=True)
         return row
 
     def _sentence(self, error: Exception, job: Job) -> str:
-        text = " ".join(str(error).split()) or type(error).__name__
-        return text.replace(str(self._target(job)), job.output)
+        text = str(error).replace(str(self._target(job)), job.output)
+        return printable(" ".join(text.split())) or type(error).__name__
 
     def _target(self, job: Job) -> Path:
-        """Where an output is written; no other worker's, of which one may outlive its driver for a while."""
-        return self._recipe.work / f"{_key(job)}-{self._own}{self._recipe.suffix}"
+        """Where an output is written: in a folder for it, and for what libraries write beside it.
+
+        It is no other worker's, of which one may outlive its driver for a while.
+        """
+        return self._recipe.work / f"{job.key}-{self._own}" / f"output{self._recipe.suffix}"
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -232,17 +262,15 @@ def file_digest(path: Path) -> str:
 def _adopted(output: Path, wanted: Row) -> Row | None:
     """The row of an output that another worker finished, if it is of this input, these settings and weights."""
     try:
-        row = Row(**json.loads(digest_path(output).read_text()))
-        same = all(getattr(row, name) == getattr(wanted, name) for name in ("input_digest", "settings", "weights"))
-        if not same or row.output_digest != file_digest(output):
+        found = json.loads(digest_path(output).read_text())
+        same = all(found[name] == getattr(wanted, name) for name in ("input_digest", "settings", "weights"))
+        frames, texts, digest = found["frames"], found["warnings"], found["output_digest"]
+        right = type(frames) is int and isinstance(texts, str | None) and printable(texts or "") == (texts or "")
+        if not same or not right or digest != file_digest(output):
             return None
-    except (OSError, ValueError, TypeError):  # there is none, or it is damaged
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
         return None
-    return row._replace(name=wanted.name, output=wanted.output)
-
-
-def _key(job: Job) -> str:
-    return hashlib.sha256(job.name.encode()).hexdigest()[:32]
+    return wanted._replace(frames=frames, warnings=texts, output_digest=digest)
 
 
 def _sync(path: Path) -> None:
@@ -258,6 +286,7 @@ def _sync(path: Path) -> None:
 
 def _write_tensors(purifier: Purifier, source: Path, target: Path, recipe: Recipe) -> int:
     """Purify a video into a safetensors file; the whole clip is in memory."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     video = probe(source)
@@ -267,5 +296,10 @@ def _write_tensors(purifier: Purifier, source: Path, target: Path, recipe: Recip
     for i, frame in enumerate(purified_frames(purifier, video, size=recipe.size, seed=recipe.seed)):
         clip[:, i] = frame
     seconds = torch.tensor([float(video.time(i)) for i in range(video.frames)], dtype=torch.float64)
-    save_file({"clip": clip, "seconds": seconds}, target)
+    try:
+        save_file({"clip": clip, "seconds": seconds}, target)
+    except SafetensorError as error:  # the system's number of the error is in its text alone
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
+        raise
     return video.frames
