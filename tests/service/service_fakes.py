@@ -180,7 +180,7 @@ def running(app, *, ready=True):
     assert not thread.is_alive()
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=30.0):
     """Wait for a condition; fail where it does not come."""
     end = time.monotonic() + seconds
     while not condition():
