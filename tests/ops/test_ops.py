@@ -740,7 +740,7 @@ def test_triton_in_the_interpreter(share):
     files = [path for path in sorted(TESTS.rglob("test_*.py")) if "from op_cases import" in path.read_text()]
     files = [path for path in files if path.name not in ("test_ops.py", "test_native.py")][share::4]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "triton-interpreted"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run([*command, *map(str, files)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
