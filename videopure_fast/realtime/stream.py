@@ -96,7 +96,7 @@ class StreamPurifier:
         batch_sizes: Sequence[int] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        check_models(purifier, classifier)
+        check_stream_models(purifier, classifier)
         check_count("max_batch", max_batch)
         check_count("queue_size", queue_size)
         for name, value, accepted in (("policy", policy, get_args(Policy)), ("order", order, get_args(Order))):
@@ -371,7 +371,7 @@ class StreamPurifier:
             warm(reason)
 
 
-def check_models(purifier: Purifier, classifier: nn.Module | None) -> None:
+def check_stream_models(purifier: Purifier, classifier: nn.Module | None) -> None:
     """TypeError or ValueError for models that a StreamPurifier does not take."""
     if not isinstance(purifier, Purifier):
         raise TypeError(f"purifier must be a Purifier, got {type(purifier).__name__}")

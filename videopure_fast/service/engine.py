@@ -19,7 +19,7 @@ from ..adapters import class_names
 from ..data.video import working_size
 from ..purifier import Purifier
 from ..realtime.serving import DeadlineMissed, Progress, QueueFull, Refused
-from ..realtime.stream import StreamPurifier, check_models
+from ..realtime.stream import StreamPurifier, check_stream_models
 from ..windows import CrossFade, window_starts
 from .limits import Limits, Line, check_limits, refusal
 from .live import CLIPS_WAITING, Frames, check_sources, source_frames
@@ -63,7 +63,7 @@ class Engine:
         check_limits(limits)
         check_sources(sources)
         working_size(size, size, size)
-        check_models(purifier, classifier)
+        check_stream_models(purifier, classifier)
         self.limits, self.size, self.model = limits, size, model
         self.classes = None if classifier is None else class_names(classifier)
         self.votes = classifier is not None
