@@ -383,10 +383,9 @@ def check_stream_models(purifier: Purifier, classifier: nn.Module | None) -> Non
     if not isinstance(classifier, nn.Module):
         raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
     weights = next(chain(classifier.parameters(), classifier.buffers()), None)
-    if weights is not None and weights.device != purifier._executor.device:
-        raise ValueError(
-            f"the classifier is on {weights.device} and the purifier on {purifier._executor.device}: move one of them"
-        )
+    device = purifier._executor.device
+    if weights is not None and weights.device != device:
+        raise ValueError(f"the classifier is on {weights.device} and the purifier on {device}: move one of them")
 
 
 def _checked_sizes(sizes: Sequence[int] | None, max_batch: int, on_gpu: bool) -> tuple[int, ...]:
