@@ -77,9 +77,9 @@ class Study:
             row = study.run(self.build, setting, self.clips, arrivals, part=part, **labels)
             after = self.measure()
             simulated = simulate(before.merged(after), arrivals, setting, seed=SEED)
-            labels["drift"] = after.clip_seconds() / before.clip_seconds() - 1  # of the machine's speed, meanwhile
+            row["drift"] = after.clip_seconds() / before.clip_seconds() - 1  # of the machine's speed, meanwhile
             self.result["rows"] += [row, study.row(setting, simulated, simulated=True, part=part, **labels)]
-            print(f"{part}, {labels}, {setting}: {row['summary']['latency']}", flush=True)
+            print(f"{part}, {labels}, {setting}, {row['drift']:+.0%}: {row['summary']['latency']}", flush=True)
 
     def loads(self) -> None:
         for load in LOADS:

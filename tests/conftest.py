@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ["COLUMNS"] = "200"  # wide enough for every table, whatever the terminal: rich reads it when it is imported
@@ -100,6 +101,16 @@ class Classifier(torch.nn.Module):
 
     def forward(self, x):
         return 50 * self.head(torch.tanh(4 * self.features(x - 0.5)).mean((2, 3, 4)))
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """The exit status and what the whole program prints: (status, stdout, stderr)."""
+    from videopure_fast import cli
+
+    monkeypatch.setattr(sys, "argv", ["videopure-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0, *capsys.readouterr()
 
 
 def run_in_threads(count, run):

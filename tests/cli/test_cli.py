@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_purifier, clips
+from conftest import build_purifier, clips, run_main
 from typer.testing import CliRunner
 
 from videopure_fast import cli, purifier
@@ -23,14 +23,6 @@ CLIP = Path(__file__).parents[1] / "data" / "part_0.mp4"
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    """The exit status and what the whole program prints: (status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["videopure-fast", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0, *capsys.readouterr()
 
 
 @pytest.fixture

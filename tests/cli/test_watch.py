@@ -1,14 +1,13 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 
 import av
 import pytest
 import torch
-from conftest import build_purifier
+from conftest import build_purifier, run_main
 from realtime_fakes import FakeCamera, RtspRelay, StubServer, sends, video_bytes
 from typer.testing import CliRunner
 
@@ -22,17 +21,6 @@ from videopure_fast.streaming import purify_stream
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["watch", *map(str, arguments)])
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    """The exit status and what the whole program prints: (status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["videopure-fast", "watch", *map(str, arguments)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stopped:
-        status = stopped.code or 0
-    return status, *capsys.readouterr()
 
 
 @pytest.fixture
@@ -128,7 +116,7 @@ def test_an_interruption_leaves_files_whole(tmp_path, servers, monkeypatch, caps
     source, output, record = video(tmp_path / "a.mkv", 600), tmp_path / "out.mp4", tmp_path / "seen.jsonl"
     interrupt_when(lambda: record.exists() and record.read_text().count('"clip"') > 4, number)
     status, shown, errors = run_main(
-        monkeypatch, capsys, source, "-o", output, "--record", record, "--size", 16, "--window", 4
+        monkeypatch, capsys, "watch", source, "-o", output, "--record", record, "--size", 16, "--window", 4
     )
     assert status == (0 if number == signal.SIGINT else 143) and not errors
     found = lines(record)
@@ -150,7 +138,7 @@ def test_passwords_are_shown_nowhere(tmp_path, servers, monkeypatch, capsys):
         targets = ["-o", tmp_path / "a.ts", "-o", output]
         interrupt_when(lambda: record.exists() and record.read_text().count('"clip"') > 8)
         status, shown, errors = run_main(
-            monkeypatch, capsys, *sources, *targets, "--record", record, "--timeout", 0.5, "--window", 4
+            monkeypatch, capsys, "watch", *sources, *targets, "--record", record, "--timeout", 0.5, "--window", 4
         )
     assert status == 1 and f"error: rtsp://***@127.0.0.1:{gone.port}/live: Connection refused" in errors
     for text in (shown, errors, record.read_text()):
@@ -229,7 +217,7 @@ def test_bad_options(tmp_path, servers, monkeypatch, arguments, message):
 def test_a_file_that_breaks_off_is_an_error_at_the_end(tmp_path, servers, monkeypatch, capsys):
     path = video(tmp_path / "a.mkv", 8)
     monkeypatch.setattr(cameras.Camera, "_follow", lambda *_given: "no picture for 5 s")
-    status, shown, errors = run_main(monkeypatch, capsys, path, "--size", 16)
+    status, shown, errors = run_main(monkeypatch, capsys, "watch", path, "--size", 16)
     assert status == 1 and f"error: {path}: no picture for 5 s" in errors and "state failed" in shown
 
 

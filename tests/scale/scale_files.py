@@ -39,7 +39,7 @@ def named_jobs(root, *names):
 
 
 def small_recipe(out, **options):
-    """Of a fraction of a second a file."""
+    """A recipe that takes a fraction of a second a file."""
     options = {"device": "cpu", "size": 16, "overrides": {"inversion_steps": 0}} | options
     return Recipe(out=out, work=out / ".videopure-fast" / "driver", **options)
 

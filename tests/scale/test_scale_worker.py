@@ -215,7 +215,7 @@ def test_a_full_disk_is_no_error_of_the_file(tmp_path, monkeypatch):
     assert not list((tmp_path / "out" / ".videopure-fast" / "driver").iterdir())
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a full disk, is a device of Linux alone")
 def test_what_ffmpeg_says_of_a_full_disk_is_known():
     with pytest.raises(OSError) as raised, av.open("file:/dev/full", "w", format="matroska") as container:
         stream = container.add_stream("mpeg4", rate=25)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import run_main
 from realtime_fakes import video_bytes
 from service_fakes import until
 from typer.testing import CliRunner
@@ -24,17 +25,6 @@ from videopure_fast.service.limits import Limits
 from videopure_fast.service.security import LOCAL_HOSTS
 
 TOKEN = "a-token-of-a-test"
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    """The exit status and what the whole program prints: (status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["videopure-fast", "serve", *map(str, arguments)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stopped:
-        status = stopped.code or 0
-    return status, *capsys.readouterr()
 
 
 @pytest.fixture
@@ -54,7 +44,7 @@ def test_the_help_teaches():
 
 
 def test_this_machine_alone_by_default(monkeypatch, capsys, made):
-    status, shown, _ = run_main(monkeypatch, capsys, "--port", 0, "--classifier", "tiny", "--queue", 3)
+    status, shown, _ = run_main(monkeypatch, capsys, "serve", "--port", 0, "--classifier", "tiny", "--queue", 3)
     assert status == 0 and re.search(r"Serving at http://127\.0\.0\.1:\d+; Ctrl-C ends it\.\n", shown)
     assert "token" not in shown
     (one,) = made
@@ -63,7 +53,7 @@ def test_this_machine_alone_by_default(monkeypatch, capsys, made):
 
 
 def test_a_token_is_made_where_others_reach_it(monkeypatch, capsys, made):
-    status, shown, _ = run_main(monkeypatch, capsys, "--host", "0.0.0.0", "--port", 0)
+    status, shown, _ = run_main(monkeypatch, capsys, "serve", "--host", "0.0.0.0", "--port", 0)
     assert status == 0 and made[0].hosts is None
     assert f"Callers need the token {made[0].token}\n" in shown and len(made[0].token) > 40
     assert TOKEN not in repr(made[0])
@@ -71,25 +61,27 @@ def test_a_token_is_made_where_others_reach_it(monkeypatch, capsys, made):
 
 def test_a_token_is_given(monkeypatch, capsys, made, tmp_path):
     monkeypatch.setenv(command.TOKEN, TOKEN)
-    status, shown, _ = run_main(monkeypatch, capsys, "--port", 0, "--allow-host", "box.local")
+    status, shown, _ = run_main(monkeypatch, capsys, "serve", "--port", 0, "--allow-host", "box.local")
     assert status == 0 and made[0].token == TOKEN and TOKEN not in shown and "Callers need the token." in shown
     assert made[0].hosts == (*LOCAL_HOSTS, "box.local") and command.TOKEN not in os.environ
     file = tmp_path / "token.txt"
     file.write_text(f"{TOKEN}-2\n")
-    assert run_main(monkeypatch, capsys, "--port", 0, "--token-file", file)[0] == 0
+    assert run_main(monkeypatch, capsys, "serve", "--port", 0, "--token-file", file)[0] == 0
     assert made[1].token == f"{TOKEN}-2" and TOKEN not in repr(made[1])
     file.write_text("short")
-    status, _, errors = run_main(monkeypatch, capsys, "--port", 0, "--token-file", file)
+    status, _, errors = run_main(monkeypatch, capsys, "serve", "--port", 0, "--token-file", file)
     assert status == 1 and errors.startswith("error: the token cannot be used; accepted: 16 or more")
-    status, _, errors = run_main(monkeypatch, capsys, "--port", 0, "--token-file", tmp_path / "none")
+    status, _, errors = run_main(monkeypatch, capsys, "serve", "--port", 0, "--token-file", tmp_path / "none")
     assert status == 1 and "the token cannot be read from" in errors
 
 
 def test_every_address_that_is_printed_is_allowed(monkeypatch, capsys, made):
-    status, shown, _ = run_main(monkeypatch, capsys, "--port", 0, "--host", "127.0.0.2", "--allow-host", "box.local")
+    status, shown, _ = run_main(
+        monkeypatch, capsys, "serve", "--port", 0, "--host", "127.0.0.2", "--allow-host", "box.local"
+    )
     assert status == 0 and "http://127.0.0.2:" in shown
     assert made[0].hosts == (*LOCAL_HOSTS, "127.0.0.2", "box.local") and made[0].token is None
-    run_main(monkeypatch, capsys, "--port", 0, "--host", "0.0.0.0", "--allow-host", "box.local")
+    run_main(monkeypatch, capsys, "serve", "--port", 0, "--host", "0.0.0.0", "--allow-host", "box.local")
     assert made[1].hosts == ("0.0.0.0", "box.local")
     found = [(None, None, None, "", (number, 0)) for number in ("127.0.1.1", "::1%lo")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
@@ -98,7 +90,7 @@ def test_every_address_that_is_printed_is_allowed(monkeypatch, capsys, made):
 
 @pytest.mark.parametrize("name", ["box:8000", "::1", "http://box", ""])
 def test_names_that_no_request_states_are_refused(monkeypatch, capsys, made, name):
-    status, _, errors = run_main(monkeypatch, capsys, "--port", 0, "--allow-host", name)
+    status, _, errors = run_main(monkeypatch, capsys, "serve", "--port", 0, "--allow-host", name)
     accepted = "accepted: a name or a number, no port, IPv6 in brackets"
     assert status == 1 and errors == f"error: {name!r} is no name of a host; {accepted}\n" and not made
 
@@ -107,7 +99,9 @@ def test_sources_are_named(monkeypatch, capsys, made, tmp_path):
     film, listed = tmp_path / "film.mkv", tmp_path / "sources.txt"
     film.write_bytes(video_bytes(4, kind="matroska"))
     listed.write_text(f"door=rtsp://user:hidden@camera/live\n\nfilm={film}\n")
-    assert run_main(monkeypatch, capsys, "--port", 0, "--source", f"@{listed}", "--source", "b=udp://h:1")[0] == 0
+    assert (
+        run_main(monkeypatch, capsys, "serve", "--port", 0, "--source", f"@{listed}", "--source", "b=udp://h:1")[0] == 0
+    )
     assert made[0].sources == {"door": "rtsp://user:hidden@camera/live", "film": str(film), "b": "udp://h:1"}
     for pair, words in (
         ("rtsp://user:hidden@camera/live", "the source rtsp://***@camera/live has no address"),
@@ -116,9 +110,9 @@ def test_sources_are_named(monkeypatch, capsys, made, tmp_path):
         ("door=concat:a|b", "there is no file"),
         ("@nothing.txt", "nothing.txt"),
     ):
-        status, _, errors = run_main(monkeypatch, capsys, "--source", pair)
+        status, _, errors = run_main(monkeypatch, capsys, "serve", "--source", pair)
         assert status == 1 and words in errors and "hidden" not in errors
-    status, _, errors = run_main(monkeypatch, capsys, "--source", "a=udp://h:1", "--source", "a=udp://h:2")
+    status, _, errors = run_main(monkeypatch, capsys, "serve", "--source", "a=udp://h:1", "--source", "a=udp://h:2")
     assert status == 1 and "the source a is given twice; accepted: NAME=SOURCE, each name once" in errors
 
 
@@ -129,7 +123,7 @@ def test_what_is_missing_is_said_in_a_sentence(monkeypatch, capsys, made):
     assert status == 1
     assert errors == "error: serve needs uvicorn, not installed here; pip install 'videopure-fast[serve]'\n"
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "ray" else real(name))
-    status, _, errors = run_main(monkeypatch, capsys, "--replicas", 2)
+    status, _, errors = run_main(monkeypatch, capsys, "serve", "--replicas", 2)
     assert errors == "error: --replicas needs Ray Serve, which is not installed here; pip install 'ray[serve]>=2.60'\n"
 
 
@@ -137,18 +131,18 @@ def test_replicas_join_nobodys_cluster(monkeypatch, capsys, made):
     monkeypatch.setattr(command, "find_spec", lambda name: True)
     monkeypatch.setattr(ray_serve, "run", lambda *_, **__: pytest.fail("it was started"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    status, shown, errors = run_main(monkeypatch, capsys, "--replicas", 2)
+    status, shown, errors = run_main(monkeypatch, capsys, "serve", "--replicas", 2)
     assert status == 1 and not shown and "but RAY_ADDRESS is 10.0.0.1:6379; accepted: unset it, or run" in errors
-    assert run_main(monkeypatch, capsys, "--port", 0)[0] == 0  # one alone needs no Ray
+    assert run_main(monkeypatch, capsys, "serve", "--port", 0)[0] == 0  # one alone needs no Ray
 
 
 def test_a_place_that_is_taken_or_none(monkeypatch, capsys, made):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        status, _, errors = run_main(monkeypatch, capsys, "--port", taken.getsockname()[1])
+        status, _, errors = run_main(monkeypatch, capsys, "serve", "--port", taken.getsockname()[1])
     assert status == 1 and re.match(r"error: cannot listen at 127\.0\.0\.1, port \d+: .*in use", errors)
-    status, _, errors = run_main(monkeypatch, capsys, "--host", "no such host")
+    status, _, errors = run_main(monkeypatch, capsys, "serve", "--host", "no such host")
     assert status == 1 and errors.startswith("error: the host 'no such host' is not known here")
-    assert run_main(monkeypatch, capsys, "--max-frames", 2, "--max-seconds", 0)[2].startswith(
+    assert run_main(monkeypatch, capsys, "serve", "--max-frames", 2, "--max-seconds", 0)[2].startswith(
         "error: the limit seconds"
     )
     assert not made

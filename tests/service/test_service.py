@@ -623,7 +623,7 @@ def test_a_decoder_that_cannot_be_made_is_made_later(monkeypatch):
 
 
 def test_a_video_that_was_not_encoded_is_forgotten(service, clip, tmp_path):
-    """Of a client that went away; and what cannot be encoded is not the next client's fault."""
+    """Its client went away; and what cannot be encoded is not the next client's fault."""
     (tmp_path / "video").write_bytes(clip)
 
     async def decode():

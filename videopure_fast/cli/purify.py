@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import console, format_seconds
-from .options import Device, Dtype, Flow, Method, Model, Steps
+from .options import Device, Dtype, Flow, Method, Model, Size, Steps, default_size
 
 if TYPE_CHECKING:
     from ..data.video import VideoInfo
     from ..purifier import Purifier
 
-_TINY_SIDE, _USUAL_SIDE = 64, 224  # default --size, in pixels
 _LONG = 3600  # seconds beyond which a purification is warned of
 
 
@@ -25,13 +24,7 @@ def purify(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="mp4, avi, gif or webm file to write.")],
     model: Model = "tiny",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            show_default=f"{_TINY_SIDE} for tiny, else {_USUAL_SIDE}",
-            help="Short side of the purified video in pixels; even, 16 or more.",
-        ),
-    ] = None,
+    size: Size = None,
     method: Method = "videopure",
     steps: Steps = None,
     device: Device = None,
@@ -81,13 +74,6 @@ def purify(
     with _Pace(purifier, video.frames) as pace, listening(EvaluationCounter(pace.advance)):
         purify_file(purifier, video, output, size=size, seed=seed)
     console.print(f"Wrote {output} in {format_seconds(time.perf_counter() - started)}.")
-
-
-def default_size(model: str, size: int | None) -> int:
-    """The short side of a purified video in pixels: `size`, or what suits the model."""
-    if size is not None:
-        return size
-    return _TINY_SIDE if model == "tiny" else _USUAL_SIDE
 
 
 def _announce_estimate(purifier: Purifier, frames: int, height: int, width: int) -> None:

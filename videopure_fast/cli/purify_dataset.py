@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .console import console
-from .options import Dtype, Flow, Method, Model, Steps
-from .purify import default_size
+from .options import Dtype, Flow, Method, Model, Size, Steps, default_size
 
 if TYPE_CHECKING:
     from ..data.datasets import VideoDataset
@@ -76,12 +75,7 @@ def purify_dataset(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            show_default="64 for tiny, else 224", help="Short side of the outputs in pixels.", rich_help_panel=_OUTPUT
-        ),
-    ] = None,
+    size: Size = None,
     model: Model = "tiny",
     method: Method = "videopure",
     steps: Steps = None,
@@ -276,7 +270,7 @@ def _pool(
 
 
 def _device(pool: Pool, rank: Rank | None) -> str | None:
-    """Of a worker; None is the accelerator that Ray gives it."""
+    """The device of a worker; None is the accelerator that Ray gives it."""
     import torch
 
     if not pool.num_gpus:

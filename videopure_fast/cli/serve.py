@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import console
-from .options import Device, Dtype, Flow, Model, Steps
+from .options import Device, Dtype, Flow, Model, Size, Steps, default_size
 
 if TYPE_CHECKING:
     from ..service.settings import Settings
 
 TOKEN = "VIDEOPURE_FAST_TOKEN"  # variable of the environment
-_TINY_SIDE, _USUAL_SIDE = 64, 224  # default --size, in pixels
 _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
@@ -28,13 +27,7 @@ def serve(
         typer.Option(help='"tiny", or "package.module:function" returning a module: its votes and label.'),
     ] = None,
     model: Model = "tiny",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            show_default=f"{_TINY_SIDE} for tiny, else {_USUAL_SIDE}",
-            help="Short side of the purified frames in pixels; even, 16 or more.",
-        ),
-    ] = None,
+    size: Size = None,
     source: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,7 +105,7 @@ def serve(
     token, made = _token(token_file, local)
     settings = Settings(
         model=model,
-        size=size if size is not None else _TINY_SIDE if model == "tiny" else _USUAL_SIDE,
+        size=default_size(model, size),
         limits=limits,
         classifier=classifier,
         device=device,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .console import console
-from .options import Device, Dtype, Flow, Model, Steps
+from .options import Device, Dtype, Flow, Model, Size, Steps, default_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..realtime.stream import StreamPurifier
     from ..realtime.watcher import Record, Watcher
 
-_TINY_SIDE, _USUAL_SIDE = 64, 224  # default --size, in pixels
 _WAITING = 2  # clips a source that wait at most, by default: an older one is stale
 _TOGETHER = 4  # clips in flight on a GPU at most
 _REFRESH, _SUMMARY = 0.25, 5.0  # seconds between two pictures of a terminal, and two lines where there is none
@@ -86,13 +85,7 @@ def watch(
             "camera, each clip, each end."
         ),
     ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            show_default=f"{_TINY_SIDE} for tiny, else {_USUAL_SIDE}",
-            help="Short side of the purified frames in pixels; even, 16 or more.",
-        ),
-    ] = None,
+    size: Size = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds without a picture after which a camera is opened anew.")
     ] = 5.0,
@@ -154,7 +147,7 @@ def watch(
     )
     module = None if classifier is None else _classifier(classifier, purifier)
     window, hop = _window(window, hop, purifier)
-    size = (_TINY_SIDE if model == "tiny" else _USUAL_SIDE) if size is None else size
+    size = default_size(model, size)
     settings: dict[str, Any] = {"window": window, "hop": hop, "size": size, "deadline": deadline}
     with ExitStack() as stack:
         if notes is not None:

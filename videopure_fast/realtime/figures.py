@@ -15,7 +15,7 @@ from .study import STAGES, Setting, read_records
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of each its color, and a size in points by which a mark that lies upon another leaves that one seen.
+# The color of each, and the size of its marks in points: smaller ones lie upon larger ones, and hide none.
 _PERCENTILES = {"p99": (COLORS[2], 9.0), "p95": (COLORS[1], 6.5), "p50": (COLORS[0], 4.5)}
 _WAIT = "#d4d4d4"
 _STAGE_COLORS = dict(zip(STAGES, (_WAIT, COLORS[4], COLORS[0], COLORS[2], COLORS[3]), strict=True))

@@ -91,18 +91,18 @@ class Recipe:
         return {**own, "device": place, **made, "weights": weights_digest(models)}
 
     def _prompts_digest(self) -> str | None:
-        """Of the prompts that a folder stores. None for others: a text encoder's last bits vary between processors."""
+        """The digest of prompts that a folder stores; None for others: an encoder's last bits vary by processor."""
         stored = Path(self.model, "prompt_embeds.safetensors")
         return file_digest(stored)[:_DIGITS] if self.model != "tiny" and stored.is_file() else None
 
 
 def settings_digest(identity: Mapping[str, Any]) -> str:
-    """Of an identity without its weights: 16 hex digits."""
+    """The digest of an identity without its weights, 16 hex digits."""
     return _json_digest({name: value for name, value in identity.items() if name != "weights"})
 
 
 def _configs_digest(models: Iterable[Any]) -> str:
-    """Of what the models' config.json say of them, such as the scaling factor of latents.
+    """The digest of what the models' config.json say of them, such as the scaling factor of latents.
 
     Left out is what begins with "_", as paths and versions, and the defaults that a version of diffusers fills in.
     """

@@ -161,7 +161,7 @@ def _numbers(found: Comparison) -> Markup:
 
 
 def _costs(way: Way | None, *, gpu: bool) -> list[str]:
-    """Of a GPU launches, GiB and the error; of a CPU MiB."""
+    """What a way costs beside time: on a GPU launches, GiB and the error, on a CPU MiB."""
     peak = None if way is None or way.peak_memory is None else way.peak_memory / 2 ** (30 if gpu else 20)
     if not gpu:
         return [_MISSING if peak is None else f"{peak:.0f}"]
