@@ -119,7 +119,7 @@ def test_sources_are_named(monkeypatch, capsys, made, tmp_path):
 def test_what_is_missing_is_said_in_a_sentence(monkeypatch, capsys, made):
     real = command.find_spec
     monkeypatch.setattr(command, "find_spec", lambda name: None if name in ("uvicorn", "ray") else real(name))
-    status, _, errors = run_main(monkeypatch, capsys)
+    status, _, errors = run_main(monkeypatch, capsys, "serve")
     assert status == 1
     assert errors == "error: serve needs uvicorn, not installed here; pip install 'videopure-fast[serve]'\n"
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "ray" else real(name))
