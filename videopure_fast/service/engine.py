@@ -115,13 +115,17 @@ class Engine:
         self.metrics.show_clips(lambda: self.stream.counts)
         self._warming = asyncio.create_task(self._warm())
 
+    async def warmed(self) -> None:
+        """Wait until it is warm, or cannot be."""
+        if self._warming is not None:
+            await self._warming
+
     async def stop(self) -> None:
         """End, and leave nothing behind; what is still in flight is canceled."""
         self.closing.set()
         await asyncio.gather(*(frames.close() for frames in self.live.values()))
         await asyncio.to_thread(self.stream.close, cancel=True)
-        if self._warming is not None:
-            await self._warming
+        await self.warmed()
         await asyncio.to_thread(self._begun.close)
 
     def check_ready(self) -> None:

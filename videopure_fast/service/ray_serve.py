@@ -32,6 +32,13 @@ _OTHERS = 8  # requests of a replica beside videos and viewers: of the page, of 
 _STORE = 2**28  # bytes of memory in which Ray keeps what goes from process to process
 _WAITING = 32  # requests that wait for a replica at most; beyond them Ray answers 503 itself
 _RETRY = 5.0  # seconds after which those may come again
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would report itself to its makers
+    # Ray's one proxy counts the requests of each replica. Where it forgets them after seconds without a request, as by
+    # default, those that come together next all go to the first replica that it has asked.
+    "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "1000000000",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
+}
 
 
 def resources(actors: int, cores: float, gpus: float) -> dict[str, float]:
@@ -75,7 +82,7 @@ def application(settings: Settings, replicas: int, options: dict[str, Any]) -> A
     ]
 
     def build() -> FastAPI:
-        return make_app(settings, {name: _remote(name) for name in names})
+        return _warm_first(make_app(settings, {name: _remote(name) for name in names}))
 
     return serve.deployment(
         serve.ingress(build)(),
@@ -87,6 +94,20 @@ def application(settings: Settings, replicas: int, options: dict[str, Any]) -> A
         graceful_shutdown_timeout_s=limits.drain,
         ray_actor_options=options,
     ).bind(*live)
+
+
+def _warm_first(app: FastAPI) -> FastAPI:
+    """Begin the application warm: Ray would choose a replica that refuses at once before those that are at work."""
+    begin = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(begun: FastAPI) -> AsyncIterator[None]:
+        async with begin(begun):
+            await begun.state.engine.warmed()
+            yield
+
+    app.router.lifespan_context = lifespan
+    return app
 
 
 def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Callable[[str], None]) -> None:
@@ -126,7 +147,8 @@ def _connected() -> Iterator[None]:
         # Not in TMPDIR, which may be too long a path for the sockets in it.
         folder = tempfile.mkdtemp(prefix="vpf-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
         ended.callback(shutil.rmtree, folder, ignore_errors=True)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report itself to its makers
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         options: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": folder}
         options |= {"object_store_memory": _STORE, "log_to_driver": False, "logging_level": logging.ERROR}
         ended.callback(ray.shutdown)
