@@ -41,6 +41,8 @@ def evaluated(purifier):
     options = QUICK | {"threats": ["gray-box", "bpda"], "checks": True, "progress": True}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as shown:
         patch.setattr(checks, "_LONG", 0)
+        patch.setattr(checks, "_REACH_EPS", (8 / 255,))
+        patch.setattr(checks, "_REACH_STEPS", 2)
         report = benchmark(CLASSIFIER, purifier, (CLIPS, LABELS), **options)
     return report, shown.getvalue()
 

@@ -322,7 +322,7 @@ def sanity_checks(plan: Plan, context: EvalContext, *, bar: tqdm | None = None) 
     if (target := exact or bpda) is not None:
         watched = progress.counted(target)
         todo[_EFFORT] = partial(effort_check, watched, clips, labels, eps=eps, steps=_EFFORT_STEPS)
-        todo[_REACH] = partial(reach_check, watched, clips, labels)
+        todo[_REACH] = partial(reach_check, watched, clips, labels, eps=_REACH_EPS, steps=_REACH_STEPS)
     if exact is not None and bpda is not None:
         todo[_BPDA] = partial(stand_in_check, exact, bpda, clips, labels)
     if defense.purifier is not None:
