@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from markdown_table import markdown
 
+from videopure_fast.realtime import study
 from videopure_fast.realtime.study import ServiceTimes, Setting, read_records
 from videopure_fast.realtime.tables import (
     HEADER,
@@ -33,7 +33,7 @@ def parts(results: Path) -> dict[str, str]:
     file = results / "latency-cpu.json"
     if not file.exists():
         return dict.fromkeys(PARTS, UNMEASURED)
-    result = json.loads(file.read_text())
+    result = study.load(file)
     makers = (load, policies, scenarios, simulated)
     return {name: "\n".join(make(result)) for name, make in zip(PARTS, makers, strict=True)}
 
@@ -43,7 +43,7 @@ def picture(results: Path) -> str:
     file = results / "latency-cpu.json"
     if not file.exists():
         return UNMEASURED
-    result = json.loads(file.read_text())
+    result = study.load(file)
     (row,) = (
         row for row in rows_of(result, "load") if row["load"] == 0.8 and not row["simulated"] and is_one_by_one(row)
     )

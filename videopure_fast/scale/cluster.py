@@ -6,18 +6,11 @@ import contextlib
 import json
 import logging
 import math
-import os
-import re
-import shutil
-import signal
-import sys
-import tempfile
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from .. import ray_cluster
 from .local import MakeWorker
 from .rows import Job, Row
 
@@ -30,9 +23,6 @@ _TASKS = 64  # for each worker at least, so that the last ones end together
 _MOST_ROWS = 8  # of a task, which come together: Ray's own work for a task takes 10 ms of a core
 _QUEUED = 2  # tasks a worker: one that it does, and one that waits, so that it never does
 _DEATHS = 3  # of workers in a row before they are ready
-_FOLDER = "videopure-fast-ray-"
-# Nothing is sent to Ray's makers, and its C++ says on stderr only what ends it.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @dataclass(frozen=True)
@@ -94,36 +84,14 @@ def _room(machines: Sequence[tuple[float, float]], num_cpus: float, num_gpus: fl
 
 @contextlib.contextmanager
 def connected(address: str | None, *, cpus: float | None = None) -> Iterator[list[dict[str, float]]]:
-    """Join the Ray cluster at an address, or start one of this machine, and leave or end it.
-
-    Yields the resources of each of its machines. cpus: cores that this machine's own cluster is to have at least, as
-    Ray counts them.
-    """
+    """A Ray cluster with Ray Data, as `ray_cluster.connected` has it."""
     try:
-        import ray
-        import ray.data
+        import ray.data  # noqa: F401
     except ImportError as error:
         raise ImportError(_MISSING) from error
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with contextlib.ExitStack() as ended:
-        for name in _QUIET.keys() - os.environ.keys():
-            os.environ[name] = _QUIET[name]
-            ended.callback(os.environ.pop, name, None)
-        if address is None:
-            options |= {"include_dashboard": False, "object_store_memory": _STORE, "_temp_dir": _new_folder(ended)}
-            options |= {} if cpus is None else {"num_cpus": max(math.ceil(cpus), os.cpu_count() or 1)}
-        handler = signal.getsignal(signal.SIGTERM)
-        ended.callback(ray.shutdown)
-        try:
-            with _hushed():
-                ray.init(address=address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f"at {address}" if address else "on this machine"
-            raise RuntimeError(f"there is no Ray cluster {where}: {' '.join(str(error).split())}") from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
+    with ray_cluster.connected(address, cpus=cpus, store=_STORE) as nodes:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield nodes
 
 
 def run_on_ray(jobs: Sequence[Job], make_worker: MakeWorker, pool: Pool) -> Generator[Row, None, None]:
@@ -174,45 +142,6 @@ def _set_up(context: Any) -> None:
     for name, value in wanted.items():
         if hasattr(context, name):
             setattr(context, name, value)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Within the block nothing is written to stderr: Ray's C++ says there that it has read its level of logging."""
-    sys.stderr.flush()
-    with open(os.devnull, "w") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _new_folder(ended: contextlib.ExitStack) -> str:
-    """A folder for what Ray writes; it is deleted at the end. Those of killed processes are deleted at once.
-
-    It is not in TMPDIR, which may be too long a path for the sockets in it.
-    """
-    root = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
-    for folder in root.glob(f"{_FOLDER}*"):
-        match = re.fullmatch(rf"{_FOLDER}(\d+)-\w+", folder.name)
-        if match and not _lives(int(match[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-    made = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=root)
-    ended.callback(shutil.rmtree, made, ignore_errors=True)
-    return made
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def _last_line(error: BaseException) -> str:

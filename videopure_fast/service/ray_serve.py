@@ -8,17 +8,14 @@ requests together, by model id or by session, need headers that a browser does n
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import shutil
 import signal
-import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..ray_cluster import connected
 from .limits import Limits
 from .settings import Settings, load, make_app
 
@@ -32,10 +29,9 @@ _OTHERS = 8  # requests of a replica beside videos and viewers: of the page, of 
 _STORE = 2**28  # bytes of memory in which Ray keeps what goes from process to process
 _WAITING = 32  # requests that wait for a replica at most; beyond them Ray answers 503 itself
 _RETRY = 5.0  # seconds after which those may come again
+# Ray's one proxy counts the requests of each replica. Where it forgets them after seconds without a request, as by
+# default, those that come together next all go to the first replica that it has asked.
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # it would report itself to its makers
-    # Ray's one proxy counts the requests of each replica. Where it forgets them after seconds without a request, as by
-    # default, those that come together next all go to the first replica that it has asked.
     "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "1000000000",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
 }
@@ -115,7 +111,6 @@ def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Ca
 
     announce: told the address where requests are taken. ValueError where the service cannot listen.
     """
-    import ray
     from ray import serve
 
     from .server import address_of, listen
@@ -123,41 +118,22 @@ def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Ca
     with listen(host, port) as free:  # Ray says of a port that is taken that a process of its own has failed
         port, address = free.getsockname()[1], address_of(free)
     stopped = threading.Event()
-    with _connected():
+    with connected(None, store=_STORE, environment=_ENVIRONMENT) as (machine,):
         http = {"host": host, "port": port, "request_timeout_s": longest(settings)}
         serve.start(proxy_location="HeadOnly", http_options=http)
-        found = ray.cluster_resources()
-        gpus = found.get("GPU", 0.0) if settings.device in (None, "cuda") else 0.0
-        options = resources(replicas + len(settings.sources), found.get("CPU", 1.0), gpus)
+        gpus = machine.get("GPU", 0.0) if settings.device in (None, "cuda") else 0.0
+        options = resources(replicas + len(settings.sources), machine.get("CPU", 1.0), gpus)
         serve.run(application(settings, replicas, options), name=APPLICATION, route_prefix="/")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        announce(address)
-        stopped.wait()
-        serve.shutdown()
-
-
-@contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """A Ray of its own, while the block runs; handlers of signals are then as they were."""
-    import ray
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.ExitStack() as ended:
-        # Not in TMPDIR, which may be too long a path for the sockets in it.
-        folder = tempfile.mkdtemp(prefix="vpf-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-        ended.callback(shutil.rmtree, folder, ignore_errors=True)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        options: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": folder}
-        options |= {"object_store_memory": _STORE, "log_to_driver": False, "logging_level": logging.ERROR}
-        ended.callback(ray.shutdown)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            ray.init(**options)
-            yield
+            for number in handlers:
+                signal.signal(number, lambda *_: stopped.set())
+            announce(address)
+            stopped.wait()
+            serve.shutdown()
         finally:
             for number, handler in handlers.items():
-                signal.signal(number, handler)  # Ray sets some of its own
+                signal.signal(number, handler)
 
 
 def _deployment(name: str) -> str:
