@@ -98,7 +98,7 @@ def test_votes_are_shown(visit):
     page = visit(StandIn())
     choose(page, "held.mp4")
     expect_text(page, "#verdict", "playing cello leads")  # 4 of 5, of 30
-    assert page.locator("#votes li").all_inner_texts() == ["playing cello\n4", "archery\n1"]
+    wait_until(lambda: page.locator("#votes li").all_inner_texts() == ["playing cello\n4", "archery\n1"])
     page.locator("#cancel").click()
     purify(page)
     expect_text(page, "#verdict", "playing cello, settled")
