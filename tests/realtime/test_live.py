@@ -284,6 +284,16 @@ def test_records_have_whole_lines_from_any_thread_and_are_continued(tmp_path):
     }
 
 
+def test_a_torn_line_is_left_alone(tmp_path):
+    path = tmp_path / "seen.jsonl"
+    path.write_text('{"event": "cl')  # by a program that was killed
+    for event in ("start", "end"):
+        with Record(path) as record:
+            record.write(event)
+    torn, *whole = path.read_text().splitlines()
+    assert torn == '{"event": "cl' and [json.loads(line)["event"] for line in whole] == ["start", "end"]
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     path, real = tmp_path / "seen.jsonl", os.write
     with Record(path) as record:

@@ -57,6 +57,12 @@ def test_words_are_about_every_setting():
     assert len(said) == 2 and all(str(Setting()) not in one for one in said)
 
 
+def test_a_time_alone_that_was_disturbed_is_said():
+    records = [record(i, i, i + 0.1, i + 0.2, i + 0.5, i + 0.8, i + 1.0) for i in range(3)]  # one a second
+    _, second, *_ = sentences(service(8.6), [study.row(Setting(), records, load=0.5)])
+    assert second.startswith("But 1 clips a second were answered") and "measure again" in second
+
+
 @pytest.mark.parametrize("policies, batches", [(["block"], [1, 2]), (["reject", "drop-oldest"], [1])])
 def test_settings_have_panels_of_their_own(tmp_path, monkeypatch, policies, batches):
     drawn = []

@@ -84,4 +84,4 @@ class CountingWorker(FileWorker):
 
 
 def done_row(job):
-    return Row(job.name, job.output, "done", size=1)
+    return Row(job.name, job.output, "done", size=1, output_size=1)

@@ -12,7 +12,7 @@ from videopure_fast.scale.rows import Row
 def test_rows_come_back_and_replace_those_of_their_file(tmp_path):
     path = tmp_path / "m.sqlite"
     rows = [
-        Row("a\n'.mp4", "a.mp4", "done", 5, "i", "o", "s", "w", 3, "no sound", None),
+        Row("a\n'.mp4", "a.mp4", "done", 5, "i", 7, "o", "s", "w", 3, "no sound", None),
         Row("b", "b", "failed", error="e"),
     ]
     manifest = Manifest(path, IDENTITY)

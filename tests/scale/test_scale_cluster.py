@@ -264,7 +264,7 @@ def test_ten_thousand_rows_cost_little(tmp_path):
 
     class Stub:
         def __call__(self, job):
-            return Row(job.name, job.output, "done", size=1)
+            return Row(job.name, job.output, "done", size=1, output_size=1)
 
     def report(counts):
         times.setdefault(counts.done, time.perf_counter())

@@ -6,7 +6,7 @@ import pytest
 from dying_worker import DyingWorker, refuse
 from scale_files import IDENTITY, done_row, named_jobs
 
-from videopure_fast.scale.driver import Counts, Rank, purify_dataset, unfinished
+from videopure_fast.scale.driver import Counts, Rank, purify_dataset, settled
 from videopure_fast.scale.local import run_in_child
 from videopure_fast.scale.manifest import MANIFEST, locked, read_rows
 from videopure_fast.scale.rows import Job, Row
@@ -44,7 +44,7 @@ def test_what_is_settled_is_not_done_again(places):
     assert counts == Counts(3, 0, done=2, failed=1) == seen[-1] and seen[0] == Counts(3, 0)
     assert [row.state for row in read_rows(out / MANIFEST)] == ["done", "failed", "done"]
     again, ended = Run(out), []
-    assert purify_dataset(jobs, out, IDENTITY, again, finish=ended.append) == Counts(5, 3, done=2)
+    assert purify_dataset(jobs, out, IDENTITY, again, finish=ended.append) == Counts(5, 3, done=2, failed_before=1)
     assert again.asked == ["3.mp4", "4.mp4"] and len(ended[0]) == 5
     retried = Run(out)
     assert purify_dataset(jobs, out, IDENTITY, retried, retry_errors=True) == Counts(5, 4, done=1)
@@ -54,12 +54,13 @@ def test_what_is_settled_is_not_done_again(places):
 def test_rows_that_no_longer_hold_are_done_again(places):
     jobs, out = places
     purify_dataset(jobs, out, IDENTITY, Run(out))
-    assert unfinished(jobs, out, retry_errors=False) == []
+    assert [*settled(jobs, out, retry_errors=False)] == [job.name for job in jobs]
     (out / jobs[0].output).unlink()
+    (out / jobs[3].output).write_bytes(b"")
     with open(jobs[1].source, "a") as file:
         file.write("more")
     os.unlink(jobs[2].source)  # was done before
-    assert unfinished(jobs, out, retry_errors=False) == jobs[:2]
+    assert [*settled(jobs, out, retry_errors=False)] == ["2.mp4", "4.mp4"]
 
 
 def test_too_many_errors_end_the_run(places):
@@ -175,7 +176,7 @@ def test_what_failed_in_a_former_rank_does_not_replace_what_is_done_since(places
     with pytest.raises(SystemExit):
         purify_dataset(jobs, out, IDENTITY, killed, rank=Rank(2, 3))
     purify_dataset(jobs, out, IDENTITY, Run(out), rank=Rank(1, 2), retry_errors=True)
-    assert retried not in unfinished(jobs, out, retry_errors=True)
+    assert retried not in settled(jobs, out, retry_errors=True)
     purify_dataset(jobs, out, IDENTITY, Run(out), rank=Rank(0, 2))  # merges the manifest of the third rank
     assert [row.state for row in read_rows(out / MANIFEST)] == ["done"] * 5
     assert [path.name for path in out.glob("*.sqlite")] == [MANIFEST]

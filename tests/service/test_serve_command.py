@@ -39,7 +39,13 @@ def made(monkeypatch):
 
 def test_the_help_teaches():
     shown = CliRunner().invoke(cli.app, ["serve", "--help"]).output
-    for words in ("POST /v1/purify", "Authorization: Bearer TOKEN", "curl -F video=@clip.mp4", "--max-frames", "503"):
+    for words in (
+        "POST /v1/purify",
+        "Authorization: Bearer TOKEN",
+        "curl --fail --retry 9 -F video=@clip.mp4",
+        "--max-frames",
+        "503",
+    ):
         assert words in shown
 
 

@@ -326,7 +326,9 @@ def _summarize(counts: Counts, out: Path, rank: Rank | None) -> None:
         f"{share}{counts.done} files done and {counts.failed} failed, {counts.before} settled before, "
         f"of {counts.files}: {out / 'manifest.sqlite'}"
     )
-    if counts.failed:
+    if counts.failed_before:
+        console.print(f"Of those settled before, {counts.failed_before} had failed.")
+    if counts.failed or counts.failed_before:
         console.print("The manifest says why; --retry-errors does the failed ones again.")
     if counts.warned:
         console.print(f"{counts.warned} outputs have warnings in the manifest, such as sound that they cannot hold.")
@@ -344,12 +346,15 @@ def _estimate(
     """Print what is to be done, and how long that may take, by a sample of it."""
     from ..data.video import probe, working_size
     from ..measure.estimate import estimate_seconds
-    from ..scale.driver import unfinished
+    from ..scale.driver import settled
     from ..scale.manifest import MANIFEST, check_identity
 
     check_identity(out / MANIFEST, identity)
-    todo = unfinished(jobs, out, retry_errors=retry_errors)
-    console.print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them settled and {len(todo)} to be done.")
+    known = settled(jobs, out, retry_errors=retry_errors)
+    todo = [job for job in jobs if job.name not in known]
+    console.print(f"{len(jobs)} files, {len(known)} of them settled and {len(todo)} to be done.")
+    if failed := sum(row.state == "failed" for row in known.values()):
+        console.print(f"Of those settled, {failed} have failed; --retry-errors does them again.")
     if pool.num_gpus and purifier.unet.device.type == "cpu":
         console.print("How long this takes is not known here: the workers have GPUs, and this machine has none.")
         return
@@ -368,10 +373,12 @@ def _estimate(
     if unreadable:
         console.print(f"Of a sample of {unreadable + len(seconds)}, {unreadable} cannot be read.")
     if computed:
-        hours = len(todo) * sum(computed) / len(computed) / pool.workers / 3600
+        workers = min(pool.workers, len(todo))
+        seconds_of_all = len(todo) * sum(computed) / len(computed) / workers
+        lasts = f"{seconds_of_all:.3g} seconds" if seconds_of_all < 3600 else f"{seconds_of_all / 3600:.3g} hours"
         console.print(
             f"By the FLOPs of {len(computed)} of them on {purifier.unet.device}, and the time to decode them, "
-            f"{pool.workers} worker{'s' * (pool.workers > 1)} may take about {hours:.3g} hours."
+            f"{workers} worker{'s' * (workers > 1)} may take about {lasts}."
         )
     elif seconds:
         console.print("How long this takes is not known: this model's work cannot be counted.")

@@ -83,7 +83,7 @@ def serve(
     videopure-fast serve --source door=rtsp://camera/live --max-seconds 20
     videopure-fast serve --host 0.0.0.0 --token-file token.txt --model ali-vilab/text-to-video-ms-1.7b
     videopure-fast serve --replicas 8 --model ali-vilab/text-to-video-ms-1.7b
-    curl -F video=@clip.mp4 http://127.0.0.1:8000/v1/purify -o purified.mp4
+    curl --fail --retry 9 -F video=@clip.mp4 http://127.0.0.1:8000/v1/purify -o purified.mp4
     ```
     """
     _check_surroundings(replicas)

@@ -147,13 +147,19 @@ def watch(
     )
     module = None if classifier is None else _classifier(classifier, purifier)
     window, hop = _window(window, hop, purifier)
-    size = default_size(model, size)
+    size, waiting = default_size(model, size), waiting or _WAITING * len(sources)
     settings: dict[str, Any] = {"window": window, "hop": hop, "size": size, "deadline": deadline}
     with ExitStack() as stack:
         if notes is not None:
-            names = {"cameras": [source_name(source) for source in sources], "model": model, "classifier": classifier}
-            stack.enter_context(notes).write("start", **names, policy=policy, **settings)
-        server = stack.enter_context(_server(purifier, module, policy, waiting or _WAITING * len(sources)))
+            names: dict[str, Any] = {
+                "cameras": [source_name(source) for source in sources],
+                "model": model,
+                "classifier": classifier,
+            }
+            names |= {"steps": purifier.config.inversion_steps, "flow": flow, "dtype": str(purifier.unet.dtype)[6:]}
+            names |= {"device": str(purifier.unet.device), "queue": waiting, "timeout": timeout, "policy": policy}
+            stack.enter_context(notes).write("start", **names, **settings)
+        server = stack.enter_context(_server(purifier, module, policy, waiting))
         options: dict[str, Any] = {"lossless": policy == "block", "timeout": timeout}
         options |= {"outputs": outputs, "record": notes, "classes": None if module is None else class_names(module)}
         if purifier.unet.device.type == "cuda":

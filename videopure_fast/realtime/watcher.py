@@ -62,7 +62,10 @@ class Record:
         self._path, self._lock = Path(path), threading.Lock()
 
     def __enter__(self) -> Record:
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        length = os.fstat(self._file).st_size
+        if length and os.pread(self._file, 1, length - 1) != b"\n":  # the last line of a program that was killed
+            os.write(self._file, b"\n")
         self._open = True
         return self
 

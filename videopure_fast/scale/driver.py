@@ -24,13 +24,17 @@ class Rank(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Files of a run: all of them; those settled before it; and since, those done, failed, and done with warnings."""
+    """Files of a run: all of them; those settled before it; and since, those done, failed, and done with warnings.
+
+    failed_before: of those settled before.
+    """
 
     files: int
     before: int
     done: int = 0
     failed: int = 0
     warned: int = 0
+    failed_before: int = 0
 
     def with_row(self, row: Row) -> Counts:
         """These counts, and one file more."""
@@ -81,8 +85,10 @@ def purify_dataset(
         if rank is None:
             _merge(jobs, out, identity, _rank_manifests(out, None))
         share = jobs if rank is None else _share(jobs, rank)
-        todo = unfinished(share, out, retry_errors=retry_errors)
-        counts = Counts(len(share), len(share) - len(todo))
+        known = settled(share, out, retry_errors=retry_errors)
+        todo = [job for job in share if job.name not in known]
+        failed = sum(row.state == "failed" for row in known.values())
+        counts = Counts(len(share), len(known), failed_before=failed)
         report(counts)
         path = out / MANIFEST if rank is None else out / f"manifest-{rank.number}.sqlite"
         with (
@@ -111,15 +117,16 @@ def _share(jobs: Sequence[Job], rank: Rank) -> list[Job]:
     return [job for job in jobs if int(job.key, 16) % rank.world == rank.number]
 
 
-def unfinished(jobs: Sequence[Job], out: Path, *, retry_errors: bool) -> list[Job]:
-    """The jobs without a row in the manifests of `out`, and those whose row no longer holds: the output is gone, or the
-    source has another size."""
+def settled(jobs: Sequence[Job], out: Path, *, retry_errors: bool) -> dict[str, Row]:
+    """The rows of jobs, by name, that are in the manifests of `out` and hold.
+
+    A row does not hold where the output is gone or has another size, or the source has; retry_errors: where it failed.
+    """
     by_name = {job.name: job for job in jobs}
     # The manifest of all comes last: a rank that ends meanwhile puts its rows there before it deletes its own.
     manifests = [*_rank_manifests(out, None), out / MANIFEST]
     rows = (row for path in manifests for row in read_rows(path) if row.name in by_name)
-    settled = {row.name for row in rows if _holds(row, by_name[row.name], out, retry_errors)}
-    return [job for job in jobs if job.name not in settled]
+    return {row.name: row for row in rows if _holds(row, by_name[row.name], out, retry_errors)}
 
 
 def _holds(row: Row, job: Job, out: Path, retry_errors: bool) -> bool:
@@ -130,7 +137,8 @@ def _holds(row: Row, job: Job, out: Path, retry_errors: bool) -> bool:
     with contextlib.suppress(OSError):  # a source that is gone was done before
         if os.stat(job.source).st_size != row.size:
             return False
-    return (out / row.output).is_file()
+    output = out / row.output
+    return output.is_file() and output.stat().st_size == row.output_size
 
 
 def _rank_manifests(out: Path, rank: Rank | None) -> list[Path]:

@@ -36,7 +36,8 @@ class Row(NamedTuple):
     """What became of a job; what it does not have is None. Nothing here depends on when or where the work was done.
 
     name, output: the job's.
-    size, input_digest, output_digest: bytes of the source, and the SHA-256 of both files.
+    size, input_digest: bytes of the source, and its SHA-256.
+    output_size, output_digest: those of the output.
     settings, weights: digests of the settings and of the models' weights.
     frames: of the video.
     warnings: what the output could not hold, a line each.
@@ -48,6 +49,7 @@ class Row(NamedTuple):
     state: State
     size: int | None = None
     input_digest: str | None = None
+    output_size: int | None = None
     output_digest: str | None = None
     settings: str | None = None
     weights: str | None = None

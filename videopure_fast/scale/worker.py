@@ -212,7 +212,7 @@ class FileWorker:
                 frames = self.purify(source, target)
             _sync(target)
             texts = dict.fromkeys(str(one.message) for one in heard if one.category is UserWarning)
-            row = row._replace(frames=frames, output_digest=file_digest(target))
+            row = row._replace(frames=frames, output_size=target.stat().st_size, output_digest=file_digest(target))
             row = row._replace(warnings=printable("\n".join(texts).replace(str(target), job.output)) or None)
             os.replace(target, output)
             _sync(output.parent)
@@ -270,7 +270,7 @@ def _adopted(output: Path, wanted: Row) -> Row | None:
             return None
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
         return None
-    return wanted._replace(frames=frames, warnings=texts, output_digest=digest)
+    return wanted._replace(frames=frames, warnings=texts, output_size=output.stat().st_size, output_digest=digest)
 
 
 def _sync(path: Path) -> None:
