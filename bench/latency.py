@@ -131,7 +131,8 @@ class Study:
         )
         rows = [{"load": row["load"], "p95": row["summary"]["latency"]["p95"]} for row in tried]
         simulated = carried(self.service, Setting(), deadline, seconds)
-        self.result["sweep"] = {"deadline": deadline, "seconds": seconds, "measured": found, "tried": rows}
+        self.result["sweep"] = {"deadline": deadline, "deadline_clips": DEADLINE_CLIPS, "seconds": seconds}
+        self.result["sweep"] |= {"measured": found, "tried": rows}
         self.result["sweep"]["simulated"] = simulated
 
     def scenarios(self) -> None:
@@ -165,8 +166,7 @@ class Study:
         parts: list[Callable[[], None]] = [self.loads, self.policies, self.bursts, self.sweep, self.scenarios]
         for part in (*parts, self.curve, self.answers):
             part()
-        self.service = self.service.merged(self.measure())
-        self.result["service"] = self.service._asdict()
+        self.result |= {"service": self.service._asdict(), "service_after": self.measure()._asdict()}
         return self.result
 
 

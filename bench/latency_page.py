@@ -64,14 +64,15 @@ def load(result: dict[str, Any]) -> Iterator[str]:
     yield from markdown(["server", *HEADER], [[name_of(row), *cells(row)] for row in rows])
     yield from (
         "",
-        f"{LEGEND} load: of the clips a second that one after another could take, by the time of a clip alone when the "
-        "study began; arrivals are random, so that a run of minutes has some more or fewer.",
+        f"{LEGEND} load: clips a second that are offered, as a share of those that could be answered one after another "
+        "by the time of a clip alone when the study began; arrivals are random: a run of minutes has more or fewer.",
         "",
     )
     measured = [row for row in rows if not row["simulated"]]
     for sentence in sentences(service_of(result), [row for row in measured if is_one_by_one(row)]):
         yield f"- {sentence}"
-    yield from ("", f"`make latency` on {machine(result)}, {result['created'][:10]}.", "")
+    after = f"After the study a clip alone took {service_of(result, 'service_after').clip_seconds():.3g} s."
+    yield from ("", f"{after} `make latency` on {machine(result)}, {result['created'][:10]}.", "")
     yield from agreement(rows)
     yield ""
     yield "![Latency against load](results/latency-cpu.svg)"
@@ -137,10 +138,10 @@ def policies(result: dict[str, Any]) -> Iterator[str]:
 def scenarios(result: dict[str, Any]) -> Iterator[str]:
     yield from markdown(list(SCENARIO_HEADER), [scenario_cells(figures) for figures in result["scenarios"]])
     yield from ("", scenario_note(result["scenarios"]), "")
-    sweep, times = result["sweep"], result["answers"]["assumed"]["deadline_clips"]
+    sweep = result["sweep"]
     yield (
         "Beside those scenarios, a sweep of random arrivals: the highest load at which 95 % of clips are answered "
-        f"within {sweep['deadline']:.3g} s, {times} times a clip's own time, one by one: "
+        f"within {sweep['deadline']:.3g} s, {sweep['deadline_clips']} times that of a clip alone, one by one: "
         f"{share(sweep['measured'])} measured in runs of {sweep['seconds']:g} s, {share(sweep['simulated'])} simulated."
     )
 
@@ -172,11 +173,11 @@ def simulated(result: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     assumed = answers["assumed"]
-    more, two = assumed["carried"]["4"] / assumed["carried"]["1"], assumed["curve"]["2"]
+    more, two, four = assumed["carried"]["4"] / assumed["carried"]["1"], *(assumed["curve"][size] for size in "24")
     yield (
-        f"Where a batch of 4 costs as much as 2 single clips, and one of 2 as much as {two:.3g}, which is **assumed**, "
-        f"batches of 4 carry {more:.2f} times the load that is possible one by one, where 95 % of the clips are to be "
-        f"answered within {assumed['deadline_clips']} times the time of one alone."
+        f"Where a batch of 4 costs as much as {four:g} single clips, and one of 2 as much as {two:.3g}, which is "
+        f"**assumed**, batches of 4 carry {more:.2f} times the load that is possible one by one, where 95 % of "
+        f"clips are to be answered within {assumed['deadline_clips']} times the time of one alone."
     )
 
 
@@ -188,9 +189,9 @@ def is_one_by_one(row: dict[str, Any]) -> bool:
     return Setting(**row["setting"]).max_batch == 1
 
 
-def service_of(result: dict[str, Any]) -> ServiceTimes:
-    """The measured service times; JSON has made the batch sizes words."""
-    fields = dict(result["service"])
+def service_of(result: dict[str, Any], when: str = "service") -> ServiceTimes:
+    """The service times measured before the study, or "service_after" it; JSON has made the batch sizes words."""
+    fields = dict(result[when])
     for stage in ("encode", "evaluation", "decode", "label"):
         fields[stage] = {int(size): times for size, times in fields[stage].items()}
     return ServiceTimes(**fields)

@@ -21,7 +21,8 @@ PACKAGE = ROOT / "videopure_fast"
 # Imports go one way: a room, which is a module or a package, imports only rooms before it. The package's own __init__
 # stands near the end, before the examples, which import the package as users do and which nothing imports.
 ROOMS = (
-    *("config", "inputs", "files", "machine", "straight_through", "schedule", "windows", "kernels", "_C"),
+    *("config", "inputs", "files", "machine", "ray_cluster", "straight_through", "schedule", "windows"),
+    *("kernels", "_C"),
     *(
         "ops",
         "reference",

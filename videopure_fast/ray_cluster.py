@@ -55,8 +55,9 @@ def connected(
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"at {address}" if address else "on this machine"
             raise RuntimeError(f"there is no Ray cluster {where}: {' '.join(str(error).split())}") from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
+        finally:
+            if threading.current_thread() is threading.main_thread() and handler is not None:
+                signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

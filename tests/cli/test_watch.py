@@ -84,6 +84,8 @@ def test_files_are_watched_to_their_end(tmp_path, servers):
     start, *others = lines(record)
     assert start["event"] == "start" and start["cameras"] == list(map(str, sources))
     assert (start["window"], start["hop"], start["policy"], start["classifier"]) == (8, 6, "block", "tiny")
+    assert (start["device"], start["dtype"], start["queue"], start["flow"]) == ("cpu", "float32", 4, None)
+    assert {"steps", "size", "deadline", "timeout"} <= start.keys()
     assert sum(line["event"] == "clip" for line in others) == 5 and {line["camera"] for line in others} == {1, 2}
     assert sum(line["event"] == "end" for line in others) == 2
 

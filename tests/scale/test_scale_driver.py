@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 from functools import partial
@@ -8,7 +9,7 @@ from scale_files import IDENTITY, done_row, named_jobs
 
 from videopure_fast.scale.driver import Counts, Rank, purify_dataset, settled
 from videopure_fast.scale.local import run_in_child
-from videopure_fast.scale.manifest import MANIFEST, locked, read_rows
+from videopure_fast.scale.manifest import MANIFEST, Manifest, locked, read_rows
 from videopure_fast.scale.rows import Job, Row
 
 
@@ -188,6 +189,15 @@ def test_what_fails_where_the_output_is_gone_is_merged(places):
     (out / jobs[0].output).unlink()
     purify_dataset(jobs, out, IDENTITY, Run(out, [failed(jobs[0])]), rank=Rank(0, 1))
     assert [row.state for row in read_rows(out / MANIFEST)] == ["failed"] + ["done"] * 4
+
+
+def test_what_a_killed_rank_has_done_has_not_failed(places):
+    jobs, out = places
+    purify_dataset(jobs, out, IDENTITY, Run(out, [failed(jobs[0])]))
+    (out / jobs[0].output).write_bytes(b"y")
+    with contextlib.closing(Manifest(out / "manifest-0.sqlite", IDENTITY)) as manifest:
+        manifest.add([done_row(jobs[0])])
+    assert {row.state for row in settled(jobs, out, retry_errors=False).values()} == {"done"}
 
 
 def test_what_a_killed_rank_had_done_is_not_done_again(places):

@@ -168,18 +168,19 @@ def go_away(address, content):
         with httpx.stream("POST", f"{address}/v1/purify", timeout=60, **options) as response:
             assert response.status_code == 200
             lines = response.iter_lines()  # the connection lasts as long as this
-            first = next(lines)
+            begun.append(next(lines))
             at_work.wait(60)
-            return first
 
-    at_work = threading.Event()
+    begun, at_work = [], threading.Event()
     with ThreadPoolExecutor(8) as pool:
         left = pool.map(leave, range(8))
         try:
-            until(lambda: set(working(address)) == {"1.0"}, 60)  # Ray may show only the one that has less to do
+            until(lambda: len(begun) == 8, 60)
+            assert set(working(address)) == {"1.0"}  # Ray may show only the one that has less to do
         finally:
             at_work.set()
-        assert sum('"started"' in line for line in left) == 2  # one at each replica, the others wait
+        assert len(list(left)) == 8
+    assert sum('"started"' in line for line in begun) == 2  # one at each replica, the others wait
     until(lambda: working(address) == ["0.0", "0.0"], 10)
     assert purify(address, content).status_code == 200
 

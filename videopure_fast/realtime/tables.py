@@ -15,7 +15,7 @@ LEGEND = (
 )
 SCENARIO_HEADER = ("scenario", "clips", "clips/s", "p50", "p90", "p95", "p99", "LoadGen says")
 _MISSING = "-"
-_DISTURBED = 1.1  # clips answered in the time of one alone, from which on that time was no clip's alone
+_DISTURBED = 1.1  # clips answered in the time of one alone, above which the machine was busy when that was measured
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -66,12 +66,12 @@ def sentences(service: ServiceTimes, rows: Sequence[Mapping[str, Any]]) -> Itera
     """What a study of loads says, for those who have never seen one."""
     seconds, several = service.clip_seconds(), len(set(map(name_of, rows))) > 1
     yield f"Alone, a clip takes {seconds:.3g} s: at most {1 / seconds:.3g} clips a second, one after another."
-    alone = (row for row in rows if row["setting"]["max_batch"] == 1)
+    alone = (row for row in rows if row.get("load") and row["setting"]["max_batch"] == 1)
     fastest = max((row["summary"]["answered_per_second"] for row in alone), default=0.0)
     if fastest * seconds > _DISTURBED:
         yield (
-            f"But {fastest:.3g} clips a second were answered: other work has slowed this machine while a clip was "
-            "measured alone. Loads in percent are of the wrong rate; measure again when it is quiet."
+            f"But {fastest:.3g} clips a second were answered: other work may have slowed this machine while a clip was "
+            "measured alone. Loads in percent are of that rate; measure again when it is quiet."
         )
     for row in rows:
         latency = row["summary"]["latency"]

@@ -63,9 +63,10 @@ class Record:
 
     def __enter__(self) -> Record:
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        length = os.fstat(self._file).st_size
-        if length and os.pread(self._file, 1, length - 1) != b"\n":  # the last line of a program that was killed
-            os.write(self._file, b"\n")
+        if os.fstat(self._file).st_size:
+            os.lseek(self._file, -1, os.SEEK_END)
+            if os.read(self._file, 1) != b"\n":  # the last line of a program that was killed
+                self._append(b"\n")
         self._open = True
         return self
 
@@ -78,17 +79,20 @@ class Record:
         """Append a line with the event, the time of day in seconds since 1970, and fields."""
         line = (json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n").encode()
         with self._lock:
-            if self.failure is not None or not self._open:
+            if self.failure is None and self._open:
+                self._append(line)
+
+    def _append(self, line: bytes) -> None:
+        """Write all of a line, or nothing and why."""
+        length = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) == len(line):
                 return
-            length = os.fstat(self._file).st_size
-            try:
-                if os.write(self._file, line) == len(line):
-                    return
-                self.failure = "it took a part of a line"
-            except OSError as error:
-                self.failure = error.strerror
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, length)
+            self.failure = "it took a part of a line"
+        except OSError as error:
+            self.failure = error.strerror
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, length)
 
 
 class Watcher:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ def purify_dataset(
         todo = [job for job in share if job.name not in known]
         failed = sum(row.state == "failed" for row in known.values())
         counts = Counts(len(share), len(known), failed_before=failed)
+        del known
         report(counts)
         path = out / MANIFEST if rank is None else out / f"manifest-{rank.number}.sqlite"
         with (
@@ -126,7 +128,8 @@ def settled(jobs: Sequence[Job], out: Path, *, retry_errors: bool) -> dict[str, 
     # The manifest of all comes last: a rank that ends meanwhile puts its rows there before it deletes its own.
     manifests = [*_rank_manifests(out, None), out / MANIFEST]
     rows = (row for path in manifests for row in read_rows(path) if row.name in by_name)
-    return {row.name: row for row in rows if _holds(row, by_name[row.name], out, retry_errors)}
+    hold = [row for row in rows if _holds(row, by_name[row.name], out, retry_errors)]
+    return {row.name: row for row in sorted(hold, key=lambda row: row.state == "done")}  # which a rank may have done
 
 
 def _holds(row: Row, job: Job, out: Path, retry_errors: bool) -> bool:
@@ -137,8 +140,10 @@ def _holds(row: Row, job: Job, out: Path, retry_errors: bool) -> bool:
     with contextlib.suppress(OSError):  # a source that is gone was done before
         if os.stat(job.source).st_size != row.size:
             return False
-    output = out / row.output
-    return output.is_file() and output.stat().st_size == row.output_size
+    with contextlib.suppress(OSError):
+        output = os.stat(out / row.output)
+        return stat.S_ISREG(output.st_mode) and output.st_size == row.output_size
+    return False
 
 
 def _rank_manifests(out: Path, rank: Rank | None) -> list[Path]:

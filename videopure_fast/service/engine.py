@@ -118,7 +118,7 @@ class Engine:
     async def warmed(self) -> None:
         """Wait until it is warm, or cannot be."""
         if self._warming is not None:
-            await self._warming
+            await asyncio.wait({self._warming})
 
     async def stop(self) -> None:
         """End, and leave nothing behind; what is still in flight is canceled."""

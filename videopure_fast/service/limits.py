@@ -57,8 +57,8 @@ def check_limits(limits: Limits) -> None:
             raise TypeError(f"the limit {name} is a {type(value).__name__}; accepted: {type(default).__name__}")
         least = {"waiting": 0, "frames": 2, "aspect": 1}.get(name, 1 if isinstance(default, int) else 0)
         if not least <= value < math.inf or (least == 0 and not value and name != "waiting"):
-            accepted = f"{least} or more" if least or name == "waiting" else "more than 0, and finite"
-            raise ValueError(f"the limit {name} is {value}; accepted: {accepted}")
+            accepted = f"{least} or more" if least or name == "waiting" else "more than 0"
+            raise ValueError(f"the limit {name} is {value}; accepted: {accepted}, and finite")
 
 
 def refusal(status: int, sentence: str, retry_after: float | None = None) -> HTTPException:

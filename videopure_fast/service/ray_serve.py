@@ -30,7 +30,8 @@ _STORE = 2**28  # bytes of memory in which Ray keeps what goes from process to p
 _WAITING = 32  # requests that wait for a replica at most; beyond them Ray answers 503 itself
 _RETRY = 5.0  # seconds after which those may come again
 # Ray's one proxy counts the requests of each replica. Where it forgets them after seconds without a request, as by
-# default, those that come together next all go to the first replica that it has asked.
+# default, those that come together next all go to the first replica that it has asked. A busy one may take longer than
+# Ray's tenth of a second to say how many it has.
 _ENVIRONMENT = {
     "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "1000000000",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
@@ -100,6 +101,7 @@ def _warm_first(app: FastAPI) -> FastAPI:
     async def lifespan(begun: FastAPI) -> AsyncIterator[None]:
         async with begin(begun):
             await begun.state.engine.warmed()
+            begun.state.engine.check_ready()
             yield
 
     app.router.lifespan_context = lifespan
