@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,8 @@ def _warm_first(app: FastAPI) -> FastAPI:
 def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Callable[[str], None]) -> None:
     """Serve by a Ray of this machine, which is started for it, until SIGINT or SIGTERM.
 
-    announce: told the address where requests are taken. ValueError where the service cannot listen.
+    announce: told the address where requests are taken. ValueError where the service cannot listen,
+    RuntimeError where Ray cannot begin.
     """
     from ray import serve
 
@@ -122,10 +123,12 @@ def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Ca
     stopped = threading.Event()
     with connected(None, store=_STORE, environment=_ENVIRONMENT) as (machine,):
         http = {"host": host, "port": port, "request_timeout_s": longest(settings)}
-        serve.start(proxy_location="HeadOnly", http_options=http)
+        with _told():
+            serve.start(proxy_location="HeadOnly", http_options=http)
         gpus = machine.get("GPU", 0.0) if settings.device in (None, "cuda") else 0.0
         options = resources(replicas + len(settings.sources), machine.get("CPU", 1.0), gpus)
-        serve.run(application(settings, replicas, options), name=APPLICATION, route_prefix="/")
+        with _told():
+            serve.run(application(settings, replicas, options), name=APPLICATION, route_prefix="/")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for number in handlers:
@@ -136,6 +139,17 @@ def run(settings: Settings, *, host: str, port: int, replicas: int, announce: Ca
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """RuntimeError, in a line, where Ray cannot begin, as on a machine that is too busy."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray could not start the service: {' '.join(str(error).split())}") from error
 
 
 def _deployment(name: str) -> str:
