@@ -131,9 +131,8 @@ class Study:
         )
         rows = [{"load": row["load"], "p95": row["summary"]["latency"]["p95"]} for row in tried]
         simulated = carried(self.service, Setting(), deadline, seconds)
-        self.result["sweep"] = {"deadline": deadline, "deadline_clips": DEADLINE_CLIPS, "seconds": seconds}
-        self.result["sweep"] |= {"measured": found, "tried": rows}
-        self.result["sweep"]["simulated"] = simulated
+        asked = {"deadline": deadline, "deadline_clips": DEADLINE_CLIPS, "seconds": seconds}
+        self.result["sweep"] = {**asked, "measured": found, "tried": rows, "simulated": simulated}
 
     def scenarios(self) -> None:
         """MLPerf's, by LoadGen."""

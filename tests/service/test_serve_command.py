@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -10,12 +12,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from conftest import run_main
+from fastapi import FastAPI
 from realtime_fakes import video_bytes
 from service_fakes import until
+from starlette.exceptions import HTTPException
 from typer.testing import CliRunner
 
 from videopure_fast import cli
@@ -218,3 +223,44 @@ def test_a_killed_program_leaves_nothing_for_long(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     with UploadFolder(tmp_path) as folder:
         assert list(tmp_path.iterdir()) == [folder.path]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_replicas_begin_warm_or_not_at_all(fails):
+    """A replica that refuses at once would be chosen before those that are at work."""
+    seen = []
+
+    class Engine:
+        async def warmed(self):
+            seen.append("warm")
+
+        def check_ready(self):
+            if fails:
+                raise HTTPException(503, "it could not be warmed up")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        app.state.engine = Engine()
+        seen.append("begun")
+        yield
+        seen.append("ended")
+
+    app = ray_serve._warm_first(FastAPI(lifespan=lifespan))
+
+    async def serve():
+        async with app.router.lifespan_context(app):
+            seen.append("serves")
+
+    with pytest.raises(HTTPException) if fails else contextlib.nullcontext():
+        asyncio.run(serve())
+    assert seen == (["begun", "warm"] if fails else ["begun", "warm", "serves", "ended"])
+
+
+def test_errors_of_ray_are_a_line(monkeypatch):
+    class RayError(Exception):
+        pass
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(exceptions=SimpleNamespace(RayError=RayError)))
+    with pytest.raises(RuntimeError, match="^Ray could not start the service: The actor died: killed$"):
+        with ray_serve._told():
+            raise RayError("The actor died:\n\tkilled")
