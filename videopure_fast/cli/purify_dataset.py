@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .console import console
+from .console import console, format_seconds
 from .options import Dtype, Flow, Method, Model, Size, Steps, default_size
 
 if TYPE_CHECKING:
@@ -375,10 +375,9 @@ def _estimate(
     if computed:
         workers = min(pool.workers, len(todo))
         seconds_of_all = len(todo) * sum(computed) / len(computed) / workers
-        lasts = f"{seconds_of_all:.3g} seconds" if seconds_of_all < 3600 else f"{seconds_of_all / 3600:.3g} hours"
         console.print(
             f"By the FLOPs of {len(computed)} of them on {purifier.unet.device}, and the time to decode them, "
-            f"{workers} worker{'s' * (workers > 1)} may take about {lasts}."
+            f"{workers} worker{'s' * (workers > 1)} may take about {format_seconds(seconds_of_all)}."
         )
     elif seconds:
         console.print("How long this takes is not known: this model's work cannot be counted.")
