@@ -1,3 +1,5 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +96,44 @@ def test_round_trip(tmp_path, suffix, rate):
     assert read.shape == written.shape
     assert (read - written).abs().mean() < 4
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "quality", "sizes", "times"),
+    [
+        (".mp4", 30, [(32, 48), (48, 64), (64, 64)], 24),  # x264's macroblock tree changed up to 1 of 5, at some sizes
+        (".mp4", "lossless", [(48, 64)], 4),
+        (".avi", None, [(48, 64)], 4),
+        (".webm", None, [(48, 64)], 4),
+        (".webm", "lossless", [(48, 64)], 4),
+        (".gif", None, [(48, 64)], 2),
+    ],
+)
+def test_equal_frames_make_equal_files(tmp_path, suffix, quality, sizes, times):
+    """On one core or on all of them, and whatever memory held before."""
+    path = tmp_path / f"clip{suffix}"
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+
+    def encoded(frames, fill, cores):
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)  # of this thread, and of those that it starts
+        junk = [np.full(size, fill, np.uint8) for size in (3000, 40_000, 100_000)]
+        del junk
+        with VideoWriter(path, height=frames[0].shape[1], width=frames[0].shape[2], rate=25, quality=quality) as writer:
+            for frame in frames:
+                writer.write(frame)
+        return path.read_bytes()
+
+    for height, width in sizes:
+        noise = torch.randint(64, (30, 3, height, width), generator=torch.Generator().manual_seed(0))
+        smooth = moving_gradient(30, height, width)
+        frames = [(frame * 0.75 + more).byte() for frame, more in zip(smooth, noise, strict=True)]
+        with ThreadPoolExecutor(1) as pool:
+            fills = range(0, 240, 240 // times)
+            files = {
+                pool.submit(encoded, frames, fill, some).result() for some in (cores, {min(cores)}) for fill in fills
+            }
+        assert len(files) == 1
 
 
 def test_probes_the_real_clip():

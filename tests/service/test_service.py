@@ -265,9 +265,9 @@ def test_a_deadline_that_passes(service, clip, slow):
     began = time.monotonic()
     response = service.purify(clip, deadline="0.2")
     assert response.status_code == 504 and response.json()["detail"].startswith("the answer was not there within 0.2 s")
-    last = json.loads(service.purify(clip, headers=LINES, deadline="0.2").text.splitlines()[-1])
+    last = json.loads(service.purify(clip, headers=LINES, deadline="2").text.splitlines()[-1])  # once lines are sent
     assert last["event"] == "error" and last["status"] == 504
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 7
     until(lambda: not service.engine.line.working)
 
 

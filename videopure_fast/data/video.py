@@ -230,7 +230,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & cover]
         if not streams:
-            raise ValueError(f"{path} has no video stream that can be decoded; {_ACCEPTED}")
+            raise ValueError(f"{path} is damaged or has no video stream that can be decoded; {_ACCEPTED}")
         stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
         height, width = stream.codec_context.height, stream.codec_context.width
         if not 0 < height * width <= MAX_PIXELS:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_write, check_writable
+from ..files import REPEATABLE_H264, atomic_write, check_writable
 from .picture import HD_LINES
 from .timing import FrameClock
 from .video import VideoInfo, audio_stream, open_video
@@ -41,10 +41,10 @@ class _Format(NamedTuple):
 
 
 # Visually lossless: about 45 dB for H.264 and VP9. MPEG-4 has no constant quality, but a quantizer of 2 or 3.
-_MPEG4 = {"qmin": "2", "qmax": "3", "b": "20M"}
-_VP9 = {"crf": "17", "b": "0", "cpu-used": "4", "row-mt": "1"}
+_MPEG4 = {"qmin": "2", "qmax": "3", "b": "20M", "threads": "1"}
+_VP9 = {"crf": "17", "b": "0", "cpu-used": "4", "threads": "1"}
 _FORMATS = {
-    ".mp4": _Format("mp4", "libx264", "yuv420p", {"crf": "17"}),
+    ".mp4": _Format("mp4", "libx264", "yuv420p", {"crf": "17", **REPEATABLE_H264}),
     ".avi": _Format("avi", "mpeg4", "yuv420p", _MPEG4, varying=False),
     ".webm": _Format("webm", "libvpx-vp9", "yuv420p", _VP9, tick=Fraction(1, 1000)),
     # Players show frames of a delay below 0.02 s for 0.1 s; the longest delay is a number of 16 bits.
@@ -53,8 +53,8 @@ _FORMATS = {
 _MOST_CRF = {".mp4": 51, ".webm": 63}
 # What differs in a file that holds the pixels of RGB as they are.
 _LOSSLESS: dict[str, dict[str, Any]] = {
-    ".mp4": {"codec": "libx264rgb", "pixels": "rgb24", "options": {"qp": "0"}},
-    ".webm": {"pixels": "gbrp", "options": {"lossless": "1", "cpu-used": "4", "row-mt": "1"}},
+    ".mp4": {"codec": "libx264rgb", "pixels": "rgb24", "options": {"qp": "0", **REPEATABLE_H264}},
+    ".webm": {"pixels": "gbrp", "options": {"lossless": "1", "cpu-used": "4", "threads": "1"}},
 }
 _SHORTEST_TICK = Fraction(1, 90000)  # seconds; the ticks of a frame's time fit 31 bits, as mp4 demands
 _MPEG4_UNITS = 65535  # parts of a second in which MPEG-4 can count
@@ -83,6 +83,7 @@ class Color(NamedTuple):
 _BT709 = Color(1, 1, 1, "ITU709")
 _BT601 = Color(6, 6, 6, "ITU601")
 _RGB = Color(1, 13, 0, "DEFAULT", _FULL_RANGE)  # sRGB, without a matrix
+_BITEXACT = {"fflags": "+bitexact"}  # webm would have a random number, by which other files could refer to it
 _FRAME_DURATION = 1 << 8  # FFmpeg's AV_CODEC_FLAG_FRAME_DURATION: packets last as long as their frames
 
 
@@ -110,6 +111,7 @@ class VideoWriter:
 
     Use as a context manager. Frames go to a hidden file in the same folder, which is renamed when the block ends, and
     removed when the block fails. mp4 is H.264, avi MPEG-4, webm VP9, gif a palette of 256 colors for each frame.
+    Equal frames with equal settings make equal files, on any number of cores.
 
     Colors are converted to BT.709 from HD_LINES lines on, else to BT.601, and tagged so where the format has tags;
     lossless files hold RGB.
@@ -208,7 +210,7 @@ class VideoWriter:
 
         self._warnings: list[str] = []
         self._output = self._resources.enter_context(
-            av.open(f"file:{self._partial}", "w", format=self._format.container)
+            av.open(f"file:{self._partial}", "w", format=self._format.container, container_options=_BITEXACT)
         )
         self._audio: AudioStream | None = None
         self._packets: Iterator[Packet] = iter(())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import REPEATABLE_H264
 from ..inputs import check_clips, check_count, check_generator
 from ..purifier import Purifier
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from av import Packet
 
 _RATE = 25  # frames per second; H.264's rate control depends on it
-# x264's macroblock tree is off because it is not deterministic, even on one thread: with it (core 165), 22 of 108 small
-# clips came out with differing bits among eight runs; without it, or without SIMD code, none did.
-_H264_OPTIONS = {"preset": "medium", "mbtree": "0"}
 _SHUFFLE_SEED = 1  # seed of FILTERS' shuffling; seed 0 would keep the order of a clip of two frames
 
 
@@ -177,8 +175,7 @@ def _h264_encode(frames: np.ndarray, crf: int) -> list[Packet]:
     encoder.height, encoder.width = frames.shape[1:3]
     encoder.pix_fmt = "yuv420p"
     encoder.framerate, encoder.time_base = Fraction(_RATE), Fraction(1, _RATE)
-    encoder.thread_count = 1
-    encoder.options = {"crf": str(crf), **_H264_OPTIONS}
+    encoder.options = {"preset": "medium", "crf": str(crf), **REPEATABLE_H264}
     packets = []
     for i, frame in enumerate(frames):
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
