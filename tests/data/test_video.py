@@ -1,3 +1,4 @@
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -311,6 +312,16 @@ def test_truncated_files_are_refused(tmp_path, suffix, share):
     with pytest.raises(ValueError, match="is damaged") as raised:
         probe(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".webm", ".gif"])
+def test_wherever_a_file_breaks_off_no_tenth_of_it_is_missed(tmp_path, suffix):
+    path = write(tmp_path / f"clip{suffix}", frames=50)
+    content = path.read_bytes()
+    for end in range(20, len(content), max(1, len(content) // 60)):
+        path.write_bytes(content[:end])
+        with contextlib.suppress(ValueError):
+            assert probe(path).frames >= 45, end
 
 
 def test_a_truncated_mp4_with_its_index_in_front_is_refused(tmp_path):

@@ -196,6 +196,17 @@ def test_names_have_no_passwords(source, name):
         ("concat:a|b", "there is no file"),
         ("file:///etc/passwd", "cannot be watched"),
         ("rtsp://user:secret@host/a b", r"address rtsp://\*\*\*@host/a b has characters"),
+        (
+            "http://[::1",
+            r"address http://\[::1 has no host and port that can be; accepted: http://HOST or HOST:PORT, an",
+        ),
+        ("rtsp://user:secret@", r"address rtsp://\*\*\*@ has no host"),
+        ("rtsp://user:se/cret@host:554/", r"address rtsp://\*\*\*@host:554/ has no host"),
+        ("rtsp://::1:554/", "has no host"),
+        ("rtsp://host:0/", "has no host"),
+        ("https://host:port/", "has no host"),
+        ("udp://0.0.0.0:99999", "accepted: udp://HOST:PORT, an IPv6 host in brackets"),
+        ("tcp://host/live", "accepted: tcp://HOST:PORT"),
         ("absent.mp4", "there is no file absent.mp4"),
         ("", "a source is empty"),
     ],
@@ -204,6 +215,14 @@ def test_bad_sources(source, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         check_source(source)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["rtsp://user:a@b:c@host/live?x=a@b", "http://[fe80::1%eth0]:80", "HTTP://host", "udp://@:1234", "tcp://:1?listen"],
+)
+def test_addresses_of_every_form(source):
+    assert not check_source(source)
 
 
 def test_sources_may_be_listed_in_a_file(tmp_path):

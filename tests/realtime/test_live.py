@@ -178,6 +178,7 @@ def test_other_sizes_are_fitted_into_the_first(tmp_path):
         ("absent/out.mp4", "there is no folder"),
         ("old.mp4", "exists, and a live output replaces nothing"),
         ("http://user:secret@host/x", r"cannot write to http://\*\*\*@host/x"),
+        ("rtsp://user:secret@host:x/x", r"address rtsp://\*\*\*@host:x/x has no host"),
     ],
 )
 def test_bad_targets(tmp_path, monkeypatch, target, message):

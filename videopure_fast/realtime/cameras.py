@@ -49,6 +49,7 @@ _ADDRESSES: dict[str, tuple[str, str, dict[str, str]]] = {
     "udp": ("udp", "mpegts", {}),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\[\]:]*)(?::([0-9]{1,5}))?")  # a host, and perhaps a port
 _LOGIN = re.compile(r"(?=.*:.*@)([A-Za-z][A-Za-z0-9+.-]+:?/+)?")  # what may be an address that is not written right
 # Parameters of an address whose values are shown. Any other may be a password, whatever its name.
 _SHOWN = {"camera", "channel", "codec", "fps", "height", "profile", "resolution", "stream", "subtype", "width"}
@@ -105,6 +106,19 @@ def listed_sources(sources: Sequence[str]) -> list[str]:
     return found
 
 
+def check_address(address: str) -> None:
+    """ValueError for characters, a host or a port that no address has."""
+    name, (scheme, _, rest) = source_name(address), address.partition("://")
+    if any(character.isspace() or not character.isprintable() for character in address):
+        raise ValueError(f"the address {name} has characters that no address has")
+    found = _PLACE.fullmatch(re.split("[/?#]", rest)[0].rpartition("@")[2])
+    host, port = (None, None) if found is None else found.groups()
+    plain = scheme.lower() in ("tcp", "udp")  # these have no usual port; without a host, this machine is meant
+    if host is None or not (host or plain) or not (0 < int(port) < 2**16 if port else not plain):
+        accepted = f"{scheme}://{'HOST:PORT' if plain else 'HOST or HOST:PORT'}, an IPv6 host in brackets"
+        raise ValueError(f"the address {name} has no host and port that can be; accepted: {accepted}")
+
+
 def check_source(source: str) -> bool:
     """Whether the source of a camera is a file; ValueError for what is none that can be read, no address, no device."""
     if not source.strip():
@@ -113,8 +127,7 @@ def check_source(source: str) -> bool:
     if scheme := _SCHEME.match(source):
         if scheme[1].lower() not in _ADDRESSES:
             raise ValueError(f"{name} cannot be watched: accepted are files, /dev/video0, and {', '.join(_ADDRESSES)}")
-        if any(character.isspace() or not character.isprintable() for character in source):
-            raise ValueError(f"the address {name} has characters that no address has")
+        check_address(source)
         return False
     with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: Windows has no such numbers
         found = Path(source).stat()

@@ -28,7 +28,7 @@ from ..data.video import resized
 from ..data.video_writer import color_of, encoder_frame
 from ..files import check_writable
 from ..windows import CrossFade
-from .cameras import TIMEOUT, is_address, masked, source_name
+from .cameras import TIMEOUT, check_address, is_address, masked, source_name
 from .ring import CameraClip
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ class LiveOutput:
         self._target, self._address = target, is_address(target)
         if self._address and not target.lower().startswith("rtsp://"):
             raise ValueError(f"cannot write to {self.name}: accepted are {', '.join(_CONTAINERS)} files and rtsp://")
-        if not self._address:
+        if self._address:
+            check_address(target)
+        else:
             try:
                 _check_file(Path(target))
             except ValueError as error:
