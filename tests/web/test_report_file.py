@@ -239,9 +239,10 @@ def test_a_wrong_value_is_named(results, tmp_path, name, key, value, said):
     row = (ours or rows)[-1]
     row[key] = value
     file.write_text(json.dumps(found))
+    announced = []
     with pytest.raises(ValueError, match=re.escape(said)) as refused:
-        write_report(copied, tmp_path / "report.html")
-    assert file.name in str(refused.value)
+        write_report(copied, tmp_path / "report.html", announce=lambda: announced.append(True))
+    assert file.name in str(refused.value) and not announced
 
 
 @pytest.mark.parametrize("value", ["absent", "soon", 10**400])

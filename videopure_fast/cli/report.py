@@ -31,12 +31,10 @@ def report(
       videopure-fast report --results results --out results.html --no-demo
     ```
     """
-    from ..web.report import check_report, write_report
+    from ..web.report import write_report
 
-    check_report(out)
-    if demo:
-        console.print("The clips are attacked and purified now, which takes some seconds; --no-demo leaves them out.")
-    size = write_report(results, out, demo=demo)
+    note = "The clips are attacked and purified now, which takes some seconds; --no-demo leaves them out."
+    size = write_report(results, out, demo=demo, announce=lambda: console.print(note))
     console.print(f"Wrote {out}, {size / 2**20:.1f} MiB")
     if show:
         webbrowser.open(out.resolve().as_uri())

@@ -107,7 +107,8 @@ def watch(
     Passwords in addresses are not shown, nor recorded; but other users of the machine may see this command's own line,
     and with @FILE they see none there.
 
-    Exit status 0 when files have ended or by Ctrl-C, 1 when a source, an output or the record has failed.
+    Exit status 0 when files have ended or by Ctrl-C, 1 when a source, an output or the record has failed, and 130 by
+    Ctrl-C while the models load.
 
     Examples:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -25,24 +26,28 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _FRAME_SECONDS = 0.125
 
 
-def check_report(path: str | os.PathLike[str]) -> None:
-    """ValueError for a name that is none of an HTML file's, or cannot be written."""
+def write_report(
+    results: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    demo: bool = True,
+    announce: Callable[[], object] = lambda: None,
+) -> int:
+    """Write the report of the results in a folder, and return its size in bytes.
+
+    demo: also attack packaged clips, purify and show them, which takes some seconds; `announce` is called before. Where
+    something was not measured, the report says so. ValueError, before the demo, for a path that cannot be written or is
+    no HTML file's, where there is no such folder, and for a file in it that is not as it should be.
+    """
     if Path(path).suffix.lower() != _SUFFIX:
         raise ValueError(f"cannot write {path}: accepted is a name that ends in {_SUFFIX}")
     check_writable(path)
-
-
-def write_report(results: str | os.PathLike[str], path: str | os.PathLike[str], *, demo: bool = True) -> int:
-    """Write the report of the results in a folder, and return its size in bytes.
-
-    demo: also attack packaged clips, purify and show them, which takes some seconds. Where something was not measured,
-    the report says so. ValueError, before the demo, for a path that cannot be written, where there is no such folder,
-    and for a file in it that is not as it should be.
-    """
-    check_report(path)
     found = read_results(Path(results))
     sections = [speed(found), stages(found), accuracy(found), tradeoff(found), latency(found)]
-    text = page(found, [clips(attack_and_purify()), *sections] if demo else sections)
+    if demo:
+        announce()
+        sections = [clips(attack_and_purify()), *sections]
+    text = page(found, sections)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return len(text.encode())
