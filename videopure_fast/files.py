@@ -53,6 +53,15 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot write to {path}")
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """ValueError unless the folder is there and can be written to, or can be made. Makes nothing."""
+    there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f"cannot make the folder {path}: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write to {there}")
+
+
 def clashing(read: Sequence[str | os.PathLike[str]], written: Sequence[str | os.PathLike[str]]) -> str | None:
     """The first of the files to write that is read too, or written twice, by whatever name; None if there is none."""
     places = [os.path.realpath(path) for path in (*read, *written)]

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -322,6 +323,29 @@ def test_wherever_a_file_breaks_off_no_tenth_of_it_is_missed(tmp_path, suffix):
         path.write_bytes(content[:end])
         with contextlib.suppress(ValueError):
             assert probe(path).frames >= 45, end
+
+
+def test_an_avi_that_went_into_a_pipe_states_no_length(tmp_path):
+    class Pipe(io.RawIOBase):
+        content = b""
+
+        def write(self, data):
+            self.content += bytes(data)
+            return len(data)
+
+        def writable(self):
+            return True
+
+    pipe = Pipe()
+    with av.open(pipe, "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in moving_gradient(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    assert pipe.content[4:8] == b"\xff" * 4
+    (tmp_path / "clip.avi").write_bytes(pipe.content)
+    assert probe(tmp_path / "clip.avi").frames == 20
 
 
 def test_a_truncated_mp4_with_its_index_in_front_is_refused(tmp_path):

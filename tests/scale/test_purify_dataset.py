@@ -52,7 +52,7 @@ def test_a_folder_with_classes(videos, tmp_path, alone):
     result = run(videos, out, *SMALL)
     assert result.exit_code == 0, result.output
     assert "Rank 0: 2 files done and 1 failed, 0 settled before, of 3" in result.output
-    assert "--retry-errors" in result.output
+    assert "\nb/z.mp4: " in result.output and "--retry-errors" in result.output
     rows = {row.name: row for row in read_rows(out / MANIFEST)}
     assert {name: row.state for name, row in rows.items()} == {
         "a/x.mp4": "done",
@@ -111,6 +111,14 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(videos, tmp_path, mon
     assert "Of a sample of 3, 1 cannot be read" in result.output
     assert "3 workers may take about 0:00." in result.output  # a file each
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_an_output_that_is_no_folder_is_refused_at_once(videos, tmp_path, name, options):
+    (tmp_path / "file").touch()
+    said = str(run(videos, tmp_path / name, *SMALL, *options).exception)
+    assert said == f"cannot make the folder {tmp_path / name}: {tmp_path / 'file'} is no folder"
 
 
 def test_a_dry_run_gives_no_hours_for_gpus_that_are_elsewhere(videos, tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def test_what_workers_that_died_had_written_is_deleted(tmp_path):
         (lambda path: path.unlink(), "there is no file"),
         (lambda path: path.write_bytes(path.read_bytes()[:600]), "damaged"),
         (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: (path.unlink(), path.mkdir()), "there is no file"),
+        (lambda path: (path.unlink(), path.mkdir()), "is no regular file"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_in_its_row(places, worker_of, break_it, words):

@@ -352,6 +352,15 @@ def test_hosts_that_are_not_the_services(asked):
     assert asked(b"GET /v1/live/..%2f..%2fetc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")[0] == 404
 
 
+def test_a_long_head(service, asked):
+    for line in (b"X: " + b"x" * 2**14, b"\r\n".join(b"X: %d" % i for i in range(3000))):
+        status, *_ = asked(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n" + line + b"\r\n\r\n")
+        assert status in (400, 431)  # by whether it came in one piece
+    long = httpx.get(f"{service.address}/healthz", headers={"X": "x" * 2**14})
+    assert long.status_code == 431 and "accepted: 16384 bytes" in long.json()["detail"]
+    assert httpx.get(f"{service.address}/healthz", headers={"X": "x" * 15000}).status_code == 200
+
+
 def test_a_socket_of_the_web(asked):
     lines = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n"
     assert asked(b"GET /v1/live/x HTTP/1.1\r\nHost: 127.0.0.1\r\n" + lines + b"\r\n")[0] == 404

@@ -153,6 +153,9 @@ def test_a_place_that_is_taken_or_none(monkeypatch, capsys, made):
     assert status == 1 and re.match(r"error: cannot listen at 127\.0\.0\.1, port \d+: .*in use", errors)
     status, _, errors = run_main(monkeypatch, capsys, "serve", "--host", "no such host")
     assert status == 1 and errors.startswith("error: the host 'no such host' is not known here")
+    for value in ("nan", "inf", "0"):
+        said = run_main(monkeypatch, capsys, "serve", "--max-megabytes", value)[2]
+        assert said.startswith("error: --max-megabytes must be more than 0 and finite, got")
     assert run_main(monkeypatch, capsys, "serve", "--max-frames", 2, "--max-seconds", 0)[2].startswith(
         "error: the limit seconds"
     )

@@ -261,12 +261,17 @@ def test_what_fields_may_be(service, clip, fields, sentence):
     assert not sentence or response.json()["detail"].startswith(sentence)
 
 
+def test_settings_in_the_address_are_refused(service, clip):
+    response = httpx.post(f"{service.address}/v1/purify?steps=1", files={"video": clip}, timeout=60)
+    assert response.status_code == 400 and "the address has a query; accepted: multipart" in response.json()["detail"]
+
+
 def test_a_deadline_that_passes(service, clip, slow):
     began = time.monotonic()
-    response = service.purify(clip, deadline="0.2")
-    assert response.status_code == 504 and response.json()["detail"].startswith("the answer was not there within 0.2 s")
     last = json.loads(service.purify(clip, headers=LINES, deadline="2").text.splitlines()[-1])  # once lines are sent
     assert last["event"] == "error" and last["status"] == 504
+    response = service.purify(clip, deadline="0.2")
+    assert response.status_code == 504 and response.json()["detail"].startswith("the answer was not there within 0.2 s")
     assert time.monotonic() - began < 7
     until(lambda: not service.engine.line.working)
 

@@ -30,6 +30,7 @@ DatasetName = Literal["ucf101", "kinetics400", "something-something-v2"]
 FormatName = Literal["mp4", "webm", "safetensors"]
 
 _SAMPLE = 8  # files of which a dry run measures and estimates the work
+_SHOWN = 5  # errors at the end
 _PACE = 3600.0  # seconds of a run whose pace says how long the rest takes
 _FILES, _OUTPUT, _WORKERS, _ERRORS = "The files", "The outputs", "The workers", "Errors"
 
@@ -146,6 +147,7 @@ def purify_dataset(
     ```
     """
     from ..data.video import working_size
+    from ..files import check_folder
     from ..scale.driver import purify_dataset as run_dataset
     from ..scale.driver import work_folder
     from ..scale.sources import check_apart, check_no_replacement
@@ -163,6 +165,7 @@ def purify_dataset(
     if source.is_dir() and dataset is None:
         check_apart(source, out)
     check_no_replacement(jobs, out)
+    check_folder(out)
     with ExitStack() as ended:
         wanted = {"workers": workers, "num_cpus": num_cpus, "num_gpus": num_gpus}
         pool = _pool(ended, wanted, small=model == "tiny", address=address, rank=rank, dry_run=dry_run)
@@ -321,15 +324,21 @@ def _progress(rank: Rank | None) -> Iterator[Callable[[Counts], None]]:
 
 
 def _summarize(counts: Counts, out: Path, rank: Rank | None) -> None:
+    from ..scale.manifest import MANIFEST, read_rows
+
     share = "" if rank is None else f"Rank {rank.number}: "
     console.print(
         f"{share}{counts.done} files done and {counts.failed} failed, {counts.before} settled before, "
-        f"of {counts.files}: {out / 'manifest.sqlite'}"
+        f"of {counts.files}: {out / MANIFEST}"
     )
     if counts.failed_before:
         console.print(f"Of those settled before, {counts.failed_before} had failed.")
     if counts.failed or counts.failed_before:
-        console.print("The manifest says why; --retry-errors does the failed ones again.")
+        failed = [row for row in read_rows(out / MANIFEST) if row.state == "failed"]
+        for row in failed[:_SHOWN]:
+            console.print(f"{row.name}: {row.error}")
+        more = f" of all {len(failed)}" if len(failed) > _SHOWN else ""
+        console.print(f"The manifest says why{more}; --retry-errors does the failed ones again.")
     if counts.warned:
         console.print(f"{counts.warned} outputs have warnings in the manifest, such as sound that they cannot hold.")
 

@@ -35,6 +35,6 @@ def report(
 
     note = "The clips are attacked and purified now, which takes some seconds; --no-demo leaves them out."
     size = write_report(results, out, demo=demo, announce=lambda: console.print(note))
-    console.print(f"Wrote {out}, {size / 2**20:.1f} MiB")
+    console.print(f"Wrote {out}, {size / 2**20:.2g} MiB")
     if show:
         webbrowser.open(out.resolve().as_uri())

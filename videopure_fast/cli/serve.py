@@ -87,11 +87,13 @@ def serve(
     ```
     """
     _check_surroundings(replicas)
+    from ..inputs import check_number
     from ..service.limits import Limits, check_limits
     from ..service.security import LOCAL_HOSTS, check_hosts
     from ..service.server import is_local, names_of
     from ..service.settings import Settings
 
+    check_number("--max-megabytes", max_megabytes, zero=False)
     usual = Limits(working=1) if replicas > 1 else Limits()
     limits = usual._replace(
         bytes=round(max_megabytes * 10**6), seconds=float(max_seconds), frames=max_frames, waiting=waiting

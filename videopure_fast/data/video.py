@@ -96,9 +96,9 @@ def probe(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Vide
     The whole file is decoded because headers may state a wrong length, and because a damaged frame should be found
     before hours of work, not after. Of several video streams the one with the most pixels is read; cover pictures are
     ignored. Nothing is repaired: a file is refused if its decoder reports an error or a corrupt frame, or if its frames
-    end more than 10 %, and more than a frame, before the stated duration; or an AVI, whose duration is a guess, before
-    its stated size. Damage that still decodes cannot be detected; this concerns GIF most, which has no checksums, and
-    the end of MPEG-TS, which states no duration.
+    end more than 10 %, and more than a frame, before the stated duration; or an AVI, whose length may be a
+    guess, before its stated size. Damage that still decodes cannot be detected; this concerns GIF most, which has no
+    checksums, and the ends of MPEG-TS, and of an AVI that went into a pipe, which state none.
 
     Raises FileNotFoundError, or ValueError for anything that is not an intact video of 2 frames or more, each of
     8192x8192 pixels at most, in one orientation that only turns or mirrors; TooManyPixels for a frame of more than
@@ -267,14 +267,15 @@ def _decode(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[VideoFrame]:
                     yield frame
         except av.FFmpegError as error:
             raise ValueError(f"{path} is damaged: decoding fails after {count} frames ({error.strerror})") from error
-        stated = _stated_end(stream, start)
+        avi = container.format.name == "avi"  # the length of one that a pipe was given is no length at all
+        stated = None if avi else _stated_end(stream, start)
         # Some muxers leave out how long the last frame is shown.
         mean = (end - start) / max(1, count - 1)
         if stated is not None and start <= end < stated - max(_MAX_MISSING * (stated - start), 1.5 * mean):
             raise ValueError(
                 f"{path} is damaged: its {count} frames end after {end - start:.2f} s of {stated - start:.2f} s"
             )
-        if container.format.name == "avi" and (share := avi_share(path)) < 1 - _MAX_MISSING:  # its length is a guess
+        if avi and (share := avi_share(path)) < 1 - _MAX_MISSING:
             raise ValueError(f"{path} is damaged: it breaks off after {share:.0%} of its bytes, in {count} frames")
         if container.format.name == "gif" and not gif_reaches_trailer(path):
             raise ValueError(f"{path} is damaged: no more than {count} frames can be read before it breaks off")

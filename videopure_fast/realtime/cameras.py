@@ -49,7 +49,7 @@ _ADDRESSES: dict[str, tuple[str, str, dict[str, str]]] = {
     "udp": ("udp", "mpegts", {}),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\[\]:]*)(?::([0-9]{1,5}))?")  # a host, and perhaps a port
+_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[^\[\]]+)?\]|[^\[\]:]*)(?::([0-9]{1,5}))?")  # a host, and perhaps a port
 _LOGIN = re.compile(r"(?=.*:.*@)([A-Za-z][A-Za-z0-9+.-]+:?/+)?")  # what may be an address that is not written right
 # Parameters of an address whose values are shown. Any other may be a password, whatever its name.
 _SHOWN = {"camera", "channel", "codec", "fps", "height", "profile", "resolution", "stream", "subtype", "width"}
@@ -116,6 +116,8 @@ def check_address(address: str) -> None:
     plain = scheme.lower() in ("tcp", "udp")  # these have no usual port; without a host, this machine is meant
     if host is None or not (host or plain) or not (0 < int(port) < 2**16 if port else not plain):
         accepted = f"{scheme}://{'HOST:PORT' if plain else 'HOST or HOST:PORT'}, an IPv6 host in brackets"
+        if "@" in rest:
+            accepted += ", and / ? # in a password as %2F %3F %23"
         raise ValueError(f"the address {name} has no host and port that can be; accepted: {accepted}")
 
 

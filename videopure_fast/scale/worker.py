@@ -195,6 +195,8 @@ class FileWorker:
         if printable(str(source)) != str(source):
             raise ValueError("its name is not UTF-8; accepted: a name in UTF-8")
         if not source.is_file():
+            if source.exists():
+                raise ValueError(f"{source} is no regular file")
             raise FileNotFoundError(f"there is no file {source}")
         if not Path(os.path.realpath(output.parent)).is_relative_to(os.path.realpath(self._recipe.out)):
             raise ValueError(f"a link leads {job.output} out of {self._recipe.out}")

@@ -22,6 +22,7 @@ from .limits import refusal
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _LINGER = 2.0  # seconds for which what a refused client still sends is read: if it were not, the answer would be lost
 _LEAST_TOKEN = 16  # characters
+HEAD_BYTES = 2**14  # of the lines before a request's body
 _LONGEST_PATH = 200  # characters of a path in the log
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
 _HEADERS = {
@@ -90,6 +91,7 @@ class Guard:
         began = time.monotonic()
         exchange = _Exchange(Headers(scope=scope), receive, send)
         try:
+            _check_head(scope)
             self._check(scope["path"], exchange.headers)
             await self._app(scope, exchange.receive, exchange.send)
         except HTTPException as error:
@@ -126,6 +128,13 @@ class Guard:
                 error = refusal(401, "the service needs a token; accepted: the header `Authorization: Bearer TOKEN`")
                 error.headers = {"WWW-Authenticate": "Bearer"}
                 raise error
+
+
+def _check_head(scope: Any) -> None:
+    """431 for a head that came at once, and is longer than one whose parts the connection has counted may be."""
+    lines = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+    if len(scope.get("raw_path") or b"") + len(scope["query_string"]) + lines > HEAD_BYTES:
+        raise refusal(431, f"the request's head is too long; accepted: {HEAD_BYTES} bytes at most")
 
 
 def _is_of(origin: str, host: str) -> bool:

@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
@@ -17,8 +18,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .limits import Limits
+from .security import HEAD_BYTES
 
-_HEAD_BYTES = 2**14  # of the lines before a request's body, and of what comes behind a request before its answer
 _KEEP_ALIVE = 5  # seconds for which a connection waits for another request
 _BACKLOG = 128  # connections that the system holds
 
@@ -83,7 +84,7 @@ class Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 timeout_keep_alive=_KEEP_ALIVE,
                 timeout_graceful_shutdown=limits.drain,
-                h11_max_incomplete_event_size=_HEAD_BYTES,
+                h11_max_incomplete_event_size=HEAD_BYTES,
             )
         )
 
@@ -148,7 +149,7 @@ class Connection(H11Protocol):
             self._head.cancel()
             self._head = None
         if not self.cycle.more_body:
-            if len(self.conn.trailing_data[0]) > _HEAD_BYTES:
+            if len(self.conn.trailing_data[0]) > HEAD_BYTES:
                 self.transport.abort()
             else:
                 self.flow.resume_reading()
@@ -177,12 +178,12 @@ class Connection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()  # in the midst of another answer
         else:
-            self._say(400, f"{msg.rstrip('.')}; accepted: HTTP/1.1, with a head of {_HEAD_BYTES} bytes at most", b"")
+            self._say(400, f"{msg.rstrip('.')}; accepted: HTTP/1.1, with a head of {HEAD_BYTES} bytes at most", b"")
 
     def _say(self, status: int, sentence: str, headers: bytes) -> None:
         """Answer without a request, and close."""
         body = json.dumps({"detail": sentence}).encode()
-        phrase = {400: b"Bad Request", 503: b"Service Unavailable"}[status]
+        phrase = HTTPStatus(status).phrase.encode()
         head = b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n"
         self.transport.write(head % (status, phrase, len(body)) + headers + b"\r\n" + body)
         self.transport.close()

@@ -110,6 +110,8 @@ async def receive_upload(request: Request, folder: Path, limits: Limits) -> Uplo
     HTTPException for one that exceeds a limit, comes too slowly, or is not as the service takes it; ClientDisconnect.
     Nothing that the client says about it, its length, the file's name or its type, is trusted.
     """
+    if request.query_params:
+        raise refusal(400, f"the address has a query; {_ACCEPTED}")
     boundary, most = _boundary(request), limits.bytes + _FORM_BYTES
     stated = request.headers.get("content-length", "")
     if stated.isdecimal() and int(stated[:20]) > most:

@@ -121,10 +121,9 @@ class Codec:
                 self.kill()
                 await asyncio.wait({work})
                 work.exception()
-        if "status" in reply:
-            self.fit = True
-            raise refusal(413 if reply["status"] == 413 else 400, _sentence(reply.get("detail")))
         self.fit = True
+        if "status" in reply:
+            raise refusal(413 if reply["status"] == 413 else 400, _sentence(reply.get("detail")))
         return reply, blobs
 
     def _exchange(self, request: dict[str, Any], payload: bytes | memoryview) -> tuple[dict[str, Any], list[bytearray]]:
