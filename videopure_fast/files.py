@@ -16,9 +16,9 @@ try:
 except ImportError:  # Windows: partial files carry no lock there, and those of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
-# x264's options for equal frames to make equal bits. With its macroblock tree (core 165), 22 of 108 small clips came
-# out with differing bits among eight runs, even on one thread; without it, or without SIMD code, none did. Threads, by
-# default as many as cores allow, change the bits too.
+# x264's options for equal frames to make equal bits. With its macroblock tree (core 165) small clips come out with
+# differing bits now and then, even on one thread; without it, or without SIMD code, none did. Threads, by default as
+# many as cores allow, change the bits too.
 REPEATABLE_H264 = {"mbtree": "0", "threads": "1"}
 _STEM = 50  # characters of a file's name that its partial file's name repeats: at most 200 bytes of the usual 255
 

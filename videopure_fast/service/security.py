@@ -19,10 +19,10 @@ from starlette.responses import JSONResponse
 
 from .limits import refusal
 
+HEAD_BYTES = 2**14  # of the lines before a request's body, and of what comes behind a request before its answer
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _LINGER = 2.0  # seconds for which what a refused client still sends is read: if it were not, the answer would be lost
 _LEAST_TOKEN = 16  # characters
-HEAD_BYTES = 2**14  # of the lines before a request's body
 _LONGEST_PATH = 200  # characters of a path in the log
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
 _HEADERS = {
@@ -131,7 +131,7 @@ class Guard:
 
 
 def _check_head(scope: Any) -> None:
-    """431 for a head that came at once, and is longer than one whose parts the connection has counted may be."""
+    """431 for a head that is too long. The connection bounds only heads that come in several pieces."""
     lines = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
     if len(scope.get("raw_path") or b"") + len(scope["query_string"]) + lines > HEAD_BYTES:
         raise refusal(431, f"the request's head is too long; accepted: {HEAD_BYTES} bytes at most")
